@@ -1,0 +1,1 @@
+"""Train and fine-tune language models from one config file."""

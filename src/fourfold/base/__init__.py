@@ -1,0 +1,1 @@
+"""Errors, units, logging and the registry of open folders; imports nothing heavy."""

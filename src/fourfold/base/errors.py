@@ -1,0 +1,50 @@
+"""The errors a user may see; every one is a clear line and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FourfoldError(Exception):
+    """Base of all errors that are the user's to settle; the command line prints them without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(FourfoldError):
+    """One or more problems of a config, all found before anything heavy is imported.
+
+    Args:
+        problems: one line each, in the form `<key>: <what is wrong, with both values>. <what to do>.`
+    """
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PlanError(FourfoldError):
+    """The requested layout cannot work for this model on these devices."""
+
+
+class DataError(FourfoldError):
+    """A data set, file or row is not usable.
+
+    Args:
+        message: what is wrong and what to do.
+        file: the file it was found in, if known.
+        row: zero-based row within the file, if known.
+    """
+
+    def __init__(self, message: str, *, file: str | None = None, row: int | None = None) -> None:
+        self.file, self.row = file, row
+        where = "" if file is None else f"{file}: " if row is None else f"{file}, row {row}: "
+        super().__init__(where + message)
+
+
+class ModelError(FourfoldError):
+    """A model, tokenizer or adapter cannot be used as asked."""
+
+
+class CheckpointError(FourfoldError):
+    """A checkpoint is missing, damaged or does not belong to this run."""

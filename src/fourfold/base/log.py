@@ -1,0 +1,57 @@
+"""Logging: INFO from rank 0 only, warnings and errors from every rank with the rank named.
+
+The filter sits on the handler, so call sites stay plain: `log = get_logger(__name__)` and `log.info(...)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+_ROOT = "fourfold"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; `name` is the module's `__name__`."""
+    return logging.getLogger(name)
+
+
+class _RankFilter(logging.Filter):
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        loud = record.levelno >= logging.WARNING
+        record.rank_prefix = f"[rank {self.rank}] " if loud and self.world_size > 1 else ""
+        return loud or self.rank == 0
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return f"{getattr(record, 'rank_prefix', '')}{level}{message}"
+
+
+def setup_logging(*, verbose: bool = False, file: Path | None = None) -> None:
+    """Send Fourfold's log to standard error (and to `file`), filtered by this process's rank.
+
+    Reads `RANK` and `WORLD_SIZE` as a launcher sets them. Calling it again replaces the handlers.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    root = logging.getLogger(_ROOT)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.DEBUG if verbose else logging.INFO)
+    root.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None and rank == 0:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.addFilter(_RankFilter(rank, world_size))
+        handler.setFormatter(_Formatter("%(message)s"))
+        root.addHandler(handler)

@@ -1,0 +1,1 @@
+"""The command line: lazy dispatch and one file per verb."""

@@ -1,0 +1,1 @@
+"""Keys and files of other tools, mapped to Fourfold's own or refused with a reason."""

@@ -1,0 +1,1 @@
+"""From files to token batches: sources, formats, templates, encoding, packing, batches."""

@@ -1,0 +1,127 @@
+"""Examples, samples and batches: the tokens of training, from one sequence to one micro-batch on a device.
+
+Shape legend: B rows, S positions per row, D documents in the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained (the convention of torch's cross entropy)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One tokenised sequence, possibly several documents packed into one.
+
+    Attributes:
+        input_ids: token ids.
+        labels: for each position the token it is trained to be, or IGNORE_INDEX; not shifted, same length as
+            `input_ids`. A label may differ from the input (templates with an efficient end-of-sequence).
+        documents: lengths of the documents in order; they sum to `len(input_ids)`. A document never sees
+            another, and positions restart with each.
+        weights: loss weight of each label, or None for all ones.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    documents: tuple[int, ...] = ()
+    weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            object.__setattr__(self, "documents", (len(self.input_ids),))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """How many positions are trained; the first of a document predicts nothing before it."""
+        starts, position = set(), 0
+        for length in self.documents:
+            starts.add(position)
+            position += length
+        return sum(lab != IGNORE_INDEX and i not in starts for i, lab in enumerate(self.labels))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What counts as one in the batch size: a sequence, or a group that is never split.
+
+    Attributes:
+        sequences: by role, in a fixed order: {"": example} for pt and sft, {"chosen", "rejected"} for
+            preference stages, {"response", "kl"} for KTO.
+        index: position of the sample in the whole data set; with seed and step it keys the randomness.
+        extras: per-sample numbers (KTO's tag, reference log-probabilities).
+    """
+
+    sequences: Mapping[str, Example]
+    index: int
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(len(example) for example in self.sequences.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch: tensors of one forward pass.
+
+    Packed batches have B = 1 and one row of documents; padded ones have one document a row, padded on the right.
+
+    Attributes:
+        input_ids: [B, S] int64.
+        targets: [B, S] int64; the token that the position must predict (labels shifted left by one within
+            each document), IGNORE_INDEX where none.
+        weights: [B, S] float32; loss weight of each target, 0 where there is none.
+        position_ids: [B, S] int64; restart at 0 with each document.
+        document_ids: [B, S] int32; index of the document within the micro-batch, -1 for padding.
+        cu_seqlens: [D + 1] int32 for packed batches: where each document starts; None for padded ones.
+        max_seqlen: length of the longest document.
+        samples: for each document the index of its sample (see Sample.index) and its role's position.
+        extras: further tensors that an objective asked for.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    cu_seqlens: Tensor | None
+    max_seqlen: int
+    samples: tuple[tuple[int, int], ...] = ()
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether all documents lie in one row."""
+        return self.cu_seqlens is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens without padding."""
+        return int((self.document_ids >= 0).sum())
+
+    @property
+    def num_targets(self) -> int:
+        """Trained positions."""
+        return int((self.targets != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            weights=self.weights.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            document_ids=self.document_ids.to(device, non_blocking=True),
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
+            extras={name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()},
+        )

@@ -1,0 +1,1 @@
+"""One file per dataset format; the file name is the value of formatting."""

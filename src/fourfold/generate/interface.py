@@ -1,0 +1,34 @@
+"""What a generation engine is: token ids in, token ids out. One file per engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; the names and defaults are the config's generating keys."""
+
+    do_sample: bool = True
+    temperature: float = 0.95
+    top_p: float = 0.7
+    top_k: int = 50
+    num_beams: int = 1
+    max_new_tokens: int = 1024
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    seed: int | None = None
+
+
+class Engine(Protocol):
+    """Generates from token ids. Each file of this folder has `build(...) -> Engine`."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """The new tokens of each prompt, without the prompt and without the stop token."""
+        ...
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
+        """The answer to one prompt as pieces of text, as they come."""
+        ...

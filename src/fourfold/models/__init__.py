@@ -1,0 +1,1 @@
+"""Loading, quantising, adapting and running Transformers models."""

@@ -1,0 +1,1 @@
+"""One file per stage: what rows it needs and its loss."""

@@ -1,0 +1,1 @@
+"""The mesh, the step and everything that splits the work."""

@@ -1,0 +1,1 @@
+"""What fits and what is fastest, said before the run."""

@@ -1,0 +1,1 @@
+"""Chat and inference for people."""

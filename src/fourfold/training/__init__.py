@@ -1,0 +1,1 @@
+"""The composition root, the loop, schedules, evaluation and hooks."""
