@@ -16,7 +16,7 @@ class RunInfo:
         output_dir: the run's folder.
         run_name: a name for people.
         max_steps: optimizer steps of the whole run.
-        start_step: optimizer steps already done (0 unless resumed); what was logged after it is to be replaced.
+        start_step: optimizer steps already done (0 unless resumed); later figures are to be replaced.
         config: the resolved config, flat.
     """
 
