@@ -40,9 +40,7 @@ def _chunk_nll(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor]
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
-def token_nll(
-    outputs: Outputs, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
-) -> tuple[Tensor, Tensor]:
+def token_nll(outputs: Outputs, targets: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of every trained position, in fp32.
 
     Logits are made for trained positions only, `chunk_tokens` at a time; all chunks but a single one are
