@@ -83,7 +83,7 @@ class Batch:
         position_ids: [B, S] int64; restart at 0 with each document.
         document_ids: [B, S] int32; index of the document within the micro-batch, -1 for padding.
         cu_seqlens: [D + 1] int32 for packed batches: where each document starts; None for padded ones.
-        max_seqlen: length of the longest document.
+        lengths: length of each document, on the host.
         samples: for each document the index of its sample (see Sample.index) and its role's position.
         extras: further tensors that an objective asked for.
     """
@@ -94,9 +94,14 @@ class Batch:
     position_ids: Tensor
     document_ids: Tensor
     cu_seqlens: Tensor | None
-    max_seqlen: int
+    lengths: tuple[int, ...]
     samples: tuple[tuple[int, int], ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest document."""
+        return max(self.lengths)
 
     @property
     def is_packed(self) -> bool:
@@ -106,7 +111,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Input tokens without padding."""
-        return int((self.document_ids >= 0).sum())
+        return sum(self.lengths)
 
     @property
     def num_targets(self) -> int:

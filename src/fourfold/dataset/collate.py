@@ -1,0 +1,141 @@
+"""From the samples of one optimizer step to its micro-batches.
+
+Which samples make up a step is fixed by the config; how they are cut into micro-batches is free: sums with global
+denominators (parallel/terms.py) make the loss independent of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class CutPolicy:
+    """How a step is cut into micro-batches.
+
+    Attributes:
+        packed: lay the documents of a micro-batch end to end in one row (the attention must keep them apart);
+            otherwise one example a row, padded on the right.
+        max_tokens: positions of a micro-batch, padding included; a single longer sample still makes one.
+        max_samples: samples of a micro-batch; None for no limit but `max_tokens`.
+        pad_token_id: fills padded positions.
+    """
+
+    packed: bool
+    max_tokens: int
+    max_samples: int | None = None
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """One document of an example: its tokens, next-token targets and weights, all of the same length."""
+
+    input_ids: list[int]
+    targets: list[int]
+    weights: list[float]
+    sample: int
+    role: int
+
+
+def _documents(example: Example, sample: int, role: int) -> Iterator[_Document]:
+    start = 0
+    for length in example.documents:
+        stop = start + length
+        labels = example.labels[start + 1 : stop]
+        given = example.weights[start + 1 : stop] if example.weights is not None else [1.0] * (length - 1)
+        weights = [w if label != IGNORE_INDEX else 0.0 for w, label in zip(given, labels, strict=True)]
+        yield _Document(example.input_ids[start:stop], [*labels, IGNORE_INDEX], [*weights, 0.0], sample, role)
+        start = stop
+
+
+def _examples(samples: Sequence[Sample]) -> Iterator[tuple[Example, int, int]]:
+    for sample in samples:
+        for role, example in enumerate(sample.sequences.values()):
+            yield example, sample.index, role
+
+
+def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
+    """First-fit decreasing by length, the samples of a group in their original order; never splits a sample."""
+    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i))
+    groups: list[list[int]] = []
+    for i in order:
+        for group in groups:
+            if policy.max_samples is not None and len(group) >= policy.max_samples:
+                continue
+            if _size([samples[j] for j in [*group, i]], policy) <= policy.max_tokens:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return [[samples[i] for i in sorted(group)] for group in sorted(groups, key=min)]
+
+
+def _size(samples: Sequence[Sample], policy: CutPolicy) -> int:
+    lengths = [len(example) for example, _, _ in _examples(samples)]
+    return sum(lengths) if policy.packed else max(lengths) * len(lengths)
+
+
+def cut(samples: Sequence[Sample], policy: CutPolicy) -> list[Batch]:
+    """The micro-batches of one step, on the host, in a fixed order."""
+    build = _packed_batch if policy.packed else _padded_batch
+    return [build(group, policy) for group in _group(samples, policy)]
+
+
+def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
+    documents = [doc for example, index, role in _examples(samples) for doc in _documents(example, index, role)]
+    lengths = tuple(len(doc.input_ids) for doc in documents)
+    sizes = torch.tensor(lengths, dtype=torch.int32)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), sizes.cumsum(0, dtype=torch.int32)])
+    document_ids = torch.repeat_interleave(torch.arange(len(documents), dtype=torch.int32), sizes)
+    positions = torch.arange(int(starts[-1])) - starts[:-1].long()[document_ids.long()]
+    return Batch(
+        input_ids=torch.tensor([[t for doc in documents for t in doc.input_ids]]),
+        targets=torch.tensor([[t for doc in documents for t in doc.targets]]),
+        weights=torch.tensor([[w for doc in documents for w in doc.weights]], dtype=torch.float32),
+        position_ids=positions[None],
+        document_ids=document_ids[None],
+        cu_seqlens=starts,
+        lengths=lengths,
+        samples=tuple((doc.sample, doc.role) for doc in documents),
+    )
+
+
+def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
+    rows = [list(_documents(example, index, role)) for example, index, role in _examples(samples)]
+    width = max(sum(len(doc.input_ids) for doc in row) for row in rows)
+    shape = (len(rows), width)
+    input_ids = torch.full(shape, policy.pad_token_id, dtype=torch.int64)
+    targets = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    weights = torch.zeros(shape, dtype=torch.float32)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    document_ids = torch.full(shape, -1, dtype=torch.int32)
+    documents: list[_Document] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for doc in row:
+            stop = start + len(doc.input_ids)
+            input_ids[r, start:stop] = torch.tensor(doc.input_ids)
+            targets[r, start:stop] = torch.tensor(doc.targets)
+            weights[r, start:stop] = torch.tensor(doc.weights)
+            # The padding continues the last document's positions: it is not a document of its own, and a causal
+            # model never looks at it from the left.
+            positions[r, start:] = torch.arange(width - start)
+            document_ids[r, start:stop] = len(documents)
+            documents.append(doc)
+            start = stop
+    return Batch(
+        input_ids=input_ids,
+        targets=targets,
+        weights=weights,
+        position_ids=positions,
+        document_ids=document_ids,
+        cu_seqlens=None,
+        lengths=tuple(len(doc.input_ids) for doc in documents),
+        samples=tuple((doc.sample, doc.role) for doc in documents),
+    )

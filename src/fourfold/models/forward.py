@@ -1,0 +1,116 @@
+"""The model as the step sees it: a micro-batch in, hidden states and the head out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fourfold.base.log import get_logger
+from fourfold.dataset.batch import Batch
+from fourfold.models import attention
+from fourfold.parallel.loss import Outputs
+
+log = get_logger(__name__)
+
+_CHECK_TOKENS = 8
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The Transformers model inside an adapter wrapper, or the model itself."""
+    from peft import PeftModel
+
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def supports_packing(model: nn.Module) -> bool:
+    """Whether every layer keeps packed documents apart: it takes its attention from Transformers' interface, and
+    none of its layers carries a recurrent state across positions."""
+    inner = base_model(model)
+    kinds = set(getattr(inner.config, "layer_types", None) or [])
+    recurrent = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
+    return bool(inner._supports_attention_backend) and not recurrent and not inner._is_stateful
+
+
+def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Hidden states to logits, with the scaling or soft-capping that the config names.
+
+    Source: the `forward` of Transformers' `...ForCausalLM` classes (granite divides by `logits_scaling`, cohere
+    multiplies by `logit_scale`, gemma caps by `final_logit_softcapping`).
+    """
+    lm_head = model.get_output_embeddings()
+    config = model.config
+    divide: float | None = getattr(config, "logits_scaling", None)
+    multiply: float | None = getattr(config, "logit_scale", None)
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = lm_head(hidden)
+        if divide is not None:
+            logits = logits / divide
+        if multiply is not None:
+            logits = logits * multiply
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
+
+
+@dataclass
+class StepModel:
+    """Runs a model on micro-batches.
+
+    Attributes:
+        module: the model, possibly wrapped by PEFT; what is trained and saved.
+        packed: whether it is fed packed rows.
+        router_loss: whether the load-balancing loss of its experts is wanted.
+    """
+
+    module: nn.Module
+    packed: bool
+    router_loss: bool = False
+
+    def __post_init__(self) -> None:
+        self._inner = base_model(self.module)
+        if self.packed:
+            attention.register()
+            self._inner.set_attn_implementation(attention.NAME)
+        self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
+        if not self._head_is_right():
+            log.info("The head of %s is not a plain one; its full logits are used.", type(self._inner).__name__)
+            self._head = None
+
+    @torch.no_grad()
+    def _head_is_right(self) -> bool:
+        """Whether decoder and head, called apart, give the model's own logits on a few tokens."""
+        assert self._head is not None
+        ids = torch.arange(1, 1 + _CHECK_TOKENS, device=self._inner.device)[None] % self._inner.config.vocab_size
+        kwargs = self._boundaries((_CHECK_TOKENS,), None)
+        was_training = self.module.training
+        self.module.eval()
+        whole = self._inner(input_ids=ids, use_cache=False, **kwargs).logits
+        hidden = self._inner.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        apart = self._head(hidden)
+        self.module.train(was_training)
+        return torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
+
+    def _boundaries(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> dict[str, object]:
+        return {"lengths": lengths, "cu_seqlens": cu_seqlens} if self.packed else {}
+
+    def __call__(self, batch: Batch) -> Outputs:
+        """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""
+        kwargs = self._boundaries(batch.lengths, batch.cu_seqlens)
+        if self.router_loss:
+            kwargs["output_router_logits"] = True
+        target = self._inner if self._head is None else self._inner.get_decoder()
+        outputs = target(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs)
+        if self._head is None:
+            return Outputs(outputs.logits, lambda logits: logits)
+        return Outputs(outputs.last_hidden_state, self._head, self._balance(outputs, batch))
+
+    def _balance(self, outputs: object, batch: Batch) -> Tensor | None:
+        return None

@@ -1,0 +1,14 @@
+"""Pre-training on plain text: cross entropy of every token."""
+
+from __future__ import annotations
+
+from fourfold.config.schema import Run
+from fourfold.losses.token import TokenLoss
+from fourfold.objectives.interface import Objective, RowKind
+
+ROWS: RowKind = "text"
+
+
+def build(run: Run) -> Objective:
+    """The objective of stage `pt`; it has no keys of its own."""
+    return TokenLoss()

@@ -1,0 +1,14 @@
+"""Supervised fine-tuning: cross entropy of the answers, given everything before them."""
+
+from __future__ import annotations
+
+from fourfold.config.schema import Run
+from fourfold.losses.token import TokenLoss
+from fourfold.objectives.interface import Objective, RowKind
+
+ROWS: RowKind = "chat"
+
+
+def build(run: Run) -> Objective:
+    """The objective of stage `sft`; it has no keys of its own."""
+    return TokenLoss()

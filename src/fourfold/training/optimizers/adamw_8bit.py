@@ -1,0 +1,32 @@
+"""AdamW with 8-bit block-wise quantised moments (arXiv:2110.02861), from bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fourfold.base.errors import ConfigError
+from fourfold.config.schema import Run
+
+
+def build(groups: list[dict[str, Any]], run: Run) -> torch.optim.Optimizer:
+    """8-bit AdamW over parameter groups.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "optim: adamw_8bit needs bitsandbytes, which is not installed. pip install 'fourfold[quant]'."
+        ) from error
+    training = run.training
+    return AdamW8bit(
+        groups,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )

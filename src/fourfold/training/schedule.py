@@ -1,0 +1,67 @@
+"""How many steps a run has, and the learning rate of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import get_scheduler
+
+from fourfold.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The length of a run.
+
+    Attributes:
+        samples_per_step: samples of one optimizer step over all data-parallel ranks.
+        steps_per_epoch: optimizer steps of one epoch (the last one may be smaller).
+        max_steps: optimizer steps of the run.
+        warmup_steps: of these, steps of rising learning rate.
+    """
+
+    samples_per_step: int
+    steps_per_epoch: int
+    max_steps: int
+    warmup_steps: int
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs begun by the end of the run."""
+        return math.ceil(self.max_steps / self.steps_per_epoch)
+
+
+def plan_steps(training: TrainingConfig, num_samples: int, dp_size: int = 1) -> Budget:
+    """Steps of a run, counted as Transformers' Trainer counts them.
+
+    Args:
+        num_samples: samples of the training set; 0 when it is a stream (max_steps is set then).
+        dp_size: data-parallel ranks.
+    """
+    per_step = samples_per_step(training, dp_size)
+    steps_per_epoch = math.ceil(num_samples / per_step) if num_samples else training.max_steps
+    max_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
+    warmup = training.warmup_steps if training.warmup_steps > 0 else math.ceil(training.warmup_ratio * max_steps)
+    return Budget(per_step, steps_per_epoch, max_steps, int(warmup))
+
+
+def samples_per_step(training: TrainingConfig, dp_size: int = 1) -> int:
+    """Samples of one optimizer step: `global_batch_size`, or micro-batch times accumulation times ranks."""
+    if training.global_batch_size is not None:
+        return training.global_batch_size
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps * dp_size
+
+
+def make_scheduler(
+    training: TrainingConfig, optimizer: torch.optim.Optimizer, budget: Budget
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Transformers' schedule of that name; stepping it once a step gives step 0 the first rate (0 under warm-up)."""
+    return get_scheduler(
+        training.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=budget.warmup_steps,
+        num_training_steps=budget.max_steps,
+        scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+    )
