@@ -1,0 +1,1 @@
+"""Files made from a run's figures: result summaries and loss curves."""
