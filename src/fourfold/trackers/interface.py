@@ -23,6 +23,7 @@ log = get_logger(__name__)
 
 _PACKAGE = "fourfold.trackers"
 _ALWAYS = ("jsonl", "console")
+_SECRET = ("_token", "_secret", "_api_key", "_webhook_url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,12 @@ def import_service(package: str, install: str) -> ModuleType:
             f"report_to: {package} cannot be imported ({error}). "
             f"Install it with `pip install '{install}'`, or leave it out of report_to."
         ) from error
+
+
+def public_config(info: RunInfo) -> dict[str, Any]:
+    """The config as services may show it: without secrets, paths as text."""
+    shown = {key: value for key, value in info.config.items() if not key.endswith(_SECRET)}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in shown.items()}
 
 
 def grouped_name(name: str) -> str:

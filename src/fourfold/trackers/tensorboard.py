@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch.utils.tensorboard import SummaryWriter
 
-from fourfold.trackers.interface import RunInfo, Tracker, grouped_name
+from fourfold.trackers.interface import RunInfo, Tracker, grouped_name, public_config
 
 PACKAGE = "tensorboard"
 
@@ -29,5 +29,5 @@ class TensorBoard(Tracker):
 def build(info: RunInfo) -> TensorBoard:
     """A tracker on `<output_dir>/runs`; points after `start_step` of an earlier run there are hidden."""
     writer = SummaryWriter(log_dir=str(info.output_dir / "runs"), purge_step=info.start_step + 1)
-    writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in info.config.items()))
+    writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in public_config(info).items()))
     return TensorBoard(writer)
