@@ -1,0 +1,1 @@
+"""Chat templates: one Jinja file each; its stem is the value of `template:`."""
