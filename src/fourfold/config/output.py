@@ -1,0 +1,51 @@
+"""Keys of what a run leaves behind: checkpoints, logs and plots."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from fourfold.config.key import CommaList, Count, Folder, Section, key
+
+_UNKNOWN_TRACKER = "no tracker for it. Use tensorboard or wandb; trainer_log.jsonl is always written."
+
+
+class OutputConfig(Section):
+    """The run's folder, its checkpoints, logs and trackers."""
+
+    title: ClassVar[str] = "Output"
+
+    output_dir: str | None = key(None, "The run's folder: adapter or model, checkpoints, logs, config.")
+    overwrite_output_dir: bool = key(False, "Begin anew in a folder that already holds a run.")
+    resume_from_checkpoint: bool | str | None = key(
+        None, "Checkpoint folder to go on from, or true for the newest in output_dir."
+    )
+    save_strategy: Literal["steps", "epoch", "best", "no"] = key(
+        "steps", "When checkpoints are written; the last step is always saved."
+    )
+    save_steps: Count = key(500, "Steps between checkpoints; below 1 a share of all steps.", gt=0)
+    save_total_limit: int | None = key(None, "Keep this many checkpoints; default: all.", ge=1)
+    save_only_model: bool = key(False, "Checkpoints without optimizer state; a run cannot resume from them.")
+    ignore_data_skip: bool = key(False, "Start the data from its beginning when resuming.")
+
+    logging_strategy: Literal["steps", "epoch", "no"] = key("steps", "When figures are logged.", group="Logging")
+    logging_steps: Count = key(500, "Steps between logs; below 1 a share of all steps.", group="Logging", gt=0)
+    logging_first_step: bool = key(False, "Log the first step too.", group="Logging")
+    report_to: CommaList = key(
+        (),
+        "Trackers, comma-separated; none or all. The console and trainer_log.jsonl always get the figures.",
+        group="Logging",
+        folder=Folder("fourfold.trackers"),
+        also=("none", "all"),
+    )
+    run_name: str | None = key(None, "A name for people; default: output_dir.", group="Logging")
+    plot_loss: bool = key(False, "Write the loss curve as training_loss.png.", group="Logging")
+    include_num_input_tokens_seen: Literal["no", "all", "non_padding"] | bool = key(
+        "no", "Count input tokens in the logs; true means all.", group="Logging"
+    )
+    include_effective_tokens_per_second: bool = key(
+        False, "Log trained tokens (padding left out) per second at the end.", group="Logging"
+    )
+    log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = key(
+        "passive", "How much is printed; passive means info.", group="Logging"
+    )
+    disable_tqdm: bool | None = key(None, "Plain lines instead of a progress bar.", group="Logging")

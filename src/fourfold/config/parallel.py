@@ -1,0 +1,52 @@
+"""Keys of the layout: how the work is split over devices."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from fourfold.config.key import Section, later
+
+_LAYOUTS = "layouts over several devices"
+
+
+def _key(default: Any, help: str, **spec: Any) -> Any:
+    return later(default, help, _LAYOUTS, **spec)
+
+
+class ParallelConfig(Section):
+    """The strategy by name, or each axis by number; None leaves the choice to the strategy.
+
+    The fields in NESTED are keys of the mapping `parallel:`; the others stand at the top of the file.
+    """
+
+    title: ClassVar[str] = "Parallel"
+    NESTED: ClassVar[tuple[str, ...]] = (
+        "dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "sequence_parallel", "loss_parallel", "pp_schedule",
+        "pp_microbatches", "pp_layers_per_stage", "reshard_after_forward", "cp_method", "offload", "offload_folder",
+        "recompute", "offload_activations",
+    )  # fmt: skip
+
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "tp", "pp", "custom"] = _key(
+        "auto", "How the work is split; auto takes the least sharding that fits. zero3 and fsdp are the same."
+    )
+    nproc: int | None = _key(None, "Processes on this machine; default: one per visible GPU.", ge=1)
+    memory: Literal["auto", "low"] = _key("auto", "low trades speed for the least memory.")
+    ddp_timeout: int = _key(1800, "Seconds after which a collective that does not end is an error.", ge=1)
+
+    dp_replicate: int | None = _key(None, "Data-parallel replicas.", ge=1)
+    dp_shard: int | None = _key(None, "Data-parallel ranks that share the weights (FSDP).", ge=1)
+    cp: int | None = _key(None, "Context-parallel ranks: each has a part of the sequence.", ge=1)
+    tp: int | None = _key(None, "Tensor-parallel ranks: each has a part of every matrix.", ge=1)
+    pp: int | None = _key(None, "Pipeline stages: each has a part of the layers.", ge=1)
+    ep: int | None = _key(None, "Expert-parallel ranks: each has a part of the experts.", ge=1)
+    sequence_parallel: bool | None = _key(None, "With tp: split norms and residuals along the sequence.")
+    loss_parallel: bool | None = _key(None, "With tp: split the logits along the vocabulary.")
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = _key("1f1b", "Order of work in the pipeline.")
+    pp_microbatches: int | None = _key(None, "Micro-batches in the pipeline per step.", ge=1)
+    pp_layers_per_stage: tuple[int, ...] | None = _key(None, "Layers of each stage, first to last.")
+    reshard_after_forward: bool | None = _key(None, "FSDP: free gathered weights after the forward pass.")
+    cp_method: Literal["allgather", "ulysses", "ring"] = _key("allgather", "How context-parallel ranks exchange keys.")
+    offload: Literal["none", "optimizer", "params"] = _key("none", "What is kept in host memory.")
+    offload_folder: str | None = _key(None, "Keep the optimizer's state in files of this folder (NVMe).")
+    recompute: Literal["auto", "none", "selective", "full"] = _key("auto", "What the backward pass computes again.")
+    offload_activations: bool = _key(False, "Keep saved activations in host memory.")

@@ -1,0 +1,55 @@
+"""What is said of a key that is unknown or whose value is not valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from fourfold.base import registry
+from fourfold.config.schema import Key
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """The message for a key that there is not, with the nearest that there are."""
+    close = registry.nearest(name, known)
+    hint = f"Did you mean {' or '.join(close)}?" if close else "`fourfold help` lists the keys."
+    return f"{name}: there is no such key. {hint}"
+
+
+def wanted(key: Key) -> str:
+    """The values a key takes, in words, e.g. `a number above 0`."""
+    spec = key.spec
+    words = key.kind.words()
+    if spec.low is not None:
+        words += f" {'above' if spec.open_low else 'of at least'} {_number(spec.low)}"
+    if spec.high is not None:
+        joined = " and" if spec.low is not None else ""
+        words += f"{joined} {'below' if spec.open_high else 'at most'} {_number(spec.high)}"
+    return words
+
+
+def invalid(key: Key, value: Any, error: ErrorDetails) -> str:
+    """The message for a value of a wrong type or out of range."""
+    kind = error["type"]
+    if kind == "value_error":
+        return f"{key.name}: {value!r}: {error['msg'].removeprefix('Value error, ')}. Use {wanted(key)}."
+    out_of_range = kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+    wrong = "is out of range" if out_of_range else "is not valid"
+    return f"{key.name}: {show(value)} {wrong}. Use {wanted(key)}."
+
+
+def show(value: Any) -> str:
+    """A value as the user would write it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return repr(",".join(map(str, value)))
+    return repr(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"
