@@ -48,3 +48,11 @@ class ModelError(FourfoldError):
 
 class CheckpointError(FourfoldError):
     """A checkpoint is missing, damaged or does not belong to this run."""
+
+
+class Interrupted(FourfoldError):
+    """The user or the system asked the run to stop; it saved and leaves."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.exit_code = 128 + signal_number
+        super().__init__(message)

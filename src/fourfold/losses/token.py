@@ -35,7 +35,7 @@ class TokenLoss:
         return {TARGETS: float(sum(float(batch.weights.sum()) for batch in batches))}
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        """One term, `loss`; under experts also `router`, weighted by tokens."""
+        """One term, `nll`."""
         nll, positions = token_nll(outputs, batch.targets)
         weights = batch.weights.reshape(-1).index_select(0, positions)
-        return LossTerms({"loss": Term(weighted_sum(nll, weights), TARGETS)})
+        return LossTerms({"nll": Term(weighted_sum(nll, weights), TARGETS)})

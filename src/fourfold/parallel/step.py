@@ -31,13 +31,15 @@ class StepResult:
     Attributes:
         terms: parts of the loss by name, already divided.
         metrics: further quotients to report.
-        denominators: what they were divided by.
+        denominators: what they were divided by, by name.
+        denominator_of: for each term and metric the name of its denominator.
         num_tokens: input tokens without padding.
     """
 
     terms: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     denominators: dict[str, float] = field(default_factory=dict)
+    denominator_of: dict[str, str] = field(default_factory=dict)
     num_tokens: int = 0
 
     @property
@@ -126,5 +128,6 @@ class _Sums:
             terms={name: float(_quotient(term, denominators)) for name, term in self._terms.items()},
             metrics={name: float(_quotient(term, denominators)) for name, term in self._metrics.items()},
             denominators=denominators,
+            denominator_of={n: term.denominator for n, term in {**self._terms, **self._metrics}.items()},
             num_tokens=sum(batch.num_tokens for batch in batches),
         )

@@ -1,0 +1,138 @@
+"""Checkpoint folders: written whole or not at all, with a manifest that tells damage from health.
+
+A folder is written under a temporary name beside its place, its files are flushed to the disk, a manifest of sizes
+and digests is added, and only then is it renamed. So a folder with its final name was complete when it got it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from fourfold.base.errors import CheckpointError
+from fourfold.base.units import format_bytes
+from fourfold.version import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_READ_BYTES = 1 << 22
+
+
+def digest(path: Path) -> str:
+    """Content hash of a file (xxh3, 128 bits): finds damage, does not resist an attacker."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder by `write(temporary folder)` and put it in its place in one move.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; nothing is left behind.
+    """
+    temporary = target.with_name(f".{target.name}.incomplete")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _seal(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_cannot_write(target, error)) from error
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors wraps the system's error in one of its own, with the text only.
+        if "No space left" in str(error):
+            raise CheckpointError(_cannot_write(target, OSError(errno.ENOSPC, "No space left on device"))) from error
+        raise
+
+
+def _cannot_write(target: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        existing = next((p for p in (target.parent, *target.parents) if p.exists()), Path("/"))
+        free = format_bytes(shutil.disk_usage(existing).free)
+        return (
+            f"{target}: the disk is full while saving ({free} free). Free some space, or lower save_total_limit; "
+            "then start again with resume_from_checkpoint: true."
+        )
+    return f"{target}: cannot be written ({error.strerror or error}). Choose another output_dir."
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "xxh3": digest(p)} for p in files}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=1), encoding="utf-8")
+    for path in [*files, manifest]:
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify(folder: Path) -> None:
+    """Check a folder against its manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, cut short or changed, or the newer format.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise CheckpointError(f"{folder}: has no {MANIFEST}, so it is not a complete checkpoint of Fourfold.")
+    try:
+        record = json.loads(manifest.read_text(encoding="utf-8"))
+        version, files = record["format_version"], record["files"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{manifest}: is damaged ({error}).") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder}: has format_version {version}, this Fourfold reads up to {FORMAT_VERSION}. Update Fourfold."
+        )
+    for name, entry in files.items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: is missing.")
+        if path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, {entry['bytes']} were written.")
+        if digest(path) != entry["xxh3"]:
+            raise CheckpointError(f"{path}: its content is not what was written.")
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """All checkpoints of a run, oldest first, as (step, folder)."""
+    if not output_dir.is_dir():
+        return []
+    found = ((_NAME.fullmatch(p.name), p) for p in output_dir.iterdir() if p.is_dir())
+    return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def prune(output_dir: Path, limit: int | None, keep: Path | None = None) -> None:
+    """Delete the oldest checkpoints beyond `limit` (never `keep`, the best one) and what a killed save left."""
+    for leftover in output_dir.glob(".checkpoint-*.incomplete"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if limit is None or limit <= 0:
+        return
+    old = [path for _, path in list_checkpoints(output_dir) if path != keep]
+    excess = len(old) + (keep is not None and keep.exists()) - limit
+    for path in old[: max(0, min(excess, len(old) - 1))]:
+        shutil.rmtree(path)

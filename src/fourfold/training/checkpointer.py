@@ -1,0 +1,94 @@
+"""Saving and restoring a run: weights as users know them, and beside them what an exact resume needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fourfold.base.errors import CheckpointError
+from fourfold.base.log import get_logger
+from fourfold.checkpoint.folder import prune, write_folder
+from fourfold.checkpoint.optimizer import NUMBERS, load_optimizer, save_optimizer
+from fourfold.checkpoint.resume import load_weights
+from fourfold.models.weights import save_model
+from fourfold.training.state import TrainState
+
+log = get_logger(__name__)
+
+_SCHEDULE = "schedule.json"
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Writes `checkpoint-<step>` folders of a run and reads them back.
+
+    Attributes:
+        facts: what a resumed run must find as it was (see TrainState.load).
+        only_model: leave out what resuming needs (`save_only_model`).
+        limit: checkpoints to keep (`save_total_limit`); the best one always stays.
+    """
+
+    output_dir: Path
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    state: TrainState
+    facts: Mapping[str, Any]
+    only_model: bool = False
+    limit: int | None = None
+
+    def save(self) -> Path:
+        """Write the current state, drop what is beyond the limit, and return the folder.
+
+        Raises:
+            CheckpointError: the disk is full; earlier checkpoints are untouched.
+        """
+        target = self.output_dir / f"checkpoint-{self.state.step}"
+        write_folder(target, self._write)
+        best = self.state.best_step
+        prune(self.output_dir, self.limit, None if best is None else self.output_dir / f"checkpoint-{best}")
+        log.info("Saved %s", target)
+        return target
+
+    def _write(self, folder: Path) -> None:
+        save_model(self.module, folder, tokenizer=self.tokenizer)
+        self.state.save(folder, dict(self.facts))
+        if self.only_model:
+            return
+        save_optimizer(self.optimizer, self.module, folder)
+        schedule: dict[str, Any] = {"scheduler": self.scheduler.state_dict()}
+        if self.scaler is not None:
+            schedule["scaler"] = self.scaler.state_dict()
+        (folder / _SCHEDULE).write_text(json.dumps(schedule, default=_drop), encoding="utf-8")
+
+    def restore(self, folder: Path) -> None:
+        """Put weights, optimizer and schedule back as `save` wrote them (the state is loaded by its owner).
+
+        Raises:
+            CheckpointError: the folder was written with save_only_model.
+        """
+        if not (folder / NUMBERS).exists():
+            raise CheckpointError(
+                f"{folder}: was saved with save_only_model, so it has no optimizer state to resume. "
+                "Start a new run from its weights instead."
+            )
+        load_weights(self.module, folder)
+        load_optimizer(self.optimizer, self.module, folder)
+        schedule = json.loads((folder / _SCHEDULE).read_text(encoding="utf-8"))
+        self.scheduler.load_state_dict(schedule["scheduler"])
+        if self.scaler is not None and "scaler" in schedule:
+            self.scaler.load_state_dict(schedule["scaler"])
+        log.info("Resumed from %s, step %d", folder, self.state.step)
+
+
+def _drop(value: object) -> None:
+    """A schedule's functions are rebuilt from the config; only its numbers are kept."""

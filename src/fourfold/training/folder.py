@@ -1,0 +1,95 @@
+"""The run's folder: who owns it, and what is recorded in it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fourfold.base.errors import ConfigError
+from fourfold.base.log import get_logger
+from fourfold.checkpoint.folder import list_checkpoints, prune
+from fourfold.config.schema import Run
+from fourfold.version import FORMAT_VERSION, SCHEMA_VERSION, __version__
+
+log = get_logger(__name__)
+
+CONFIG = "fourfold_config.yaml"
+VERSIONS = "versions.json"
+DATASETS = "datasets.json"
+
+_OWN_FILES = (
+    "trainer_log.jsonl",
+    "trainer_state.json",
+    "train_results.json",
+    "eval_results.json",
+    "predict_results.json",
+    "all_results.json",
+    CONFIG,
+    VERSIONS,
+    DATASETS,
+)
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "numpy")
+
+
+def claim(run: Run) -> Path:
+    """The run's folder, made if needed.
+
+    Raises:
+        ConfigError: it already holds a run, and the config says neither to resume nor to overwrite it.
+    """
+    output = run.output
+    folder = Path(output.output_dir or "")
+    holds_run = bool(list_checkpoints(folder)) or any((folder / name).exists() for name in _OWN_FILES)
+    if holds_run and not output.resume_from_checkpoint:
+        if not output.overwrite_output_dir:
+            raise ConfigError(
+                f"output_dir: {folder} already holds a run. Go on with it by resume_from_checkpoint=true, replace it "
+                "by overwrite_output_dir=true, or name another folder."
+            )
+        _clear(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir: {folder} cannot be made ({error.strerror}). Name another folder.") from error
+    prune(folder, None)
+    return folder
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    log.info("overwrite_output_dir: the earlier run in %s is removed.", folder)
+    for _, checkpoint in list_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for name in _OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for event_file in folder.glob("runs/**/events.out.tfevents.*"):
+        event_file.unlink()
+
+
+def record(folder: Path, run: Run, datasets: Mapping[str, Any], layout: Mapping[str, Any]) -> None:
+    """Write the resolved config, the versions and the data sets' fingerprints."""
+    text = yaml.safe_dump({"schema_version": SCHEMA_VERSION, **run.flat()}, sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    versions = {
+        "fourfold": __version__,
+        "format_version": FORMAT_VERSION,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+    (folder / VERSIONS).write_text(json.dumps(versions, indent=2), encoding="utf-8")
+    facts = {"datasets": dict(datasets), "layout": dict(layout)}
+    (folder / DATASETS).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

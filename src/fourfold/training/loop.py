@@ -1,0 +1,229 @@
+"""The one training loop. It knows steps, and when to log, evaluate and save; never the backend or the stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.base.errors import Interrupted
+from fourfold.base.log import get_logger
+from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.dataset.loader import StepLoader, StepSamples
+from fourfold.parallel.reduce import clip_gradients
+from fourfold.parallel.step import Step, StepResult
+from fourfold.trackers.interface import Tracker
+from fourfold.training.evaluate import Evaluator
+from fourfold.training.interrupt import StopRequest
+from fourfold.training.memory import peak_memory_figures
+from fourfold.training.randomness import seed_micro_batch
+from fourfold.training.schedule import Cadence
+from fourfold.training.state import TrainState
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """What the loop needs to know of the config.
+
+    Attributes:
+        max_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps of one epoch.
+        max_grad_norm: gradients are clipped to this 2-norm; 0 for no clipping.
+        seed: keys the randomness of every micro-batch.
+        logging, evaluation, saving: when each is due.
+        flos_per_token: floating-point operations counted for a token.
+        early_stopping: evaluations without a better one after which the run ends; None for never.
+    """
+
+    max_steps: int
+    steps_per_epoch: int
+    max_grad_norm: float
+    seed: int
+    logging: Cadence
+    evaluation: Cadence
+    saving: Cadence
+    flos_per_token: float = 0.0
+    early_stopping: int | None = None
+    metric: str = "eval_loss"
+    greater_is_better: bool = False
+
+
+@dataclass
+class Loop:
+    """Trains a model to the end of its budget.
+
+    Attributes:
+        step: runs forward and backward.
+        module: the model; its trained parameters are clipped.
+        save: writes a checkpoint of the current state and returns its folder.
+        scaler: scales the loss under fp16.
+        evaluator: evaluates, or None.
+    """
+
+    settings: LoopSettings
+    step: Step
+    module: nn.Module
+    loader: StepLoader
+    policy: CutPolicy
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    state: TrainState
+    trackers: list[Tracker]
+    save: Callable[[], Path]
+    scaler: torch.amp.GradScaler | None = None
+    evaluator: Evaluator | None = None
+    _figures: dict[str, float] = field(default_factory=dict)
+    _window: _Window = field(default_factory=lambda: _Window())
+
+    def fit(self) -> None:
+        """Train until the budget is spent, early stopping says so, or a signal asks for the end.
+
+        Raises:
+            Interrupted: by a signal, after saving.
+        """
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.module.train()
+        with StopRequest() as stop:
+            for found in self.loader.steps(self.state.step):
+                if self.state.step >= self.settings.max_steps or self._should_stop_early():
+                    break
+                started = time.perf_counter()
+                self._train_step(found, parameters)
+                self.state.train_runtime_s += time.perf_counter() - started
+                self._after_step(stop)
+
+    def _train_step(self, found: StepSamples, parameters: list[nn.Parameter]) -> None:
+        batches = cut(found.samples, self.policy)
+        self.optimizer.zero_grad(set_to_none=True)
+        seed = partial(seed_micro_batch, self.settings.seed, found.step)
+        result = self.step.forward_backward(batches, before=lambda number, _: seed(number))
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(parameters, self.settings.max_grad_norm)
+        rate = self.optimizer.param_groups[0]["lr"]
+        if self._optimizer_step():
+            self._advance_scheduler()
+        self._record(found, result, float(norm), float(rate))
+
+    def _optimizer_step(self) -> bool:
+        """Update the weights; False when fp16 overflowed and the step was skipped."""
+        if self.scaler is None:
+            self.optimizer.step()
+            return True
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
+
+    def _advance_scheduler(self) -> None:
+        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+
+    def _record(self, found: StepSamples, result: StepResult, norm: float, rate: float) -> None:
+        state = self.state
+        state.step = found.step + 1
+        state.epoch = state.step / self.settings.steps_per_epoch
+        state.num_samples += len(found.samples)
+        state.num_tokens += result.num_tokens
+        state.total_flos += self.settings.flos_per_token * result.num_tokens
+        state.loss_sum += result.loss
+        state.window_loss += result.loss
+        state.window_steps += 1
+        self._window.tokens += result.num_tokens
+        extra = result.terms if len(result.terms) > 1 else {}
+        self._figures = {"grad_norm": norm, "learning_rate": rate, **extra, **result.metrics}
+        for tracker in self.trackers:
+            tracker.advance(state.step)
+
+    def _after_step(self, stop: StopRequest) -> None:
+        step, last = self.state.step, self.state.step >= self.settings.max_steps
+        if self.settings.logging.due(step, last=last):
+            self._log()
+        if self.evaluator is not None and self.settings.evaluation.due(step, last=last):
+            self._evaluate(self.evaluator)
+        if stop.signal_number is not None:
+            folder = self.save()
+            raise Interrupted(
+                f"Stopped at step {step} of {self.settings.max_steps}; saved as {folder}. "
+                "Go on with resume_from_checkpoint=true.",
+                stop.signal_number,
+            )
+        if last or self._should_stop_early() or self.settings.saving.due(step, last=last):
+            self.save()
+
+    def _log(self) -> None:
+        state = self.state
+        remaining = self.settings.max_steps - state.step
+        figures = {
+            "loss": state.window_loss / state.window_steps,
+            **self._figures,
+            "epoch": state.epoch,
+            "num_tokens": float(state.num_tokens),
+            **self._window.speed(remaining, state.window_steps),
+            "elapsed_s": state.train_runtime_s,
+            **peak_memory_figures(),
+        }
+        state.window_loss, state.window_steps = 0.0, 0
+        self._window = _Window()
+        self._publish(figures)
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        figures = evaluator.run() | {"epoch": self.state.epoch}
+        self._window = _Window()
+        metric = figures.get(self.settings.metric)
+        if metric is not None:
+            self._note_metric(metric)
+        self._publish(figures)
+
+    def _note_metric(self, metric: float) -> None:
+        state, best = self.state, self.state.best_metric
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(metric)
+        if best is None or (metric > best if self.settings.greater_is_better else metric < best):
+            state.best_metric, state.best_step, state.evaluations_since_best = metric, state.step, 0
+        else:
+            state.evaluations_since_best += 1
+
+    def _should_stop_early(self) -> bool:
+        patience = self.settings.early_stopping
+        if patience is None or self.state.evaluations_since_best < patience:
+            return False
+        if self.state.step < self.settings.max_steps:
+            log.info(
+                "Early stopping at step %d: %s has not improved on %.6g for %d evaluations.",
+                self.state.step,
+                self.settings.metric,
+                self.state.best_metric,
+                patience,
+            )
+        return True
+
+    def _publish(self, figures: dict[str, float]) -> None:
+        row: dict[str, Any] = {key: value for key, value in figures.items() if key not in _MACHINE_FIGURES}
+        self.state.log_history.append({**row, "step": self.state.step})
+        for tracker in self.trackers:
+            tracker.log(self.state.step, figures)
+
+
+_MACHINE_FIGURES = {"tokens_per_sec", "elapsed_s", "remaining_s", "peak_memory_gib", "reserved_memory_gib"}
+"""Figures of the machine and the moment; left out of the history, which a resumed run repeats exactly."""
+
+
+class _Window:
+    """Tokens and time since the last logged step."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._start = time.perf_counter()
+
+    def speed(self, remaining_steps: int, steps: int) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {"tokens_per_sec": self.tokens / seconds, "remaining_s": seconds / max(steps, 1) * remaining_steps}

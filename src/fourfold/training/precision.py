@@ -1,0 +1,47 @@
+"""In which dtype a run computes, holds its frozen weights and keeps its masters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from fourfold.config.schema import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Dtypes of a run.
+
+    Attributes:
+        compute: of matrix products.
+        load: of the weights when they are loaded; trained ones are held in `master` afterwards.
+        master: of trained weights and the optimizer; None to leave them as loaded (pure_bf16).
+        loss_scaling: whether gradients are scaled against fp16's underflow.
+    """
+
+    compute: torch.dtype
+    load: torch.dtype
+    master: torch.dtype | None
+    loss_scaling: bool
+
+    def autocast(self, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+        """The context of a forward pass: casts to the compute dtype where masters are wider."""
+        if self.compute == torch.float32 or self.master is None:
+            return nullcontext
+        return lambda: torch.autocast(device.type, self.compute)
+
+
+def resolve(run: Run) -> Precision:
+    """The dtypes that bf16, fp16, pure_bf16 and the kind of tuning ask for.
+
+    Trained weights are kept in fp32 unless pure_bf16; frozen ones are loaded in the compute dtype.
+    """
+    training = run.training
+    if training.pure_bf16:
+        return Precision(torch.bfloat16, torch.bfloat16, None, loss_scaling=False)
+    compute = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    load = torch.float32 if run.tuning.finetuning_type == "full" else compute
+    return Precision(compute, load, torch.float32, loss_scaling=compute == torch.float16)

@@ -1,0 +1,62 @@
+"""The verb `train`: from a checked config to a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fourfold.base.errors import ConfigError
+from fourfold.base.log import get_logger
+from fourfold.config.schema import Run
+from fourfold.trackers.reports.plot import plot_losses
+from fourfold.trackers.reports.results import Split, format_results, write_results
+from fourfold.training import folder
+from fourfold.training.assemble import Parts, load_parts
+from fourfold.training.evaluate import Evaluator
+from fourfold.training.fit import fit
+
+log = get_logger(__name__)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say; none of them means to train.
+
+    Returns:
+        the figures of all_results.json.
+    Raises:
+        FourfoldError: whatever is the user's to settle.
+    """
+    training = run.training
+    for note in run.notes:
+        log.info(note)
+    output_dir = folder.claim(run)
+    parts = load_parts(run, output_dir)
+    folder.record(output_dir, run, parts.data.fingerprints, parts.layout.as_dict())
+    results: dict[str, Any] = {}
+    if training.do_train or not (training.do_eval or training.do_predict):
+        if parts.data.train is None:
+            raise ConfigError("dataset: nothing to train on. Name a data set of dataset_info.json.")
+        results |= _report(output_dir, "train", fit(parts, parts.data.train))
+        if run.output.plot_loss:
+            for path in plot_losses(output_dir):
+                log.info("Figure saved at %s", path)
+    if training.do_eval or (training.do_train and training.eval_strategy != "no"):
+        results |= _report(output_dir, "eval", _evaluator(parts).run("eval"))
+    if training.do_predict:
+        results |= _report(output_dir, "predict", _evaluator(parts).run("predict"))
+    return results
+
+
+def _evaluator(parts: Parts) -> Evaluator:
+    if not parts.data.eval:
+        raise ConfigError("eval_dataset: nothing to evaluate. Name a data set, or set val_size.")
+    return Evaluator(
+        parts.module, parts.step(), parts.data.eval, parts.cut_policy(), parts.run.training.per_device_eval_batch_size
+    )
+
+
+def _report(output_dir: Path, split: Split, figures: dict[str, float]) -> dict[str, float]:
+    write_results(output_dir, split, figures)
+    for line in format_results(split, figures).splitlines():
+        log.info(line)
+    return figures

@@ -1,0 +1,86 @@
+"""What a run remembers from step to step, and writes into every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fourfold.base.errors import CheckpointError
+
+FILE = "trainer_state.json"
+
+
+@dataclass
+class TrainState:
+    """Progress of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: epochs done, with fraction.
+        num_tokens: input tokens trained, without padding.
+        num_samples: samples trained.
+        total_flos: floating-point operations, counted as 6 * tokens * parameters without embeddings (the
+            convention of Transformers' Trainer).
+        loss_sum: sum of the losses of all steps.
+        window_loss, window_steps: the same since the last logged step.
+        train_runtime_s: seconds spent training, over all starts of the run.
+        best_metric, best_step: the best evaluation and its step.
+        evaluations_since_best: for early stopping.
+        log_history: every logged row.
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    num_tokens: int = 0
+    num_samples: int = 0
+    total_flos: float = 0.0
+    loss_sum: float = 0.0
+    window_loss: float = 0.0
+    window_steps: int = 0
+    train_runtime_s: float = 0.0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Write trainer_state.json: the fields that Transformers' users read, and Fourfold's own beside them.
+
+        Args:
+            facts: constants of the run that a resume must find unchanged.
+        """
+        best = None if self.best_step is None else f"checkpoint-{self.best_step}"
+        content = {
+            "best_metric": self.best_metric,
+            "best_global_step": self.best_step,
+            "best_model_checkpoint": best,
+            "epoch": self.epoch,
+            "global_step": self.step,
+            "num_input_tokens_seen": self.num_tokens,
+            "total_flos": self.total_flos,
+            "log_history": self.log_history,
+            **{key: facts[key] for key in ("max_steps", "num_train_epochs", "train_batch_size") if key in facts},
+            "fourfold": {"state": {k: v for k, v in asdict(self).items() if k != "log_history"}, "facts": facts},
+        }
+        (folder / FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, facts: dict[str, Any]) -> TrainState:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the run that wrote it differs in `facts`, so its position would mean something else.
+        """
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if "fourfold" not in content:
+            raise CheckpointError(f"{folder / FILE}: was not written by Fourfold, so it cannot be resumed exactly.")
+        saved = content["fourfold"]["facts"]
+        changed = [f"{key}: {saved[key]!r} then, {value!r} now" for key, value in facts.items() if saved.get(key) != value]
+        if changed:
+            raise CheckpointError(
+                f"{folder}: cannot be resumed with another setting ({'; '.join(changed)}). Set it as it was, or start "
+                "a new run with adapter_name_or_path or model_name_or_path at this folder."
+            )
+        return cls(**content["fourfold"]["state"], log_history=content["log_history"])
