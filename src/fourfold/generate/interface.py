@@ -9,7 +9,13 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen; the names and defaults are the config's generating keys."""
+    """How the next token is chosen; the names and defaults are the config's generating keys.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        max_length: longest prompt and answer together; if given, it takes the place of `max_new_tokens`.
+        seed: makes the choice repeatable; None leaves it to torch's random state.
+    """
 
     do_sample: bool = True
     temperature: float = 0.95
@@ -17,6 +23,7 @@ class Sampling:
     top_k: int = 50
     num_beams: int = 1
     max_new_tokens: int = 1024
+    max_length: int | None = None
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     seed: int | None = None

@@ -46,8 +46,9 @@ class ConsoleTracker(Tracker):
 
 
 def build(info: RunInfo) -> ConsoleTracker:
-    """A tracker on standard error."""
-    return ConsoleTracker(Console(stderr=True), info.max_steps, info.start_step)
+    """A tracker on standard error; `disable_tqdm` keeps it to plain lines."""
+    console = Console(stderr=True, force_terminal=False if info.config.get("disable_tqdm") else None)
+    return ConsoleTracker(console, info.max_steps, info.start_step)
 
 
 def _progress(console: Console) -> Progress:

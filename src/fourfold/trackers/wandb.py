@@ -53,8 +53,8 @@ def build(info: RunInfo) -> Wandb:
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"report_to: wandb does not start: {str(error).rstrip('.')}. Log in with `wandb login`, set WANDB_MODE=offline, or leave "
-            "wandb out of report_to."
+            f"report_to: wandb does not start: {str(error).rstrip('.')}. Log in with `wandb login`, set "
+            "WANDB_MODE=offline, or leave wandb out of report_to."
         ) from error
     id_file.write_text(run.id, encoding="utf-8")
     # figures carry their own step: W&B's counter would refuse the repeated steps of a resumed run
