@@ -1,0 +1,174 @@
+"""Loading the base model: from the hub, a folder or a GGUF file, or made anew, quantised if asked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fourfold.base.errors import ModelError
+from fourfold.base.log import get_logger
+from fourfold.config.model import ModelConfig
+from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
+from fourfold.models.quantize import quantization_for
+from fourfold.models.source import explained, gguf_path, hub_options, model_name
+
+log = get_logger(__name__)
+
+_ATTENTION = {
+    "auto": None,
+    "disabled": "eager",
+    "sdpa": "sdpa",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+}
+"""`flash_attn` -> Transformers' name; None leaves the choice to it."""
+
+
+def load_config(config: ModelConfig, *, seq_len: int | None = None) -> PreTrainedConfig:
+    """The Transformers config of the model, with the run's rope scaling.
+
+    Args:
+        seq_len: longest sequence that will be trained (`cutoff_len`), for the rope scaling factor; None outside
+            training.
+    Raises:
+        ModelError: there is no such model, or it has no causal language model.
+    """
+    name = model_name(config)
+    path = gguf_path(name)
+    if path is not None:
+        loaded = load_gguf_config(path)
+    else:
+        with explained(name, "the config"):
+            loaded = AutoConfig.from_pretrained(name, **hub_options(config))
+    _scale_rope(loaded, config, seq_len)
+    return loaded
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seq_len: int | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """The base model in evaluation mode, on `device`, quantised if the config or the checkpoint says so.
+
+    Args:
+        dtype: of the weights that are not quantised, and of the computation with those that are.
+        tokenizer: needed with `resize_vocab`, whose size the embedding takes.
+        seq_len: see `load_config`.
+        attention: Transformers' name of the attention implementation; overrides `flash_attn`.
+    Raises:
+        ModelError: the model cannot be loaded as asked; the message names it and the reason.
+    """
+    name = model_name(config)
+    model_config = load_config(config, seq_len=seq_len)
+    model_config.use_cache = False
+    model_config.name_or_path = name
+    if config.trust_remote_code:
+        log.warning("trust_remote_code: Python code that comes with %s may run on this machine.", name)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention or _ATTENTION[config.flash_attn]}
+    if config.train_from_scratch:
+        model = _from_scratch(model_config, config, options, device)
+    else:
+        model = _from_weights(name, model_config, config, options, device)
+    if config.resize_vocab:
+        if tokenizer is None:
+            raise ModelError("resize_vocab: the tokenizer is not known here. Load it first and pass it to load_model.")
+        resize_vocab(model, len(tokenizer))
+    return model.eval()
+
+
+def _from_scratch(
+    model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
+    log.info("train_from_scratch: the weights are initialised at random.")
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
+
+
+def _from_weights(
+    name: str, model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
+    quantization = quantization_for(model_config, config, options["dtype"], device)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if quantization is not None or device.type != "cpu":
+        options["device_map"] = {"": device}
+    path = gguf_path(name)
+    if path is None:
+        with explained(name, "the model"):
+            return AutoModelForCausalLM.from_pretrained(
+                name, config=model_config, use_safetensors=True, **hub_options(config), **options
+            )
+    model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # type: ignore[assignment]
+    weights = load_gguf_weights(path, model_config)
+    with explained(name, "the model"):
+        return model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
+
+
+def _scale_rope(loaded: PreTrainedConfig, config: ModelConfig, seq_len: int | None) -> None:
+    """Set the rope scaling, in place, so that positions up to `seq_len` fit.
+
+    The factor is the smallest whole number that stretches the model's own context to `seq_len`, and 2 where no
+    length is given.
+    """
+    kind = config.rope_scaling
+    if kind is None:
+        return
+    rope = loaded.rope_parameters
+    own = loaded.max_position_embeddings
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        raise ModelError(
+            f"rope_scaling: {kind} cannot be set on a {loaded.model_type} model, whose layers have no single rotary "
+            "embedding. Leave rope_scaling out."
+        )
+    if seq_len is not None and seq_len <= own:
+        log.warning(
+            "rope_scaling: cutoff_len %d is within the model's own %d positions, so nothing is scaled.", seq_len, own
+        )
+        return
+    factor = 2.0 if seq_len is None else float(math.ceil(seq_len / own))
+    scaled: dict[str, Any] = {"rope_type": kind, "rope_theta": rope["rope_theta"], "factor": factor}
+    if kind in ("yarn", "llama3", "dynamic"):
+        scaled["original_max_position_embeddings"] = own
+    if kind == "llama3":
+        scaled |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    loaded.rope_parameters = scaled
+    loaded.max_position_embeddings = int(own * factor)
+    log.info("rope_scaling: %s with factor %g, for %d positions.", kind, factor, loaded.max_position_embeddings)
+
+
+def resize_vocab(model: PreTrainedModel, num_tokens: int, *, multiple: int = 64) -> None:
+    """Grow the embedding and the head to `num_tokens` rows, rounded up to a multiple; never shrinks them.
+
+    New rows start as the mean of the old ones, so that new tokens are neither likely nor unlikely.
+    """
+    old = _weight(model.get_input_embeddings()).shape[0]
+    if num_tokens <= old:
+        log.info("resize_vocab: the embedding's %d rows hold all %d tokens; nothing to do.", old, num_tokens)
+        return
+    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            weight = _weight(layer)
+            weight[old:] = weight[:old].mean(dim=0, dtype=torch.float32).to(weight.dtype)
+    log.info("resize_vocab: the embedding grew from %d to %d rows.", old, model.config.vocab_size)
+
+
+def _weight(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight of an embedding or a head [vocabulary, hidden size], outside of autograd."""
+    weight = layer.get_parameter("weight")
+    return weight.detach()

@@ -1,0 +1,78 @@
+"""Where a model comes from: a hub id, a local folder or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fourfold.base.errors import ConfigError, ModelError
+from fourfold.config.model import ModelConfig
+from fourfold.models.gguf import is_gguf
+
+
+def model_name(config: ModelConfig) -> str:
+    """The hub id, folder or file of the base model; a local one exists.
+
+    Raises:
+        ConfigError: the config names none.
+        ModelError: a local path does not exist.
+    """
+    if not config.model_name_or_path:
+        raise ConfigError("model_name_or_path: no model is given. Name a hub id, a local folder or a .gguf file.")
+    check_source(config.model_name_or_path)
+    return config.model_name_or_path
+
+
+def check_source(name: str, key: str = "model_name_or_path") -> None:
+    """Refuse a local path that does not exist, before a library takes it for a hub id.
+
+    Raises:
+        ModelError: there is nothing at the path.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    looks_local = is_gguf(name) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local or os.sep not in name:
+        where = f" (in {Path.cwd()})" if not path.is_absolute() else ""
+        kind = "file" if is_gguf(name) else "folder"
+        hint = "" if looks_local else ", or a hub id in the form owner/name"
+        raise ModelError(f"{key}: there is no {kind} {name}{where}. Give a path that exists{hint}.")
+
+
+def gguf_path(name: str) -> Path | None:
+    """The path of a model that is a GGUF file, None for any other."""
+    return Path(name).expanduser() if is_gguf(name) else None
+
+
+def hub_options(config: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments that every `from_pretrained` of Transformers takes."""
+    return {
+        "revision": config.model_revision,
+        "cache_dir": config.cache_dir,
+        "token": config.hf_hub_token,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+@contextmanager
+def explained(name: str, what: str, key: str = "model_name_or_path") -> Iterator[None]:
+    """Turn the errors of a library's loader into one line that names the model.
+
+    Args:
+        what: what is being loaded, e.g. "the tokenizer".
+    Raises:
+        ModelError: in place of OSError, ValueError, ImportError and KeyError.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(name).expanduser().exists():
+            advice = "Check that the folder is complete."
+        else:
+            advice = "Check the name and the network, or give a local folder."
+        raise ModelError(f"{key}: {what} of {name} cannot be loaded ({reason}). {advice}") from error

@@ -1,0 +1,85 @@
+"""Loading a tokenizer and telling two of them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fourfold.base.errors import ModelError
+from fourfold.base.log import get_logger
+from fourfold.config.model import ModelConfig
+from fourfold.models.gguf_tokenizer import load_gguf_tokenizer
+from fourfold.models.source import explained, gguf_path, hub_options, model_name
+
+log = get_logger(__name__)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model, from the hub, a folder or a GGUF file, with the config's tokens added.
+
+    It pads on the right (generation pads on the left by itself) and always has a pad token.
+
+    Raises:
+        ModelError: it cannot be loaded, or has neither a pad nor an end-of-sequence token.
+    """
+    name = model_name(config)
+    path = gguf_path(name)
+    if path is not None:
+        tokenizer = load_gguf_tokenizer(path)
+    else:
+        with explained(name, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(name, use_fast=config.use_fast_tokenizer, **hub_options(config))
+    tokenizer.padding_side = "right"
+    tokenizer.split_special_tokens = config.split_special_tokens
+    _add_tokens(tokenizer, config)
+    _ensure_pad(tokenizer, name)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    for tokens, special in ((config.add_tokens, False), (config.add_special_tokens, True)):
+        if not tokens:
+            continue
+        added = tokenizer.add_tokens(list(tokens), special_tokens=special)
+        key = "add_special_tokens" if special else "add_tokens"
+        log.info("%s: added %d of %s to the vocabulary.", key, added, ", ".join(tokens))
+        if added and not config.resize_vocab:
+            log.warning(
+                "%s: the vocabulary grew by %d; `resize_vocab: true` is needed if the embedding has no spare rows.",
+                key,
+                added,
+            )
+
+
+def _ensure_pad(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.pad_token_id is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"model_name_or_path: the tokenizer of {name} has neither a pad nor an end-of-sequence token. "
+            "Set one of them in its tokenizer_config.json."
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    log.info("The tokenizer has no pad token; %s is used.", tokenizer.eos_token)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides how text becomes tokens; the same in every process and on every machine.
+
+    Covers vocabulary, merges, normalisation, pre-tokenizer, added tokens, the chat template and the special tokens;
+    not where it was loaded from, nor the padding and truncation that a call may have left behind.
+    """
+    content: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "split_special_tokens": tokenizer.split_special_tokens,
+        "chat_template": tokenizer.chat_template,
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+    }
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""Tiny random models of every family and a tiny tokenizer: complete model folders of well under a megabyte.
+
+`save_tiny_model(folder)` writes what a user would point `model_name_or_path` at: config, weights, tokenizer with a
+chat template.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCAB_SIZE = 384
+"""Rows of the embedding: 256 bytes, three special tokens, merges, and some rows without a token, as real models have.
+Divides among up to 128 ranks."""
+
+_TEXT = [
+    "Hello, I am an assistant. What can I do for you today?",
+    "The quick brown fox jumps over the lazy dog, and the dog does not care.",
+    "system user assistant: who are you? I am a tiny model that was made for tests.",
+]
+
+_DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": False}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {"num_experts": 4, **_EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "phi3": {"sliding_window": None},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 4.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.25,
+    },
+    "glm4": {"partial_rotary_factor": 0.5},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 4,
+    },
+    "cohere2": {"sliding_window": 16, "logit_scale": 0.25},
+    "starcoder2": {"sliding_window": None},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+"""Every family that is tested, with what its config needs beside the common numbers."""
+
+MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+
+
+def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
+    """A config of a few ten thousand parameters; `overrides` are entries of that config."""
+    return AutoConfig.for_model(model_type, **{**_DENSE, **FAMILIES[model_type], **overrides})
+
+
+def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A model of `tiny_config` with random weights, fp32, in evaluation mode.
+
+    The weights are larger than usual, so that logits differ visibly between positions and tokens.
+    """
+    torch.manual_seed(seed)
+    config = tiny_config(model_type, **{"initializer_range": 0.2, **overrides})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most VOCAB_SIZE tokens with ChatML's special tokens and template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def save_tiny_model(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write a complete model folder and return it; the tokenizer is `tiny_tokenizer()` unless given."""
+    tiny_model(model_type, seed=seed, **overrides).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
