@@ -10,11 +10,12 @@ class Thoughts:
 
     Args:
         words: what a thought begins and ends with.
+        empty: an empty thought; the two words together if None.
     """
 
-    def __init__(self, words: tuple[str, str]) -> None:
+    def __init__(self, words: tuple[str, str], empty: str | None = None) -> None:
         self.words = words
-        self.empty = "".join(words)
+        self.empty = "".join(words) if empty is None else empty
         self._pattern = re.compile(f"{re.escape(words[0])}.*?{re.escape(words[1])}", re.DOTALL)
 
     def remove(self, text: str) -> str:

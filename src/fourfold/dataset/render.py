@@ -92,7 +92,7 @@ class Renderer:
         self.default_system = facts.default_system if default_system is None else default_system
         self.tools: ToolFormat = load_tool_format(tool_format or facts.tool_format, today=today)
         self._function_role = "assistant" if self.tools.name != facts.tool_format else "function"
-        self._thoughts = Thoughts(facts.thought_words)
+        self._thoughts = Thoughts(facts.thought_words, facts.empty_thought)
         self._jinja = chat_environment(today).from_string(template.body)
 
     @property

@@ -1,7 +1,8 @@
 """Chat templates: a Jinja body and the facts about it that rendering and training need.
 
 A template is one file, `templates/<name>.jinja`. It begins with a comment that holds the facts as YAML between
-`{#---` and `---#}`; the rest is the body. The body sees
+`{#---` and `---#}`; the rest is the body, unless the facts name another template whose body it shares (`body_of`). The
+body sees
 
 - `messages`: dicts with `role` (user, assistant, function, observation) and `content`, without the system prompt;
 - `system`: the system prompt with the description of the tools, or none;
@@ -42,6 +43,7 @@ class TemplateFacts(BaseModel):
         tool_format: how tools are described and called (`tool_formats/<name>.jinja`).
         reasoning: the model thinks before it answers; `enable_thinking` applies.
         thought_words: what a thought begins and ends with.
+        empty_thought: an empty thought where it is not the two words together.
         tool_call_words: what a tool call in a data set's text may be wrapped in.
     """
 
@@ -54,6 +56,7 @@ class TemplateFacts(BaseModel):
     tool_format: str = "default"
     reasoning: bool = False
     thought_words: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
+    empty_thought: str | None = None
     tool_call_words: tuple[str, str] = ("<tool_call>", "</tool_call>")
 
 
@@ -90,14 +93,13 @@ def parse_template(name: str, source: str) -> Template:
         ConfigError: the facts at its head are not valid.
     """
     match = _FRONT_MATTER.match(source)
-    facts: object = {}
+    body = source[match.end() :] if match else source
     try:
-        if match is not None:
-            facts = yaml.safe_load(match["facts"]) or {}
-        return Template(
-            name=name, body=source[match.end() if match else 0 :], facts=TemplateFacts.model_validate(facts)
-        )
-    except (yaml.YAMLError, ValidationError) as error:
+        facts = dict(yaml.safe_load(match["facts"]) if match else {})
+        if "body_of" in facts:
+            body = parse_template(str(facts["body_of"]), _read(str(facts.pop("body_of")))).body
+        return Template(name=name, body=body, facts=TemplateFacts.model_validate(facts))
+    except (yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
         raise ConfigError(
             f"template: the facts at the head of {name}.jinja are not valid: {error}. Fix them."
         ) from error
@@ -111,11 +113,14 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     if name == AUTO:
         return Template(name=AUTO, body=_own_template(tokenizer))
+    return parse_template(name, _read(name))
+
+
+def _read(name: str) -> str:
     valid = template_names()
-    if name not in valid:
+    if name not in valid or name == AUTO:
         raise ConfigError(registry.unknown("template", name, valid))
-    file = importlib.resources.files(_PACKAGE).joinpath(f"{name}.jinja")
-    return parse_template(name, file.read_text(encoding="utf-8"))
+    return importlib.resources.files(_PACKAGE).joinpath(f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
