@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from fourfold.config.key import CommaFloats, CommaList, Folder, Options, Section, key
+from fourfold.config.key import CommaFloats, CommaList, Folder, Options, Section, key, later
 
 
 class DataConfig(Section):
@@ -33,7 +33,9 @@ class DataConfig(Section):
     interleave_probs: CommaFloats = key((), "Probability of each set when interleaving, comma-separated.")
     streaming: bool = key(False, "Read rows while training instead of all before. Needs max_steps.")
     buffer_size: int = key(16384, "Rows held to shuffle from when streaming.", ge=1)
-    data_shared_file_system: bool = key(False, "All nodes see the same folder, so one of them prepares the data.")
+    data_shared_file_system: bool = later(
+        False, "All nodes see the same folder, so one of them prepares the data.", "layouts over several devices"
+    )
     skip_bad_rows: bool = key(False, "Skip and count rows with missing fields instead of stopping at the first.")
 
     template: str = key(

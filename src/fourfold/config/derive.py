@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
 from typing import Any
 
-from fourfold.base import registry
 from fourfold.config.schema import Run
-
-ALWAYS_ON = ("console", "jsonl")
-"""Trackers that every run has."""
 
 
 def derive(run: Run) -> dict[str, Any]:
@@ -21,7 +15,8 @@ def derive(run: Run) -> dict[str, Any]:
     - disable_gradient_checkpointing is gradient_checkpointing: false;
     - eval_strategy: steps evaluates every logging_steps, and any eval_strategy but no means do_eval;
     - a file that asks for nothing is meant to train;
-    - report_to loses `none`, and `all` becomes the trackers that are installed.
+    - warmup_steps below 1 is warmup_ratio;
+    - report_to loses `none` and gains what use_swanlab asks for.
     """
     training, values = run.training, dict[str, Any]()
     if run.tuning.lora_alpha is None:
@@ -36,15 +31,13 @@ def derive(run: Run) -> dict[str, Any]:
             values["eval_steps"] = run.output.logging_steps
     if not (training.do_train or training.do_eval or training.do_predict) and "do_train" not in run.source:
         values["do_train"] = True
-    if run.output.report_to:
-        values["report_to"] = _trackers(run.output.report_to)
+    if training.warmup_steps < 1:
+        values["warmup_steps"] = 0
+        values["warmup_ratio"] = training.warmup_steps or training.warmup_ratio
+    trackers = tuple(name for name in run.output.report_to if name != "none")
+    if run.output.use_swanlab and "swanlab" not in trackers:
+        trackers = (*trackers, "swanlab")
+    values["report_to"] = trackers
     if run.output.resume_from_checkpoint is False:
         values["resume_from_checkpoint"] = None
-    return {name: value for name, value in values.items()}
-
-
-def _trackers(asked: tuple[str, ...]) -> tuple[str, ...]:
-    if "all" in asked:
-        optional = (name for name in registry.names("fourfold.trackers") if name not in ALWAYS_ON)
-        return tuple(name for name in optional if importlib.util.find_spec(name) is not None)
-    return tuple(name for name in asked if name not in ("none", *ALWAYS_ON))
+    return values

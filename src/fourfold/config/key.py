@@ -33,6 +33,23 @@ class Folder:
     suffix: str = ".py"
 
 
+class NoCounterpart(Exception):  # noqa: N818 - says what it is; never seen by a user
+    """A value of another tool's key cannot be carried over; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """What another tool's key is turned into.
+
+    Attributes:
+        values: our keys by name.
+        notes: what has no counterpart and why that does no harm, one line each.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class KeySpec:
     """What a key's declaration says beyond its type and default.
@@ -49,7 +66,7 @@ class KeySpec:
         refused: values of other tools that are out of scope: why, and what to use instead.
         low, high: bounds of a number, inclusive unless `open_low` / `open_high`.
         secret: never written to a file or a log.
-        to: for a mapped key, turns its value into ours, by name; may raise ValueError. None: nothing is to be done.
+        to: for a mapped key, turns its value into ours; may raise NoCounterpart. None: nothing is to be done.
         blocks: a later key that changes what is learnt, so that training must not go on without it.
     """
 
@@ -66,7 +83,7 @@ class KeySpec:
     open_low: bool = False
     open_high: bool = False
     secret: bool = False
-    to: Callable[[Any], Mapping[str, Any]] | None = None
+    to: Callable[[Any], Translation] | None = None
     blocks: bool = False
 
 

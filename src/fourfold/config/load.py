@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fourfold.base import registry
 from fourfold.base.errors import ConfigError
 from fourfold.config.derive import derive
-from fourfold.config.key import Section, Status
+from fourfold.config.key import NoCounterpart, Section, Status
 from fourfold.config.problems import invalid, show, unknown_key
 from fourfold.config.rules import Verb, contradictions, requirements
 from fourfold.config.schema import COMPAT, NESTED, SECTIONS, Key, Run, named_keys, table
@@ -105,7 +105,7 @@ class _Loader:
                 flat[name] = value
         for name in [name for name in flat if name not in table()]:
             del flat[name]
-            self.problems.append(unknown_key(name, table()))
+            self.problems.append(unknown_key(name))
         return flat
 
     def _chosen(self, key: Key, value: Any, attribute: str, values: dict[str, Any]) -> bool:
@@ -162,19 +162,20 @@ class _Loader:
             self.notes.append(f"{key.name}: {show(value)} changes nothing; {key.spec.note}")
             return
         try:
-            ours = dict(key.spec.to(value))
-        except ValueError as error:
+            translation = key.spec.to(value)
+        except NoCounterpart as error:
             self._bad(key, f"{key.name}: {error}")
             return
-        for name, setting in ours.items():
+        for name, setting in translation.values.items():
             if flat.setdefault(name, setting) != setting:
                 self._bad(
                     key,
                     f"{key.name}: {show(value)} means {name}: {show(setting)}, but {name} is {show(flat[name])}. "
                     f"Remove one of the two.",
                 )
-        listed = ", ".join(f"{name}: {show(setting)}" for name, setting in ours.items())
-        self.notes.append(f"{key.name}: {show(value)} is taken for {listed or 'nothing'}")
+        listed = ", ".join(f"{name}: {show(setting)}" for name, setting in translation.values.items())
+        self.notes.append(f"{key.name}: {show(value)} is taken for {listed or 'the default'}")
+        self.notes += [f"{key.name}: {note}" for note in translation.notes]
 
     def _bad(self, key: Key, problem: str) -> None:
         self.bad.add(key.name)

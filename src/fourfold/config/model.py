@@ -70,7 +70,7 @@ class ModelConfig(Section):
             "mxfp4": "bnb",
             "fp8": "bnb",
         },
-        refused={name: _GPTQ for name in ("gptq", "awq", "aqlm", "hqq", "eetq")},
+        refused=dict.fromkeys(("gptq", "awq", "aqlm", "hqq", "eetq"), _GPTQ),
     )
     quantization_type: Literal["nf4", "fp4"] = key("nf4", "Data type of 4-bit weights.", group="Quantisation")
     double_quantization: bool = key(

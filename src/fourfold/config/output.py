@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fourfold.config.key import CommaList, Count, Folder, Section, key
-
-_UNKNOWN_TRACKER = "no tracker for it. Use tensorboard or wandb; trainer_log.jsonl is always written."
+from fourfold.config.key import CommaList, Count, Folder, Section, key, later
+from fourfold.version import SCHEMA_VERSION
 
 
 class OutputConfig(Section):
@@ -49,3 +48,21 @@ class OutputConfig(Section):
         "passive", "How much is printed; passive means info.", group="Logging"
     )
     disable_tqdm: bool | None = key(None, "Plain lines instead of a progress bar.", group="Logging")
+
+    project: str | None = key(None, "Project of the trackers that have projects.", group="Trackers")
+    use_swanlab: bool = key(False, "Adds swanlab to report_to.", group="Trackers")
+    swanlab_project: str | None = key(None, "SwanLab: project.", group="Trackers")
+    swanlab_workspace: str | None = key(None, "SwanLab: workspace.", group="Trackers")
+    swanlab_run_name: str | None = key(None, "SwanLab: name of the run; default: run_name.", group="Trackers")
+    swanlab_mode: Literal["cloud", "local"] = key("cloud", "SwanLab: where figures are kept.", group="Trackers")
+    swanlab_api_key: str | None = key(None, "SwanLab: key of the account.", group="Trackers", secret=True)
+    swanlab_logdir: str | None = key(None, "SwanLab: folder of its logs; default: in output_dir.", group="Trackers")
+    swanlab_lark_webhook_url: str | None = later(
+        None, "SwanLab: address that is told of the end of a run.", "notifications", group="Trackers", secret=True
+    )
+    swanlab_lark_secret: str | None = later(
+        None, "SwanLab: secret of that address.", "notifications", group="Trackers", secret=True
+    )
+    schema_version: int = key(
+        SCHEMA_VERSION, "Version of the keys that a config file was written for.", ge=1, le=SCHEMA_VERSION
+    )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
 from fourfold.base import registry
-from fourfold.config.schema import Key
+from fourfold.config.key import Status
+from fourfold.config.schema import Key, table
 
 
-def unknown_key(name: str, known: Iterable[str]) -> str:
+def unknown_key(name: str) -> str:
     """The message for a key that there is not, with the nearest that there are."""
-    close = registry.nearest(name, known)
+    usable = (key.name for key in table().values() if key.spec.status is not Status.REFUSED)
+    close = registry.nearest(name, usable)
     hint = f"Did you mean {' or '.join(close)}?" if close else "`fourfold help` lists the keys."
     return f"{name}: there is no such key. {hint}"
 

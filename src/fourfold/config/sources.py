@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -41,10 +41,24 @@ def _core_schema() -> Resolvers:
     return found
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML with the scalars of YAML 1.2, where `5e-05` is a number and `no` is text, and a key given twice an error."""
+def _constructors() -> dict[Any, Any]:
+    """Tag -> what makes a value of it; numbers as YAML 1.2 writes them (PyYAML takes 010 for octal)."""
+    own = {
+        "tag:yaml.org,2002:int": lambda _, node: int(node.value),
+        "tag:yaml.org,2002:float": lambda _, node: _to_float(node.value),
+    }
+    return {**yaml.SafeLoader.yaml_constructors, **own}
 
-    yaml_implicit_resolvers: ClassVar[Resolvers] = _core_schema()
+
+def _to_float(text: str) -> float:
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML with the scalars of YAML 1.2: `5e-05` is a number and `no` is text; a key given twice is an error."""
+
+    yaml_implicit_resolvers = _core_schema()
+    yaml_constructors = _constructors()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -57,22 +71,10 @@ class _Loader(yaml.SafeLoader):
                 seen.add(name.value)
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(node.value)
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-    yaml_constructors: ClassVar[dict[str, Callable[..., Any]]] = {
-        **yaml.SafeLoader.yaml_constructors,
-        "tag:yaml.org,2002:int": construct_yaml_int,
-        "tag:yaml.org,2002:float": construct_yaml_float,
-    }
-
 
 def parse_yaml(text: str) -> Any:
     """Parse YAML text. Raises: yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - derives from SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def _parse_json(text: str) -> Any:
@@ -204,5 +206,5 @@ def parse_value(key: Key | None, text: str) -> Any:
         if pattern.fullmatch(text):
             return convert(text)
     if _FLOAT.fullmatch(text):
-        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+        return _to_float(text)
     return text

@@ -44,7 +44,6 @@ class TrainingConfig(Section):
     micro_batch_tokens: int | None = key(
         None, "Most tokens of one forward pass; a step is cut to it. The loss does not depend on it.", ge=1
     )
-    auto_find_batch_size: bool = key(False, "Halve the forward pass when memory runs out; the step stays the same.")
     disable_shuffling: bool = key(False, "Train the rows in the order of the file.")
     seed: int = key(42, "Seed of weights, data order and dropout.", ge=0)
     data_seed: int | None = key(None, "Seed of the data order; default: seed.", ge=0)
@@ -96,7 +95,6 @@ class TrainingConfig(Section):
     disable_gradient_checkpointing: bool = key(
         False, "The same as gradient_checkpointing: false.", group="Precision and memory"
     )
-    torch_compile: bool = later(False, "Compile the model.", "torch.compile", group="Precision and memory")
     fp8: bool = later(False, "Compute matrix products in float8.", "float8 training", group="Precision and memory")
 
     eval_strategy: Literal["no", "steps", "epoch"] = key("no", "When to evaluate while training.", group="Evaluation")
@@ -119,9 +117,3 @@ class TrainingConfig(Section):
     dataloader_drop_last: bool = key(False, "Leave out the last, incomplete batch of an epoch.", group="Loader")
     dataloader_pin_memory: bool = key(True, "Copy batches to the GPU from pinned memory.", group="Loader")
     dataloader_prefetch_factor: int | None = key(None, "Batches prepared ahead per worker.", group="Loader", ge=1)
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length", "batch_rebalance"] = key(
-        "random",
-        "Order of the samples.",
-        group="Loader",
-        renamed={"batch_rebalance": "random"},
-    )
