@@ -6,7 +6,7 @@ Shape legend: B prompts, S positions of the longest prompt, N new positions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -22,7 +22,10 @@ from transformers import (
 )
 
 from fourfold.base.errors import ModelError
+from fourfold.config.schema import Run
+from fourfold.dataset.render import Renderer
 from fourfold.generate.interface import Sampling
+from fourfold.models.inference import inference_device, load_for_inference
 
 
 class HuggingFaceEngine:
@@ -60,7 +63,7 @@ class HuggingFaceEngine:
         new_tokens = self._run(prompts, sampling)
         return [self._until_stop(row) for row in new_tokens.tolist()]
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Generator[str, None, None]:
         """The answer to one prompt as pieces of text, as they come.
 
         Closing the iterator early stops the generation at the next token.
@@ -169,17 +172,19 @@ class HuggingFaceEngine:
         return text
 
 
-def build(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_token_ids: Sequence[int],
-    *,
-    skip_special_tokens: bool = True,
-    use_cache: bool = True,
-) -> HuggingFaceEngine:
-    """The engine on a loaded model."""
+def build(run: Run, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> HuggingFaceEngine:
+    """Load the model of a config, on the GPU if there is one, and the engine on it.
+
+    Raises:
+        ConfigError: keys that contradict each other or this machine.
+        ModelError: a model or adapter that cannot be loaded.
+    """
     return HuggingFaceEngine(
-        model, tokenizer, stop_token_ids, skip_special_tokens=skip_special_tokens, use_cache=use_cache
+        load_for_inference(run, tokenizer, inference_device(run)),
+        tokenizer,
+        renderer.stop_token_ids,
+        skip_special_tokens=run.generation.skip_special_tokens,
+        use_cache=run.model.use_kv_cache,
     )
 
 

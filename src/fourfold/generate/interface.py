@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,12 +30,16 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """Generates from token ids. Each file of this folder has `build(...) -> Engine`."""
+    """Generates from token ids.
+
+    Each file of this folder has `build(run: Run, tokenizer, renderer: Renderer) -> Engine`, which loads the model;
+    the file name is the value of `infer_backend`.
+    """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """The new tokens of each prompt, without the prompt and without the stop token."""
         ...
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[str]:
-        """The answer to one prompt as pieces of text, as they come."""
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Generator[str, None, None]:
+        """The answer to one prompt as pieces of text, as they come; closing it early stops the generation."""
         ...

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from transformers import PreTrainedTokenizerBase
 
 from fourfold.base.errors import ConfigError
+from fourfold.config.schema import Run
+from fourfold.dataset.render import Renderer
 
 
-def build(*_: Any, **__: Any) -> NoReturn:
+def build(run: Run, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> NoReturn:
     """Refuses.
 
     Raises:

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fourfold.base.errors import ConfigError, ModelError
-from fourfold.generate import huggingface, vllm
+from fourfold.base.errors import ModelError
+from fourfold.generate.huggingface import HuggingFaceEngine
 from fourfold.generate.interface import Sampling
 
 STOP = "<|end|>"
@@ -51,12 +51,12 @@ def greedy_by_hand(model: LlamaForCausalLM, prompt: Sequence[int], count: int) -
 
 
 def test_generate_greedily_equals_argmax_of_the_logits(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     assert engine.generate([PROMPT], GREEDY) == [greedy_by_hand(model, PROMPT, 12)]
 
 
 def test_generate_of_a_batch_equals_each_prompt_alone(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     prompts = [PROMPT, [7], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert engine.generate(prompts, GREEDY) == [engine.generate([prompt], GREEDY)[0] for prompt in prompts]
 
@@ -67,7 +67,7 @@ def test_generate_ends_before_the_stop_token(
 ):
     expected = greedy_by_hand(model, PROMPT, 12)
     stop = expected[4]
-    engine = huggingface.build(model, tokenizer, [stop, 3], use_cache=with_cache)
+    engine = HuggingFaceEngine(model, tokenizer, [stop, 3], use_cache=with_cache)
     others = [9, 8, 7]
     answers = engine.generate([PROMPT, others], GREEDY)
     assert answers[0] == expected[: expected.index(stop)]
@@ -79,14 +79,14 @@ def test_stream_is_the_text_of_generate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, skip_special_tokens: bool
 ):
     stop = greedy_by_hand(model, PROMPT, 12)[6]
-    engine = huggingface.build(model, tokenizer, [stop], skip_special_tokens=skip_special_tokens)
+    engine = HuggingFaceEngine(model, tokenizer, [stop], skip_special_tokens=skip_special_tokens)
     tokens = engine.generate([PROMPT], GREEDY)[0]
     text = tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
     assert "".join(engine.stream(PROMPT, GREEDY)) == text
 
 
 def test_stream_with_beams_gives_the_best_beam(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [3])
+    engine = HuggingFaceEngine(model, tokenizer, [3])
     sampling = replace(GREEDY, num_beams=3, length_penalty=0.5)
     tokens = engine.generate([PROMPT], sampling)[0]
     assert list(engine.stream(PROMPT, sampling)) == [tokenizer.decode(tokens, skip_special_tokens=True)]
@@ -94,7 +94,7 @@ def test_stream_with_beams_gives_the_best_beam(model: LlamaForCausalLM, tokenize
 
 def test_stream_closed_early_stops_the_generation(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
     calls = count_calls(model)
-    pieces = huggingface.build(model, tokenizer, []).stream([10] * 4, replace(GREEDY, max_new_tokens=60))
+    pieces = HuggingFaceEngine(model, tokenizer, []).stream([10] * 4, replace(GREEDY, max_new_tokens=60))
     next(pieces)
     pieces.close()
     assert calls() < 60
@@ -108,7 +108,7 @@ def count_calls(model: LlamaForCausalLM) -> Callable[[], int]:
 
 
 def test_stream_raises_what_the_model_raises(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     with pytest.raises(IndexError):
         list(engine.stream([len(tokenizer) + 1], GREEDY))
 
@@ -116,7 +116,7 @@ def test_stream_raises_what_the_model_raises(model: LlamaForCausalLM, tokenizer:
 def test_seed_repeats_the_answer_and_leaves_the_random_state(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     sampling = Sampling(max_new_tokens=20, top_p=1.0, top_k=0, seed=7)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -127,7 +127,7 @@ def test_seed_repeats_the_answer_and_leaves_the_random_state(
 
 
 def test_greedy_ignores_the_models_own_sampling(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     expected = engine.generate([PROMPT], GREEDY)
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -141,7 +141,7 @@ def test_greedy_ignores_the_models_own_sampling(model: LlamaForCausalLM, tokeniz
 
 
 def test_generate_leaves_the_training_mode_as_it_was(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     expected = engine.generate([PROMPT], GREEDY)
     model.train()
     try:
@@ -162,12 +162,12 @@ def test_generate_leaves_the_training_mode_as_it_was(model: LlamaForCausalLM, to
 def test_answer_ends_with_the_context(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sampling: Sampling, expected: int
 ):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     assert len(engine.generate([PROMPT], sampling)[0]) == expected
 
 
 def test_prompt_as_long_as_the_context_is_refused(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast):
-    engine = huggingface.build(model, tokenizer, [])
+    engine = HuggingFaceEngine(model, tokenizer, [])
     with pytest.raises(ModelError, match=r"has 64 tokens, but prompt and answer together may have 64\."):
         list(engine.stream([5] * 64, GREEDY))
 
@@ -178,16 +178,11 @@ def test_generate_with_an_adapter_equals_the_merged_model(model: LlamaForCausalL
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     try:
-        with_adapter = huggingface.build(adapted, tokenizer, [3]).generate([PROMPT, [7]], GREEDY)
-        streamed = "".join(huggingface.build(adapted, tokenizer, [3]).stream(PROMPT, GREEDY))
+        with_adapter = HuggingFaceEngine(adapted, tokenizer, [3]).generate([PROMPT, [7]], GREEDY)
+        streamed = "".join(HuggingFaceEngine(adapted, tokenizer, [3]).stream(PROMPT, GREEDY))
         assert streamed == tokenizer.decode(with_adapter[0], skip_special_tokens=True)
         adapted.merge_adapter()
-        assert huggingface.build(adapted, tokenizer, [3]).generate([PROMPT, [7]], GREEDY) == with_adapter
+        assert HuggingFaceEngine(adapted, tokenizer, [3]).generate([PROMPT, [7]], GREEDY) == with_adapter
     finally:
         adapted.unmerge_adapter()
         adapted.unload()
-
-
-def test_vllm_is_refused_with_the_way_out():
-    with pytest.raises(ConfigError, match=r"infer_backend: 'vllm' .* Use infer_backend: huggingface"):
-        vllm.build()
