@@ -1,0 +1,281 @@
+"""Tokenised samples on disk: Arrow columns, memory-mapped, one record batch for each chunk of rows.
+
+Columns of a role (`""` for pt and sft, else with the role and a dot before the name):
+
+    input_ids   list<int32>   token ids
+    spans       list<int32>   start, stop, ... of the stretches whose labels are the tokens themselves
+    overrides   list<int32>   position, label, ... where the label is another token
+    documents   list<int32>   lengths of the packed documents; empty for a single one
+
+and of the sample: `length` (int32, tokens of all roles), `targets` (int32, trained positions), `set` (int16, which
+data set; -1 for a pack), and `extras.<name>` (float64). Labels take little room this way, and reading one sample is
+a few slices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from fourfold.base.errors import DataError
+from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
+from fourfold.dataset.encode import EncodedRow, Tokens
+
+DATA_FILE, META_FILE = "samples.arrow", "meta.json"
+STORAGE_VERSION = 1
+
+_TOKEN_COLUMNS = ("input_ids", "spans", "overrides", "documents")
+_EXTRAS = "extras."
+
+
+@dataclass(slots=True)
+class SetStats:
+    """What became of the rows of one data set.
+
+    Attributes:
+        rows: rows read.
+        samples: of them, those that can be trained.
+        tokens: tokens of these samples.
+        targets: trained positions of these samples.
+        truncated: samples that were cut to fit the cutoff.
+        dropped: rows left out, by reason.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, number: int = 1) -> None:
+        """Count rows that are left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + number
+
+    def add(self, other: SetStats) -> None:
+        """Add what `other` counted."""
+        self.rows += other.rows
+        self.samples += other.samples
+        self.tokens += other.tokens
+        self.targets += other.targets
+        self.truncated += other.truncated
+        for reason, number in other.dropped.items():
+            self.drop(reason, number)
+
+
+def to_record_batch(samples: Sequence[EncodedRow], sets: Sequence[int], roles: Sequence[str]) -> pa.RecordBatch:
+    """The columns of some samples.
+
+    Args:
+        sets: number of each sample's data set, -1 for a pack of several.
+        roles: the roles that each sample has, in order.
+    """
+    columns: dict[str, pa.Array] = {}
+    for role in roles:
+        sequences = [sample.sequences[role] for sample in samples]
+        lists = (
+            [tokens.ids for tokens in sequences],
+            [tokens.spans for tokens in sequences],
+            [tokens.overrides for tokens in sequences],
+            [tokens.documents for tokens in sequences],
+        )
+        for name, values in zip(_TOKEN_COLUMNS, lists, strict=True):
+            columns[_column(role, name)] = _list_array(values)
+    columns["length"] = pa.array([sample.length for sample in samples], pa.int32())
+    columns["targets"] = pa.array([_num_targets(sample.sequences) for sample in samples], pa.int32())
+    columns["set"] = pa.array(sets, pa.int16())
+    for name in samples[0].extras if samples else ():
+        columns[_EXTRAS + name] = pa.array([sample.extras[name] for sample in samples], pa.float64())
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def _num_targets(sequences: Mapping[str, Tokens]) -> int:
+    return sum(tokens.num_targets for tokens in sequences.values())
+
+
+def _column(role: str, name: str) -> str:
+    return f"{role}.{name}" if role else name
+
+
+def _list_array(lists: Sequence[Sequence[int]]) -> pa.ListArray:
+    offsets = np.zeros(len(lists) + 1, dtype=np.int32)
+    np.cumsum([len(entry) for entry in lists], out=offsets[1:])
+    values = np.fromiter((value for entry in lists for value in entry), dtype=np.int32, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+class SampleWriter:
+    """Writes the record batches of a data set, and what is known about it, into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / DATA_FILE).open("wb")
+        self._writer: pa.ipc.RecordBatchFileWriter | None = None
+        self.num_samples = 0
+
+    def __enter__(self) -> SampleWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None and kind is None:
+            self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add samples; nothing is written for an empty batch."""
+        if batch.num_rows == 0:
+            return
+        if self._writer is None:
+            self._writer = pyarrow.ipc.new_file(self._file, batch.schema)
+        self._writer.write_batch(batch)
+        self.num_samples += batch.num_rows
+
+    def write_meta(self, fingerprint: str, roles: Sequence[str], stats: Mapping[str, SetStats], facts: Any) -> None:
+        """Write the folder's description; call it last."""
+        meta = {
+            "storage_version": STORAGE_VERSION,
+            "fingerprint": fingerprint,
+            "roles": list(roles),
+            "num_samples": self.num_samples,
+            "stats": {name: asdict(entry) for name, entry in stats.items()},
+            "facts": facts,
+        }
+        with (self._folder / META_FILE).open("w", encoding="utf-8") as file:
+            json.dump(meta, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Chunk:
+    """One record batch as numpy views of the mapped file."""
+
+    def __init__(self, batch: pa.RecordBatch, roles: Sequence[str]) -> None:
+        self._lists = {role: [_views(batch.column(_column(role, name))) for name in _TOKEN_COLUMNS] for role in roles}
+        self._extras = {
+            name.removeprefix(_EXTRAS): batch.column(name).to_numpy()
+            for name in batch.schema.names
+            if name.startswith(_EXTRAS)
+        }
+
+    def sample(self, row: int, index: int) -> Sample:
+        sequences = {}
+        for role, columns in self._lists.items():
+            ids, spans, overrides, documents = (
+                values[offsets[row] : offsets[row + 1]].tolist() for values, offsets in columns
+            )
+            if ids:
+                sequences[role] = Example(ids, expand_labels(ids, spans, overrides), tuple(documents))
+        return Sample(sequences, index, {name: float(values[row]) for name, values in self._extras.items()})
+
+
+def _views(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    assert isinstance(column, pa.ListArray)
+    return column.values.to_numpy(), column.offsets.to_numpy()
+
+
+def expand_labels(ids: Sequence[int], spans: Sequence[int], overrides: Sequence[int]) -> list[int]:
+    """Labels in full: IGNORE_INDEX outside the spans, but for the overrides."""
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:stop] = ids[start:stop]
+    for position, label in zip(overrides[::2], overrides[1::2], strict=True):
+        labels[position] = label
+    return labels
+
+
+class TokenisedDataset:
+    """Tokenised samples of a folder, with random access; nothing is read before it is asked for.
+
+    Attributes:
+        folder: where the samples lie.
+        fingerprint: tells the data apart: its rows, tokenizer, template, options and the code that made it.
+        stats: what became of the rows, by name of the data set.
+        facts: what the data was made with, for messages.
+    Raises:
+        DataError: the folder is damaged or was written by a newer version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+            if meta["storage_version"] != STORAGE_VERSION:
+                raise DataError(
+                    f"holds data of storage version {meta['storage_version']}, not {STORAGE_VERSION}. Tokenise again.",
+                    file=str(folder),
+                )
+            self._reader = pyarrow.ipc.open_file(pa.memory_map(str(folder / DATA_FILE)))
+        except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
+            raise DataError(f"is not tokenised data or is damaged ({error}). Remove it.", file=str(folder)) from error
+        self.fingerprint: str = meta["fingerprint"]
+        self.stats = {name: SetStats(**entry) for name, entry in meta["stats"].items()}
+        self.facts: dict[str, Any] = meta["facts"]
+        self._roles: list[str] = meta["roles"]
+        self._num_samples: int = meta["num_samples"]
+        self._chunks: dict[int, _Chunk] = {}
+
+    def __reduce__(self) -> tuple[type[TokenisedDataset], tuple[Path]]:
+        return TokenisedDataset, (self.folder,)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        chunk = self._chunks.get(number)
+        if chunk is None:
+            chunk = self._chunks[number] = _Chunk(self._reader.get_batch(number), self._roles)
+        return chunk.sample(index - int(self._starts[number]), index)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """int64 [record batches]: the first sample of each record batch."""
+        sizes = [self._reader.get_batch(number).num_rows for number in range(self._reader.num_record_batches)]
+        return np.cumsum([0, *sizes[:-1]])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [samples]: tokens of each sample, all roles together."""
+        return self._numbers("length")
+
+    @cached_property
+    def num_targets(self) -> np.ndarray:
+        """int32 [samples]: trained positions of each sample, all roles together."""
+        return self._numbers("targets")
+
+    @cached_property
+    def sets(self) -> np.ndarray:
+        """int16 [samples]: which data set (in the order of `stats`) a sample comes from; -1 for a pack."""
+        return self._numbers("set")
+
+    def _numbers(self, column: str) -> np.ndarray:
+        batches = (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
+        return np.concatenate([batch.column(column).to_numpy() for batch in batches])
+
+    def document_lengths(self) -> np.ndarray:
+        """int32: length of every document of every sequence, packed or not."""
+        found: list[np.ndarray] = []
+        for number in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(number)
+            for role in self._roles:
+                documents, starts = _views(batch.column(_column(role, "documents")))
+                _, offsets = _views(batch.column(_column(role, "input_ids")))
+                single = np.diff(starts) == 0
+                found += (np.diff(offsets)[single], documents)
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int32)
