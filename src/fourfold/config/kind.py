@@ -21,14 +21,14 @@ class Kind:
         nullable: whether null is a value.
     """
 
-    types: frozenset[type]
+    types: frozenset[Any]
     values: tuple[Any, ...]
     nullable: bool
 
     @classmethod
     def of(cls, annotation: Any) -> Kind:
         """Read the annotation of a field."""
-        found: set[type] = set()
+        found: set[Any] = set()
         choices: list[Any] = []
         nullable = False
         for member in _members(annotation):
@@ -63,7 +63,7 @@ class Kind:
         return str in self.types and not self.choices
 
     def words(self) -> str:
-        """The type in plain words."""
+        """The type in plain words, null left out."""
         parts = [_WORDS[kind] for kind in (bool, int, float, str) if kind in self.types and not self._chosen(kind)]
         if int in self.types and float in self.types:
             parts.remove("an integer")
@@ -73,8 +73,8 @@ class Kind:
             parts.append("a mapping")
         if self.choices:
             parts.insert(0, "one of " + ", ".join(self.choices))
-        if self.nullable:
-            parts.append("null")
+        if Any in self.types:
+            parts.append("text or a mapping")
         return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " or " + parts[-1]
 
     def _chosen(self, kind: type) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -103,9 +104,13 @@ class _Loader:
                     )
             else:
                 flat[name] = value
+        tolerant = os.environ.get("ALLOW_EXTRA_ARGS", "").lower() in ("1", "true", "y", "yes")
         for name in [name for name in flat if name not in table()]:
             del flat[name]
-            self.problems.append(unknown_key(name))
+            if tolerant:
+                self.notes.append(f"{unknown_key(name)} It was left out, since ALLOW_EXTRA_ARGS is set.")
+            else:
+                self.problems.append(unknown_key(name))
         return flat
 
     def _chosen(self, key: Key, value: Any, attribute: str, values: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ def wanted(key: Key) -> str:
     if spec.high is not None:
         joined = " and" if spec.low is not None else ""
         words += f"{joined} {'below' if spec.open_high else 'at most'} {_number(spec.high)}"
-    return words
+    return f"{words} or null" if key.kind.nullable else words
 
 
 def invalid(key: Key, value: Any, error: ErrorDetails) -> str:

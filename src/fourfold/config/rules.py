@@ -285,6 +285,14 @@ def _stage_exists(run: Run) -> Iterator[str]:
         )
 
 
+def _engine_exists(run: Run) -> Iterator[str]:
+    if run.model.infer_backend == "vllm":
+        yield (
+            "infer_backend: vllm comes with a later version. Use infer_backend: huggingface, or serve the exported "
+            "model with vLLM itself."
+        )
+
+
 def _later_losses(run: Run) -> Iterator[str]:
     for name, value in run.source.items():
         key = table().get(name)
@@ -321,6 +329,6 @@ _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
         _later_losses,
     ),
     "data": (_needs_model, _needs_any_dataset),
-    "chat": (_needs_model,),
+    "chat": (_needs_model, _engine_exists),
     "export": (_needs_model, _needs_export_dir),
 }

@@ -1,0 +1,14 @@
+"""`fourfold train`."""
+
+from __future__ import annotations
+
+from fourfold.cli.session import Words, clear_errors, read_run
+
+
+def train(words: Words = None) -> None:
+    """Train, evaluate or predict, as the config says."""
+    with clear_errors():
+        run = read_run(words, "train")
+        from fourfold.training import run as training
+
+        training.train(run)
