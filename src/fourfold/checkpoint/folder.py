@@ -34,9 +34,23 @@ def digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+RESUME_ADVICE = "Free some space, or lower save_total_limit; then start again with resume_from_checkpoint: true."
+
+
+def write_folder(
+    target: Path,
+    write: Callable[[Path], None],
+    *,
+    manifest: bool = True,
+    key: str = "output_dir",
+    when_full: str = RESUME_ADVICE,
+) -> None:
     """Fill a folder by `write(temporary folder)` and put it in its place in one move.
 
+    Args:
+        manifest: add the manifest that `verify` reads; a model for others to load has none.
+        key: the config key that named the folder, for messages.
+        when_full: what to do when the disk is full.
     Raises:
         CheckpointError: the disk is full or cannot be written; nothing is left behind.
     """
@@ -45,39 +59,42 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
-        _seal(temporary)
+        if manifest:
+            _write_manifest(temporary)
+        _flush(temporary)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(target.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_cannot_write(target, error)) from error
+        raise CheckpointError(_cannot_write(target, error, key, when_full)) from error
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors wraps the system's error in one of its own, with the text only.
         if "No space left" in str(error):
-            raise CheckpointError(_cannot_write(target, OSError(errno.ENOSPC, "No space left on device"))) from error
+            full = OSError(errno.ENOSPC, "No space left on device")
+            raise CheckpointError(_cannot_write(target, full, key, when_full)) from error
         raise
 
 
-def _cannot_write(target: Path, error: OSError) -> str:
+def _cannot_write(target: Path, error: OSError, key: str, when_full: str) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         existing = next((p for p in (target.parent, *target.parents) if p.exists()), Path("/"))
         free = format_bytes(shutil.disk_usage(existing).free)
-        return (
-            f"{target}: the disk is full while saving ({free} free). Free some space, or lower save_total_limit; "
-            "then start again with resume_from_checkpoint: true."
-        )
-    return f"{target}: cannot be written ({error.strerror or error}). Choose another output_dir."
+        return f"{target}: the disk is full while saving ({free} free). {when_full}"
+    return f"{target}: cannot be written ({error.strerror or error}). Choose another {key}."
 
 
-def _seal(folder: Path) -> None:
+def _write_manifest(folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "xxh3": digest(p)} for p in files}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=1), encoding="utf-8")
-    for path in [*files, manifest]:
+    content = json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=1)
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
 

@@ -12,20 +12,13 @@ from transformers import PreTrainedModel
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.models import attention
+from fourfold.models.noise import NoiseKeys
+from fourfold.models.unwrap import base_model
 from fourfold.parallel.loss import Outputs
 
 log = get_logger(__name__)
 
 _CHECK_TOKENS = 8
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The Transformers model inside an adapter wrapper, or the model itself."""
-    from peft import PeftModel
-
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(inner, PreTrainedModel)
-    return inner
 
 
 def supports_packing(model: nn.Module) -> bool:
@@ -67,12 +60,12 @@ class StepModel:
     Attributes:
         module: the model, possibly wrapped by PEFT; what is trained and saved.
         packed: whether it is fed packed rows.
-        router_loss: whether the load-balancing loss of its experts is wanted.
+        noise: keys of dropout and input noise, told of every micro-batch; None where there is neither.
     """
 
     module: nn.Module
     packed: bool
-    router_loss: bool = False
+    noise: NoiseKeys | None = None
 
     def __post_init__(self) -> None:
         self._inner = base_model(self.module)
@@ -104,13 +97,10 @@ class StepModel:
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""
         kwargs = self._boundaries(batch.lengths, batch.cu_seqlens)
-        if self.router_loss:
-            kwargs["output_router_logits"] = True
+        if self.noise is not None and self.module.training:
+            self.noise.enter(batch)
         target = self._inner if self._head is None else self._inner.get_decoder()
         outputs = target(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs)
         if self._head is None:
             return Outputs(outputs.logits, lambda logits: logits)
-        return Outputs(outputs.last_hidden_state, self._head, self._balance(outputs, batch))
-
-    def _balance(self, outputs: object, batch: Batch) -> Tensor | None:
-        return None
+        return Outputs(outputs.last_hidden_state, self._head)

@@ -30,5 +30,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     if max_norm > 0:
         # The same factor as torch's clip_grad_norm_, so that curves are comparable to the last digit.
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, factor)
+        for grad in grads:
+            grad.mul_(factor)
     return norm

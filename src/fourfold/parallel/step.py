@@ -70,19 +70,19 @@ class Step:
         self,
         batches: Sequence[Batch],
         *,
-        before: Callable[[int, Batch], None] | None = None,
+        before: Callable[[int], None] | None = None,
     ) -> StepResult:
         """Accumulate the gradient of the whole step's loss.
 
         Args:
             batches: micro-batches, on the host.
-            before: called with number and batch before each micro-batch (seeds the randomness).
+            before: called with its number before each micro-batch (seeds the randomness).
         """
         denominators = total_denominators(self.objective.denominators(batches))
         sums = _Sums()
         for number, batch in enumerate(batches):
             if before is not None:
-                before(number, batch)
+                before(number)
             on_device = batch.to(self.device)
             with self.autocast():
                 found = self.objective.loss(self.model(on_device), on_device)

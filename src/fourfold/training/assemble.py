@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.base import registry
@@ -14,16 +13,20 @@ from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
 from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.prepare import Prepared, prepare
-from fourfold.dataset.render import Renderer, load_template
-from fourfold.models.adapters import attach, describe_parameters
+from fourfold.dataset.render import Renderer
+from fourfold.models.adapters import attach
 from fourfold.models.forward import StepModel, supports_packing
+from fourfold.models.inference import load_renderer
 from fourfold.models.load import load_model
-from fourfold.models.tokenizer import load_tokenizer
+from fourfold.models.lora import use_short_forward
+from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
+from fourfold.models.parameters import describe_parameters
+from fourfold.models.unwrap import TunedModel
 from fourfold.objectives.interface import Objective
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
 from fourfold.training.precision import Precision, resolve
-from fourfold.training.randomness import seed_everything
+from fourfold.training.randomness import seed_everything, seed_micro_batch
 
 log = get_logger(__name__)
 
@@ -47,19 +50,25 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     data: Prepared
-    module: nn.Module
+    module: TunedModel
     objective: Objective
+    noise: NoiseKeys
     layout: Layout = field(default_factory=Layout)
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
         return Step(
-            model=StepModel(self.module, packed=supports_packing(self.module)),
+            model=StepModel(self.module, packed=supports_packing(self.module), noise=self.noise),
             objective=self.objective,
             device=self.device,
             autocast=self.precision.autocast(self.device),
             scale=None if scaler is None else scaler.scale,
         )
+
+    def begin_micro_batch(self, step: int, number: int) -> None:
+        """Key all randomness of one micro-batch of one step."""
+        self.noise.step = step
+        seed_micro_batch(self.run.training.seed, step, number)
 
     def cut_policy(self) -> CutPolicy:
         """How a step is cut: by tokens, up to what the user's own batch size and cutoff would allow."""
@@ -70,8 +79,14 @@ class Parts:
         return CutPolicy(
             packed=supports_packing(self.module),
             max_tokens=training.micro_batch_tokens or tokens,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_token_id=pad_token(self.tokenizer),
         )
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padded positions; any will do, since nothing looks at them."""
+    token = tokenizer.pad_token_id
+    return token if isinstance(token, int) else 0
 
 
 def pick_device(run: Run) -> torch.device:
@@ -86,15 +101,7 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     training = run.training
     seed_everything(training.seed, deterministic=training.full_determinism)
     objective: Objective = registry.load(_OBJECTIVES, training.stage, key="stage").build(run)
-    tokenizer = load_tokenizer(run.model)
-    renderer = Renderer(
-        load_template(run.data.template, tokenizer),
-        tokenizer,
-        tool_format=run.data.tool_format,
-        default_system=run.data.default_system,
-        enable_thinking=run.data.enable_thinking,
-        preserve_thinking=run.data.preserve_thinking,
-    )
+    tokenizer, renderer = load_renderer(run)
     data = prepare(run, tokenizer, renderer)
     device = pick_device(run)
     precision = resolve(run)
@@ -102,4 +109,9 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     model = load_model(run.model, dtype=precision.load, device=device)
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
-    return Parts(run, output_dir, device, precision, tokenizer, renderer, data, module, objective)
+    use_short_forward(module)
+    noise = NoiseKeys(training.seed)
+    key_dropout(module, noise)
+    if training.neftune_noise_alpha:
+        add_neftune(module, noise, training.neftune_noise_alpha)
+    return Parts(run, output_dir, device, precision, tokenizer, renderer, data, module, objective, noise)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.base.errors import CheckpointError
@@ -17,6 +16,7 @@ from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import prune, write_folder
 from fourfold.checkpoint.optimizer import NUMBERS, load_optimizer, save_optimizer
 from fourfold.checkpoint.resume import load_weights
+from fourfold.models.unwrap import TunedModel
 from fourfold.models.weights import save_model
 from fourfold.training.state import TrainState
 
@@ -36,7 +36,7 @@ class Checkpointer:
     """
 
     output_dir: Path
-    module: nn.Module
+    module: TunedModel
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler

@@ -11,8 +11,8 @@ from fourfold.base.log import get_logger
 from fourfold.base.units import format_count
 from fourfold.checkpoint.resume import find_checkpoint
 from fourfold.dataset.loader import SampleSource, StepLoader
-from fourfold.models.adapters import parameter_groups
-from fourfold.models.forward import base_model
+from fourfold.models.groups import parameter_groups
+from fourfold.models.unwrap import base_model
 from fourfold.models.weights import save_model
 from fourfold.trackers.interface import RunInfo, Tracker, open_trackers
 from fourfold.trackers.reports.results import speed
@@ -37,7 +37,8 @@ def fit(parts: Parts, source: SampleSource) -> dict[str, float]:
     run, output_dir = parts.run, parts.output_dir
     budget = plan_steps(run.training, len(source), parts.layout.dp)
     facts = run_facts(parts, source, budget)
-    resumed = find_checkpoint(run.output.resume_from_checkpoint or False, output_dir)
+    resume = run.output.resume_from_checkpoint
+    resumed = find_checkpoint(resume, output_dir) if resume else None
     state = TrainState() if resumed is None else TrainState.load(resumed, facts)
     _announce(parts, budget, len(source), state)
     name = run.output.run_name or output_dir.name
@@ -115,6 +116,7 @@ def build_loop(
         state=state,
         trackers=trackers,
         save=checkpointer.save,
+        begin_micro_batch=parts.begin_micro_batch,
         scaler=scaler,
         evaluator=evaluator,
     )
@@ -130,7 +132,6 @@ def _settings(parts: Parts, budget: Budget) -> LoopSettings:
         max_steps=budget.max_steps,
         steps_per_epoch=budget.steps_per_epoch,
         max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
         logging=Cadence(logging.every, logging.at_end, at_first=output.logging_first_step),
         evaluation=evaluation,
         saving=evaluation if output.save_strategy == "best" else saving,
@@ -147,10 +148,11 @@ def _announce(parts: Parts, budget: Budget, num_samples: int, state: TrainState)
     training = parts.run.training
     policy = parts.cut_policy()
     how = "packed end to end" if policy.packed else "padded"
+    epochs = f"Num epochs = {training.num_train_epochs:g}"
     lines = [
         "***** Running training *****",
         f"  Num examples = {format_count(num_samples)}",
-        f"  Num epochs = {training.num_train_epochs:g}" if training.max_steps <= 0 else f"  Max steps = {training.max_steps}",
+        f"  {epochs if training.max_steps <= 0 else f'Max steps = {training.max_steps}'}",
         f"  Samples per optimizer step = {budget.samples_per_step}, {how} in micro-batches of up to "
         f"{format_count(policy.max_tokens)} tokens",
         f"  Total optimization steps = {format_count(budget.max_steps)}",

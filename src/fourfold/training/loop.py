@@ -22,7 +22,6 @@ from fourfold.trackers.interface import Tracker
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.interrupt import StopRequest
 from fourfold.training.memory import peak_memory_figures
-from fourfold.training.randomness import seed_micro_batch
 from fourfold.training.schedule import Cadence
 from fourfold.training.state import TrainState
 
@@ -37,7 +36,6 @@ class LoopSettings:
         max_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of one epoch.
         max_grad_norm: gradients are clipped to this 2-norm; 0 for no clipping.
-        seed: keys the randomness of every micro-batch.
         logging, evaluation, saving: when each is due.
         flos_per_token: floating-point operations counted for a token.
         early_stopping: evaluations without a better one after which the run ends; None for never.
@@ -46,7 +44,6 @@ class LoopSettings:
     max_steps: int
     steps_per_epoch: int
     max_grad_norm: float
-    seed: int
     logging: Cadence
     evaluation: Cadence
     saving: Cadence
@@ -54,6 +51,18 @@ class LoopSettings:
     early_stopping: int | None = None
     metric: str = "eval_loss"
     greater_is_better: bool = False
+
+
+class Window:
+    """Tokens and time since the last logged step."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._start = time.perf_counter()
+
+    def speed(self, remaining_steps: int, steps: int) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        return {"tokens_per_sec": self.tokens / seconds, "remaining_s": seconds / max(steps, 1) * remaining_steps}
 
 
 @dataclass
@@ -64,6 +73,7 @@ class Loop:
         step: runs forward and backward.
         module: the model; its trained parameters are clipped.
         save: writes a checkpoint of the current state and returns its folder.
+        begin_micro_batch: called with step and number before each micro-batch; keys the randomness.
         scaler: scales the loss under fp16.
         evaluator: evaluates, or None.
     """
@@ -78,10 +88,11 @@ class Loop:
     state: TrainState
     trackers: list[Tracker]
     save: Callable[[], Path]
+    begin_micro_batch: Callable[[int, int], None]
     scaler: torch.amp.GradScaler | None = None
     evaluator: Evaluator | None = None
     _figures: dict[str, float] = field(default_factory=dict)
-    _window: _Window = field(default_factory=lambda: _Window())
+    _window: Window = field(default_factory=Window)
 
     def fit(self) -> None:
         """Train until the budget is spent, early stopping says so, or a signal asks for the end.
@@ -103,8 +114,7 @@ class Loop:
     def _train_step(self, found: StepSamples, parameters: list[nn.Parameter]) -> None:
         batches = cut(found.samples, self.policy)
         self.optimizer.zero_grad(set_to_none=True)
-        seed = partial(seed_micro_batch, self.settings.seed, found.step)
-        result = self.step.forward_backward(batches, before=lambda number, _: seed(number))
+        result = self.step.forward_backward(batches, before=partial(self.begin_micro_batch, found.step))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(parameters, self.settings.max_grad_norm)
@@ -172,12 +182,12 @@ class Loop:
             **peak_memory_figures(),
         }
         state.window_loss, state.window_steps = 0.0, 0
-        self._window = _Window()
+        self._window = Window()
         self._publish(figures)
 
     def _evaluate(self, evaluator: Evaluator) -> None:
         figures = evaluator.run() | {"epoch": self.state.epoch}
-        self._window = _Window()
+        self._window = Window()
         metric = figures.get(self.settings.metric)
         if metric is not None:
             self._note_metric(metric)
@@ -215,15 +225,3 @@ class Loop:
 
 _MACHINE_FIGURES = {"tokens_per_sec", "elapsed_s", "remaining_s", "peak_memory_gib", "reserved_memory_gib"}
 """Figures of the machine and the moment; left out of the history, which a resumed run repeats exactly."""
-
-
-class _Window:
-    """Tokens and time since the last logged step."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self._start = time.perf_counter()
-
-    def speed(self, remaining_steps: int, steps: int) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        return {"tokens_per_sec": self.tokens / seconds, "remaining_s": seconds / max(steps, 1) * remaining_steps}

@@ -77,7 +77,9 @@ class TrainState:
         if "fourfold" not in content:
             raise CheckpointError(f"{folder / FILE}: was not written by Fourfold, so it cannot be resumed exactly.")
         saved = content["fourfold"]["facts"]
-        changed = [f"{key}: {saved[key]!r} then, {value!r} now" for key, value in facts.items() if saved.get(key) != value]
+        changed = [
+            f"{key}: {saved.get(key)!r} then, {new!r} now" for key, new in facts.items() if saved.get(key) != new
+        ]
         if changed:
             raise CheckpointError(
                 f"{folder}: cannot be resumed with another setting ({'; '.join(changed)}). Set it as it was, or start "

@@ -17,7 +17,7 @@ def build(groups: list[dict[str, Any]], run: Run) -> torch.optim.Optimizer:
         ConfigError: bitsandbytes is not installed.
     """
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise ConfigError(
             "optim: adamw_8bit needs bitsandbytes, which is not installed. pip install 'fourfold[quant]'."
