@@ -24,7 +24,7 @@ _SEPARATOR = "|"
 
 def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
     """Write `optimizer.safetensors` and `optimizer.json` into `folder`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
@@ -59,7 +59,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         for parameter in group["params"]
         if not (group.get("fused") or group.get("capturable"))
     }
-    states: dict[nn.Parameter, dict[str, Any]] = {}
+    states: dict[Tensor, dict[str, Any]] = {}
     with safe_open(folder / TENSORS, framework="pt") as file:
         for entry in file.keys():  # noqa: SIM118 (not a mapping)
             name, _, key = entry.rpartition(_SEPARATOR)

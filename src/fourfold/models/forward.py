@@ -37,6 +37,7 @@ def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     multiplies by `logit_scale`, gemma caps by `final_logit_softcapping`).
     """
     lm_head = model.get_output_embeddings()
+    assert lm_head is not None, "a causal language model has a head"
     config = model.config
     divide: float | None = getattr(config, "logits_scaling", None)
     multiply: float | None = getattr(config, "logit_scale", None)
