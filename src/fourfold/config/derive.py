@@ -38,6 +38,7 @@ def derive(run: Run) -> dict[str, Any]:
     if run.output.use_swanlab and "swanlab" not in trackers:
         trackers = (*trackers, "swanlab")
     values["report_to"] = trackers
-    if run.output.resume_from_checkpoint is False:
-        values["resume_from_checkpoint"] = None
+    words = {False: None, "false": None, "true": True}
+    if run.output.resume_from_checkpoint in words:
+        values["resume_from_checkpoint"] = words[run.output.resume_from_checkpoint]
     return values

@@ -33,11 +33,8 @@ def wanted(key: Key) -> str:
 
 def invalid(key: Key, value: Any, error: ErrorDetails) -> str:
     """The message for a value of a wrong type or out of range."""
-    kind = error["type"]
-    if kind == "value_error":
-        return f"{key.name}: {value!r}: {error['msg'].removeprefix('Value error, ')}. Use {wanted(key)}."
-    out_of_range = kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-    wrong = "is out of range" if out_of_range else "is not valid"
+    bounds = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+    wrong = "is out of range" if error["type"] in bounds else "is not valid"
     return f"{key.name}: {show(value)} {wrong}. Use {wanted(key)}."
 
 

@@ -136,14 +136,15 @@ def _row(key: Key) -> str:
 
 
 def refused_rows() -> str:
-    """A table of everything that is refused: keys by reason, then values of keys that are otherwise obeyed."""
+    """A table of everything that is refused: keys by reason, and values of keys that are otherwise obeyed."""
     by_reason: dict[str, list[str]] = {}
     for key in table().values():
+        for reason in dict.fromkeys(key.spec.refused.values()):
+            values = ", ".join(value for value, why in key.spec.refused.items() if why == reason)
+            by_reason.setdefault(reason, []).append(f"`{key.name}` with {values}")
         if key.spec.status is Status.REFUSED:
             by_reason.setdefault(key.spec.note, []).append(f"`{key.name}`")
-        for value, reason in key.spec.refused.items():
-            by_reason.setdefault(reason, []).append(f"`{key.name}: {value}`")
-    rows = (f"| {', '.join(names)} | {reason} |" for reason, names in by_reason.items())
+    rows = (f"| {'; '.join(names)} | {reason} |" for reason, names in by_reason.items())
     return "\n".join(["| Refused | Why, and what to use instead |", "|---|---|", *rows])
 
 

@@ -47,10 +47,10 @@ def translate_fsdp(value: Any) -> Translation:
     """
     if isinstance(value, bool):
         return Translation({"strategy": "fsdp"} if value else {})
-    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    text = value if isinstance(value, str) else " ".join(map(str, value or ()))
     found: dict[str, Any] = {}
-    for word in words or ():
-        found |= _sharding(str(word).lower())
+    for word in text.replace(",", " ").split():
+        found |= _sharding(word.lower())
     return Translation(found)
 
 
@@ -139,7 +139,7 @@ class AccelerateKeys(Section):
 
     title: ClassVar[str] = "Accelerate"
 
-    fsdp: Any = translated(
+    fsdp: bool | str | tuple[str, ...] | None = translated(
         None, 'Words such as "full_shard auto_wrap".', translate_fsdp, "strategy and parallel.offload"
     )
     fsdp_config: Any = translated(
