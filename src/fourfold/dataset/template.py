@@ -8,7 +8,8 @@ body sees
 - `system`: the system prompt with the description of the tools, or none;
 - `bos_token`, `eos_token`; `add_generation_prompt`: whether to end with the opening of an assistant turn,
 
-names its loop variable `message`, and marks with `{% generation %}` what the model writes.
+names its loop variable `message`, and marks with `{%- generation -%}` and `{%- endgeneration -%}` what the model
+writes, and with `{%- cut -%}` where the text before and after is tokenised apart.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _PACKAGE = "fourfold.dataset.templates"
+_MARK = re.compile(r"\{%(?P<left>[-+]?)\s*(?:(?:end)?generation|cut)\s*(?P<right>[-+]?)%\}")
 _FRONT_MATTER = re.compile(r"\A\{#---\n(?P<facts>.*?)\n---#\}\n?", re.DOTALL)
 
 
@@ -93,16 +95,17 @@ def parse_template(name: str, source: str) -> Template:
         ConfigError: the facts at its head are not valid.
     """
     match = _FRONT_MATTER.match(source)
-    body = source[match.end() :] if match else source
     try:
+        body = source[match.end() :] if match else source
         facts = dict(yaml.safe_load(match["facts"]) if match else {})
         if "body_of" in facts:
             body = parse_template(str(facts["body_of"]), _read(str(facts.pop("body_of")))).body
+        # Only so can they be taken out again without a change of the white space around them (see export_template).
+        if any(mark["left"] != "-" or mark["right"] != "-" for mark in _MARK.finditer(body)):
+            raise ValueError("a mark does not trim the space around it; write {%- generation -%} and {%- cut -%}")
         return Template(name=name, body=body, facts=TemplateFacts.model_validate(facts))
     except (yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"template: the facts at the head of {name}.jinja are not valid: {error}. Fix them."
-        ) from error
+        raise ConfigError(f"template: {name}.jinja is not valid: {error}. Correct the file.") from error
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -128,9 +131,9 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(own, dict):  # several named ones
         own = own.get("default")
     if not isinstance(own, str):
-        names = ", ".join(entry for entry in template_names() if entry != AUTO)
         raise ConfigError(
             f"template: 'auto' takes the tokenizer's own chat template, but {tokenizer.name_or_path or 'the tokenizer'}"
-            f" has none. Name one that suits the model: {names}."
+            " has none. Name one that suits the model, such as chatml, llama3 or qwen (docs/templates.md lists them);"
+            " default and alpaca suit a model that was never trained to chat."
         )
     return own

@@ -6,6 +6,7 @@ head, in the comment between `{#---` and `---#}`, how a call is found in what a 
 
 from __future__ import annotations
 
+import ast
 import datetime
 import importlib.resources
 import json
@@ -39,7 +40,8 @@ class ReadFacts(BaseModel):
 
     Attributes:
         pattern: finds a call. Its group `json` is a call or a list of calls as JSON; or its groups `name` and
-            `arguments` (JSON) or `name` and `parameters` (searched with `parameter`) make one.
+            `arguments` (JSON) or `name` and `parameters` (searched with `parameter`) make one; or its group `python` is
+            calls in Python's syntax, with keywords only.
         parameter: finds one parameter within `parameters`, by its groups `key` and `value` (JSON, or else a string).
         arguments_key: the key of the arguments within `json`.
     """
@@ -81,12 +83,7 @@ class ToolFormat:
         Raises:
             DataError: not a JSON list of objects with a name.
         """
-        try:
-            parsed = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"tools: {tools[:200]!r} is not valid JSON ({error}). Give a JSON list.") from error
-        if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
-            raise DataError(f"tools: expected a JSON list of objects, got {tools[:200]!r}. Wrap it in a list.")
+        parsed = parse_tools(tools)
         try:
             return str(self._describe(parsed)) if parsed else ""
         except (TemplateError, TypeError) as error:
@@ -112,7 +109,7 @@ class ToolFormat:
         for match in re.finditer(self._read.pattern, text, re.DOTALL):
             try:
                 calls += self._read_one(match.groupdict())
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (ValueError, SyntaxError, KeyError, TypeError):
                 return None
         return calls or None
 
@@ -121,6 +118,8 @@ class ToolFormat:
             parsed = json.loads(groups["json"] or "")
             entries = parsed if isinstance(parsed, list) else [parsed]
             return [ToolCall(entry["name"], entry[self._read.arguments_key]) for entry in entries]
+        if groups.get("python") is not None:
+            return _read_python(groups["python"] or "")
         name = (groups["name"] or "").strip()
         if groups.get("arguments") is not None:
             return [ToolCall(name, json.loads(groups["arguments"] or ""))]
@@ -128,11 +127,48 @@ class ToolFormat:
         return [ToolCall(name, {item["key"]: _json_or_text(item["value"]) for item in found})]
 
 
+def parse_tools(tools: str) -> list[dict[str, Any]]:
+    """The descriptions of tools from their JSON.
+
+    Raises:
+        DataError: not a JSON list of objects.
+    """
+    try:
+        parsed = json.loads(tools)
+    except json.JSONDecodeError as error:
+        raise DataError(f"tools: {tools[:200]!r} is not valid JSON ({error}). Give a JSON list.") from error
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
+        raise DataError(f"tools: expected a JSON list of objects, got {tools[:200]!r}. Wrap it in a list.")
+    return parsed
+
+
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
+
+
+def _read_python(text: str) -> list[ToolCall]:
+    """The calls in `name(key=value, ...), ...`; JSON's true, false and null are values too.
+
+    Raises:
+        ValueError, SyntaxError: it is anything else.
+    """
+    calls = []
+    listed = ast.parse(f"[{text}]", mode="eval").body
+    for node in listed.elts if isinstance(listed, ast.List) else []:
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+            raise ValueError(text)
+        calls.append(ToolCall(node.func.id, {word.arg: _python_value(word.value) for word in node.keywords}))
+    return calls
+
+
+def _python_value(node: ast.expr) -> Any:
+    names = {"true": True, "false": False, "null": None}
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    return ast.literal_eval(node)
 
 
 def tool_format_names() -> list[str]:
