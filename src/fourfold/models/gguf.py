@@ -7,9 +7,10 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -165,9 +166,11 @@ def gguf_package() -> ModuleType:
     return gguf
 
 
-def dequantize(file: GgufFile, info: TensorInfo) -> Tensor:
-    """One tensor of the file as fp32, whatever its block format.
+def dequantize(file: GgufFile, info: TensorInfo, rows: Sequence[int] | None = None) -> Tensor:
+    """A tensor of the file as fp32, whatever its block format.
 
+    Args:
+        rows: of a matrix, which rows to read; None reads the whole tensor.
     Raises:
         ModelError: the block format is not known to the installed `gguf`, or the file ends too early.
     """
@@ -175,19 +178,16 @@ def dequantize(file: GgufFile, info: TensorInfo) -> Tensor:
     try:
         kind = gguf.GGMLQuantizationType(info.kind)
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        num_elements = int(np.prod(info.shape))
-        num_bytes = num_elements // block_size * block_bytes
-        raw = np.memmap(file.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(num_bytes,))
-        rows = raw.reshape(-1, info.shape[-1] // block_size * block_bytes)
-        if kind == gguf.GGMLQuantizationType.F32:
-            values = rows.view(np.float32)
-        elif kind == gguf.GGMLQuantizationType.F16:
-            values = rows.view(np.float16).astype(np.float32)
-        else:
-            values = gguf.dequantize(rows, kind)
+        # Blocks lie within a row (along the last dim), so rows can be read by themselves.
+        row_bytes = info.shape[-1] // block_size * block_bytes
+        num_rows = math.prod(info.shape[:-1])
+        raw = np.memmap(file.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(num_rows, row_bytes))
+        wanted = raw if rows is None else raw[list(rows)]
+        values = wanted.view(np.float32) if kind == gguf.GGMLQuantizationType.F32 else gguf.dequantize(wanted, kind)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(
             f"model_name_or_path: tensor {info.name} of {file.path} cannot be read ({error}). "
             "Fetch the file again, or use one with another quantisation."
         ) from error
-    return torch.from_numpy(np.require(values, np.float32, ["C", "W"]).reshape(info.shape))
+    shape = info.shape if rows is None else (len(rows), *info.shape[1:])
+    return torch.from_numpy(np.require(values, np.float32, ["C", "W"]).reshape(shape))

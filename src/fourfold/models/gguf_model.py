@@ -6,6 +6,7 @@ Transformers' own GGUF loader, which knows more of them and takes longer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.models.gguf import GgufFile, TensorInfo, dequantize, gguf_package, read_gguf
+from fourfold.models.sample import COLUMNS, sample_rows
 
 log = get_logger(__name__)
 
@@ -81,21 +83,37 @@ def load_gguf_weights(path: Path, config: PreTrainedConfig) -> dict[str, Tensor]
     gguf_package()
     if not _is_plain(file):
         return _weights_by_transformers(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    infos = _match(file, shapes, int(file.number("block_count")))
-    family = _FAMILIES[file.architecture]
+    infos = _match(file, config)
+    heads = {name: _permuted_heads(file, config, name) for name in infos}
 
     def read(name: str) -> Tensor:
-        tensor = dequantize(file, infos[name])
-        if family.permuted and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            return _unpermute(tensor, heads)
-        return tensor
+        tensor, num_heads = dequantize(file, infos[name]), heads[name]
+        return tensor if num_heads is None else tensor[_row_order(tensor.shape[0], num_heads)]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(infos, pool.map(read, infos), strict=True))
+
+
+def sample_gguf_weights(path: Path) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """A few values of every tensor, as `fourfold.models.identity` takes them from safetensors files.
+
+    Files that are converted by Transformers are sampled under their own names and in their own row order.
+    """
+    file = read_gguf(path)
+    gguf_package()
+    config = _build_config(file) if _is_plain(file) else None
+    infos = dict(file.tensors) if config is None else _match(file, config)
+    for name in sorted(infos):
+        info = infos[name]
+        if len(info.shape) == 1:
+            yield name, info.shape, dequantize(file, info)
+            continue
+        rows = sample_rows(info.shape)
+        heads = None if config is None else _permuted_heads(file, config, name)
+        if heads is not None:
+            order = _row_order(info.shape[0], heads)
+            rows = [int(order[row]) for row in rows]
+        yield name, info.shape, dequantize(file, info, rows)[..., :COLUMNS].flatten()
 
 
 def _is_plain(file: GgufFile) -> bool:
@@ -103,11 +121,14 @@ def _is_plain(file: GgufFile) -> bool:
     return file.architecture in _FAMILIES and not file.number("expert_count", 0)
 
 
-def _match(file: GgufFile, shapes: dict[str, tuple[int, ...]], num_layers: int) -> dict[str, TensorInfo]:
+def _match(file: GgufFile, config: PreTrainedConfig) -> dict[str, TensorInfo]:
     """The file's tensor for every parameter of the model; checks that none is missing, left over or misshapen."""
     gguf = gguf_package()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == file.architecture)
-    names = gguf.get_tensor_name_map(arch, num_layers)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     infos: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for name, shape in shapes.items():
@@ -130,14 +151,22 @@ def _match(file: GgufFile, shapes: dict[str, tuple[int, ...]], num_layers: int) 
     return infos
 
 
-def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
-    """Rows from llama.cpp's rotary order (pairs side by side) to Transformers' (first halves, then second).
+def _permuted_heads(file: GgufFile, config: PreTrainedConfig, name: str) -> int | None:
+    """Heads of a q or k projection whose rows the file holds in llama.cpp's order; None for any other tensor."""
+    kind = name.split(".")[-2]
+    if not _FAMILIES[file.architecture].permuted or kind not in ("q_proj", "k_proj"):
+        return None
+    return config.num_attention_heads if kind == "q_proj" else config.num_key_value_heads
 
-    Args:
-        tensor: [num_heads * head_dim, ...].
+
+def _row_order(num_rows: int, num_heads: int) -> Tensor:
+    """For each row in Transformers' rotary order (first halves, then second) where llama.cpp has it (pairs).
+
+    Returns:
+        [num_rows] int64.
     """
-    half = tensor.shape[0] // num_heads // 2
-    return tensor.reshape(num_heads, half, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    half = num_rows // num_heads // 2
+    return torch.arange(num_rows).reshape(num_heads, half, 2).transpose(1, 2).flatten()
 
 
 def _weights_by_transformers(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
-from fourfold.models.quantize import quantization_for
+from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
 
 log = get_logger(__name__)
@@ -88,6 +88,7 @@ def load_model(
         if tokenizer is None:
             raise ModelError("resize_vocab: the tokenizer is not known here. Load it first and pass it to load_model.")
         resize_vocab(model, len(tokenizer))
+    settle_quantized(model)
     return model.eval()
 
 
@@ -102,10 +103,11 @@ def _from_scratch(
 def _from_weights(
     name: str, model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any], device: torch.device
 ) -> PreTrainedModel:
-    quantization = quantization_for(model_config, config, options["dtype"], device)
+    quantised = settle_own_quantization(model_config, config, options["dtype"])
+    quantization = None if quantised else new_quantization(config, options["dtype"])
     if quantization is not None:
         options["quantization_config"] = quantization
-    if quantization is not None or device.type != "cpu":
+    if quantised or quantization is not None or device.type != "cpu":
         options["device_map"] = {"": device}
     path = gguf_path(name)
     if path is None:

@@ -1,18 +1,31 @@
-"""Which layers of a model can be trained in part: linear kinds for LoRA, blocks and modules for freezing."""
+"""Which parts of a model can be trained by themselves: linear kinds and experts for LoRA, blocks for freezing."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import ConfigError
-from fourfold.base.log import get_logger
 from fourfold.base.registry import nearest
 
-log = get_logger(__name__)
-
 ALL = "all"
-"""Value of `lora_target` that takes every linear kind."""
+"""Value of `lora_target` and `freeze_trainable_modules` that takes every kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTargets:
+    """What gets an adapter.
+
+    Attributes:
+        modules: kinds of linear layers, PEFT's `target_modules`.
+        parameters: kinds of stacked expert weights, PEFT's `target_parameters`.
+    """
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
 
 
 def linear_kinds(model: PreTrainedModel) -> list[str]:
@@ -21,11 +34,14 @@ def linear_kinds(model: PreTrainedModel) -> list[str]:
     Quantised linear layers of bitsandbytes are linear layers too.
     """
     head = model.get_output_embeddings()
-    kinds: dict[str, None] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            kinds[_kind(name)] = None
-    return list(kinds)
+    found = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    return list(dict.fromkeys(_kind(name) for name in found))
+
+
+def expert_kinds(model: PreTrainedModel) -> list[str]:
+    """The kinds of stacked expert weights [experts, ., .], e.g. `experts.down_proj`."""
+    found = (name for name, parameter in model.named_parameters() if parameter.ndim == 3)
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in found))
 
 
 def _kind(name: str) -> str:
@@ -37,34 +53,67 @@ def _kind(name: str) -> str:
     return ".".join(parts[start:])
 
 
-def lora_targets(model: PreTrainedModel, wanted: tuple[str, ...]) -> list[str]:
-    """The linear kinds that `lora_target` names.
+def lora_targets(model: PreTrainedModel, wanted: Sequence[str]) -> LoraTargets:
+    """The linear layers and experts that `lora_target` names.
 
     Raises:
-        ConfigError: a name matches no layer; the message lists the kinds there are.
+        ConfigError: a name matches nothing; the message lists the kinds there are.
     """
-    kinds = linear_kinds(model)
+    linear, experts = linear_kinds(model), expert_kinds(model)
     if ALL in wanted:
-        log.info("Found linear modules: %s", ",".join(kinds))
-        return kinds
-    check_names(model, "lora_target", wanted, kinds)
-    return list(wanted)
+        return LoraTargets(tuple(linear), tuple(experts))
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    as_modules = tuple(want for want in wanted if _ends_some(want, modules))
+    as_parameters = tuple(want for want in wanted if want not in as_modules and _ends_some(want, parameters))
+    missing = [want for want in wanted if want not in as_modules + as_parameters]
+    refuse_missing(model, "lora_target", missing, [*linear, *experts])
+    return LoraTargets(as_modules, as_parameters)
 
 
-def check_names(model: PreTrainedModel, key: str, wanted: tuple[str, ...], kinds: list[str]) -> None:
-    """Refuse names that end no module's name.
+def check_modules(model: PreTrainedModel, key: str, wanted: Sequence[str]) -> None:
+    """Refuse names of modules outside the blocks that are not in the model.
 
-    Args:
-        kinds: the names to list in the message.
     Raises:
-        ConfigError: some name matches nothing.
+        ConfigError: a name matches nothing; the message lists the modules outside the blocks.
     """
-    names = [name for name, _ in model.named_modules()]
-    missing = [want for want in wanted if not any(name == want or name.endswith("." + want) for name in names)]
-    if missing:
-        close = sorted({near for name in missing for near in nearest(name, kinds)})
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(
-            f"{key}: {', '.join(missing)} matches no module of this {model.config.model_type} model.{hint} "
-            f"Use {ALL} or some of: {', '.join(kinds)}."
-        )
+    prefix = decoder_blocks(model)[0]
+    names = [name for name, _ in model.named_modules() if name]
+    outside = [_kind(name) for name in names if not prefix.startswith(name) and not name.startswith(prefix)]
+    refuse_missing(model, key, [want for want in wanted if not _ends_some(want, names)], list(dict.fromkeys(outside)))
+
+
+def _ends_some(want: str, names: Iterable[str]) -> bool:
+    return any(name == want or name.endswith("." + want) for name in names)
+
+
+def refuse_missing(model: PreTrainedModel, key: str, missing: Sequence[str], valid: Sequence[str]) -> None:
+    """Raise for names that match nothing, with the nearest and all valid ones.
+
+    Raises:
+        ConfigError: `missing` is not empty.
+    """
+    if not missing:
+        return
+    close = sorted({near for name in missing for near in nearest(name, valid)})
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(
+        f"{key}: {', '.join(missing)} matches nothing in this {model.config.model_type} model.{hint} "
+        f"Use one or more of: {', '.join(valid)}."
+    )
+
+
+def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name, e.g. `model.layers`.
+
+    Raises:
+        ConfigError: the model has no such list.
+    """
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ConfigError(
+        f"finetuning_type: freeze needs a list of {count} layers, which this {model.config.model_type} model does not "
+        "have. Use full or lora."
+    )

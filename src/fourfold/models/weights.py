@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fourfold.models import pissa
+from fourfold.models.identity import BaseIdentity, write_identity
+from fourfold.models.patches import peft_noise_ignored
+
+_ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel, folder: Path, *, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base: BaseIdentity | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
 ) -> None:
-    """Write the adapter, or the whole model, and the tokenizer to `folder`, as safetensors."""
+    """Write the adapter, or the whole model, and the tokenizer to `folder`, as safetensors.
+
+    Args:
+        base: what the adapter was trained on (`identify_base`), so that it is not used with another model.
+        dtype: of the written weights of a whole model; None writes them as they are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder))
+    if isinstance(model, PeftModel):
+        _save_adapter(model, folder)
+        if base is not None:
+            write_identity(folder, base)
+    else:
+        _save_whole(model, folder, dtype, max_shard_size)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(str(folder))
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    if pissa.is_pissa(model):
+        weights, config = pissa.converted(model)
+        config.inference_mode = True
+        save_file({name: tensor.cpu() for name, tensor in weights.items()}, folder / _ADAPTER_FILE, {"format": "pt"})
+        config.save_pretrained(str(folder))
+        return
+    # Explicit, since "auto" looks for the base model's config on the hub to find out whether its vocabulary grew.
+    with peft_noise_ignored():
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
+    state = None
+    if dtype is not None:
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in model.state_dict().items()
+        }
+    with _as_published(model, dtype):
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
+
+
+@contextmanager
+def _as_published(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """The config as users of the saved model expect it: with the key-value cache on, and the written dtype."""
+    own_cache, own_dtype = model.config.use_cache, model.config.dtype
+    model.config.use_cache = True
+    if dtype is not None:
+        model.config.dtype = dtype
+    try:
+        yield
+    finally:
+        model.config.use_cache, model.config.dtype = own_cache, own_dtype
