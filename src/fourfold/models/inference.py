@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import ConfigError
+from fourfold.config.data import DataConfig
 from fourfold.config.model import ModelConfig
 from fourfold.config.schema import Run
 from fourfold.dataset.render import Renderer
@@ -20,16 +21,17 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 def load_for_inference(
-    run: Run, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    run: Run, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel | PeftModel:
     """The model in evaluation mode, with its adapters attached but the last one not merged.
 
+    Args:
+        dtype: of the weights that are not quantised; default: as `infer_dtype` says.
     Raises:
         ConfigError: keys that contradict each other or this machine.
         ModelError: a model that cannot be loaded, or an adapter of another base model.
     """
-    dtype = inference_dtype(run.model, device)
-    model = load_model(run.model, dtype=dtype, device=device, tokenizer=tokenizer)
+    model = load_model(run.model, dtype=dtype or inference_dtype(run.model, device), device=device, tokenizer=tokenizer)
     return attach(model, run.model, run.tuning, trainable=False)
 
 
@@ -37,19 +39,28 @@ def load_renderer(run: Run) -> tuple[PreTrainedTokenizerBase, Renderer]:
     """The tokenizer, with the template's special tokens settled, and the renderer on it.
 
     Raises:
-        ConfigError: no such template or tool format.
+        ConfigError: no such template or tool format, or `auto` and the tokenizer has no chat template.
         ModelError: the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(run.model)
-    template = load_template(run.data.template, tokenizer)
+    return tokenizer, make_renderer(run.data, tokenizer)
+
+
+def make_renderer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """The renderer of a config; settles the template's special tokens in `tokenizer`.
+
+    Raises:
+        ConfigError: as `load_renderer`.
+    """
+    template = load_template(config.template, tokenizer)
     settle_special_tokens(template, tokenizer)
-    return tokenizer, Renderer(
+    return Renderer(
         template,
         tokenizer,
-        tool_format=run.data.tool_format,
-        default_system=run.data.default_system,
-        enable_thinking=run.data.enable_thinking,
-        preserve_thinking=run.data.preserve_thinking,
+        tool_format=config.tool_format,
+        default_system=config.default_system,
+        enable_thinking=config.enable_thinking,
+        preserve_thinking=config.preserve_thinking,
     )
 
 
@@ -65,12 +76,24 @@ def inference_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
     Raises:
         ConfigError: float16 is asked for on a CPU.
+        ModelError: the model's config cannot be loaded.
     """
     if config.infer_dtype == "float16" and device.type == "cpu":
         raise ConfigError("infer_dtype: float16 does not work well on a CPU. Use bfloat16, float32 or auto.")
+    chosen = written_dtype(config)
+    return torch.float32 if chosen is torch.float16 and device.type == "cpu" else chosen
+
+
+def written_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype of an exported model: `infer_dtype`, or what the checkpoint's own weights have; bf16 if quantised.
+
+    Raises:
+        ModelError: the model's config cannot be loaded.
+    """
     if config.infer_dtype != "auto":
         return _DTYPES[config.infer_dtype]
-    own = load_config(config).dtype
-    if not isinstance(own, torch.dtype) or not own.is_floating_point:
-        return torch.float32
-    return torch.float32 if own is torch.float16 and device.type == "cpu" else own
+    model_config = load_config(config)
+    if config.quantization_bit is not None or model_config.to_dict().get("quantization_config") is not None:
+        return torch.bfloat16
+    own = model_config.dtype
+    return own if isinstance(own, torch.dtype) and own.is_floating_point else torch.float32
