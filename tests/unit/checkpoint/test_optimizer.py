@@ -1,0 +1,66 @@
+"""Optimizer state by names: what is loaded continues exactly as what was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fourfold.base.errors import CheckpointError
+from fourfold.checkpoint.optimizer import load_optimizer, save_optimizer
+from fourfold.config.load import load
+from fourfold.training.optimizers import adafactor, adamw_torch, muon, sgd
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+    model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    weights = [p for p in model.parameters() if p.ndim == 2]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0, "lr": 5e-3}]
+
+
+@pytest.mark.parametrize("kind", [adamw_torch, adafactor, muon, sgd], ids=lambda kind: kind.__name__.split(".")[-1])
+def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: Path) -> None:
+    run = load({"learning_rate": 1e-2, "weight_decay": 0.05})
+    model = _model()
+    optimizer = kind.build(_groups(model), run)
+    for seed in range(3):
+        _step(model, optimizer, seed)
+    save_optimizer(optimizer, model, tmp_path)
+    resumed = _model()
+    resumed.load_state_dict(model.state_dict())
+    other = kind.build(_groups(resumed), run)
+    load_optimizer(other, resumed, tmp_path)
+    for seed in range(3, 6):
+        _step(model, optimizer, seed)
+        _step(resumed, other, seed)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_load_optimizer_when_another_kind_says_so(tmp_path: Path) -> None:
+    run, model = load({}), _model()
+    save_optimizer(sgd.build(_groups(model), run), model, tmp_path)
+    with pytest.raises(CheckpointError, match="holds the state of SGD, this run uses AdamW"):
+        load_optimizer(adamw_torch.build(_groups(model), run), model, tmp_path)
+
+
+def test_muon_when_matrices_and_vectors_uses_both_rules() -> None:
+    optimizer = muon.build(_groups(_model()), load({}))
+    assert [type(part).__name__ for part in optimizer.parts] == ["Muon", "AdamW"]
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert optimizer.parts[0].param_groups[0]["lr"] == 0.5
