@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fourfold.cli.session import Words, clear_errors, read_run
+
+if TYPE_CHECKING:
+    from fourfold.config.schema import Run
 
 
 def data(words: Words = None) -> None:
     """Show what will be trained: token counts and the first example."""
     with clear_errors():
-        run = read_run(words, "data")
-        from fourfold.dataset.report import report
+        print(describe(read_run(words, "data")))
 
-        print(report(run))
+
+def describe(run: Run) -> str:
+    """Rows, tokens and lengths of a run's data, and its first example.
+
+    Raises:
+        FourfoldError: no such tokenizer or data set, or data that cannot be used.
+    """
+    from fourfold.dataset.report import report
+    from fourfold.models.inference import load_renderer
+
+    tokenizer, renderer = load_renderer(run)
+    return report(run, tokenizer, renderer)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fourfold.base.errors import DataError
 from fourfold.base.log import get_logger
-from fourfold.dataset.storage import META_FILE, STORAGE_VERSION, TokenisedDataset
+from fourfold.dataset.storage import STORAGE_VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,42 +66,39 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_or_write(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> TokenisedDataset:
-    """The data of a folder; written first if it is not there.
+def load_or_write(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:
+    """Make sure that a folder is there, written whole.
 
     Args:
-        folder: where the data is or will be.
-        write: fills an empty folder with it.
-        overwrite: write anew although it is there.
+        folder: the folder; it is finished if it exists.
+        write: fills an empty folder with what belongs there.
+        overwrite: write it anew although it exists.
     Raises:
         DataError: the folder cannot be written, for example because the disk is full.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if overwrite and folder.exists():
-                shutil.rmtree(folder)
-            if not (folder / META_FILE).exists():
+            if overwrite or not folder.exists():
                 _write_whole(folder, write)
             else:
                 log.info("Loading tokenised data from %s", folder)
     except OSError as error:
-        raise DataError(
-            f"tokenised data cannot be written ({error}). Free space or set FOURFOLD_CACHE.", file=str(folder)
-        ) from error
-    return TokenisedDataset(folder)
+        hint = "Free space, or name another place in FOURFOLD_CACHE or tokenized_path."
+        raise DataError(f"tokenised data cannot be written here ({error}). {hint}", file=str(folder)) from error
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed; we hold the lock
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a process that was killed: the lock is ours now
     unfinished.mkdir()
     try:
         write(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     unfinished.rename(folder)
     _sync_folder(folder.parent)
 

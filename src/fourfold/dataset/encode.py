@@ -118,6 +118,11 @@ class EncodedRow:
         return sum(len(tokens.ids) for tokens in self.sequences.values())
 
     @property
+    def num_targets(self) -> int:
+        """Trained positions of all roles."""
+        return sum(tokens.num_targets for tokens in self.sequences.values())
+
+    @property
     def trains(self) -> bool:
         """Whether there is something to train in every sequence that is trained (a prompt: whether there is one)."""
         if "prompt" in self.sequences:

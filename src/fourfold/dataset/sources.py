@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from fourfold.base.errors import DataError
+from fourfold.base.log import get_logger
 from fourfold.dataset.info import Columns, DatasetEntry
 from fourfold.dataset.mix import sample_rows
 from fourfold.dataset.placeholders import EXAMINED_ROWS, Filler, settle_filler
 from fourfold.dataset.readers import FILE_KINDS, RowReader, open_file, stream_file
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +184,8 @@ def stream_source(entry: DatasetEntry, options: OpenOptions) -> Iterator[tuple[A
     Raises:
         DataError, ConfigError: as `open_source`, for what the first rows tell.
     """
+    if entry.num_samples is not None:
+        log.warning("dataset %s: num_samples needs all rows at hand; it is not applied while streaming.", entry.name)
     rows = _stream_parts(entry, options)
     head: list[tuple[Any, str, int]] = []
     for row in rows:

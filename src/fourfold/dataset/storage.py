@@ -29,7 +29,7 @@ import pyarrow.ipc
 
 from fourfold.base.errors import DataError
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.encode import EncodedRow, Tokens
+from fourfold.dataset.encode import EncodedRow
 
 DATA_FILE, META_FILE = "samples.arrow", "meta.json"
 STORAGE_VERSION = 1
@@ -92,15 +92,11 @@ def to_record_batch(samples: Sequence[EncodedRow], sets: Sequence[int], roles: S
         for name, values in zip(_TOKEN_COLUMNS, lists, strict=True):
             columns[_column(role, name)] = _list_array(values)
     columns["length"] = pa.array([sample.length for sample in samples], pa.int32())
-    columns["targets"] = pa.array([_num_targets(sample.sequences) for sample in samples], pa.int32())
+    columns["targets"] = pa.array([sample.num_targets for sample in samples], pa.int32())
     columns["set"] = pa.array(sets, pa.int16())
     for name in samples[0].extras if samples else ():
         columns[_EXTRAS + name] = pa.array([sample.extras[name] for sample in samples], pa.float64())
     return pa.RecordBatch.from_pydict(columns)
-
-
-def _num_targets(sequences: Mapping[str, Tokens]) -> int:
-    return sum(tokens.num_targets for tokens in sequences.values())
 
 
 def _column(role: str, name: str) -> str:
@@ -160,8 +156,8 @@ class SampleWriter:
             os.fsync(file.fileno())
 
 
-class _Chunk:
-    """One record batch as numpy views of the mapped file."""
+class SampleColumns:
+    """The samples of one record batch, as numpy views of its columns."""
 
     def __init__(self, batch: pa.RecordBatch, roles: Sequence[str]) -> None:
         self._lists = {role: [_views(batch.column(_column(role, name))) for name in _TOKEN_COLUMNS] for role in roles}
@@ -172,6 +168,7 @@ class _Chunk:
         }
 
     def sample(self, row: int, index: int) -> Sample:
+        """The sample in a row of the record batch; `index` is its position in the whole data set."""
         sequences = {}
         for role, columns in self._lists.items():
             ids, spans, overrides, documents = (
@@ -226,7 +223,7 @@ class TokenisedDataset:
         self.facts: dict[str, Any] = meta["facts"]
         self._roles: list[str] = meta["roles"]
         self._num_samples: int = meta["num_samples"]
-        self._chunks: dict[int, _Chunk] = {}
+        self._chunks: dict[int, SampleColumns] = {}
 
     def __reduce__(self) -> tuple[type[TokenisedDataset], tuple[Path]]:
         return TokenisedDataset, (self.folder,)
@@ -240,7 +237,7 @@ class TokenisedDataset:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         chunk = self._chunks.get(number)
         if chunk is None:
-            chunk = self._chunks[number] = _Chunk(self._reader.get_batch(number), self._roles)
+            chunk = self._chunks[number] = SampleColumns(self._reader.get_batch(number), self._roles)
         return chunk.sample(index - int(self._starts[number]), index)
 
     @cached_property

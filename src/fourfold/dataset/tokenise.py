@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from fourfold.base import registry
@@ -15,8 +13,8 @@ from fourfold.dataset.encode import ROLES, EncodedRow, Encoder
 from fourfold.dataset.fields import show
 from fourfold.dataset.formats.interface import BadRow, BrokenTurns, Parse
 from fourfold.dataset.info import FORMATS_PACKAGE, DatasetEntry
+from fourfold.dataset.raw import Place, RawChunk
 from fourfold.dataset.rows import Row
-from fourfold.dataset.sources import SourceRows
 from fourfold.dataset.storage import SetStats, to_record_batch
 
 NOTHING_TRAINED = "nothing to train"
@@ -24,21 +22,6 @@ BROKEN_TURNS = "broken turns"
 BAD_ROW = "bad row"
 
 PACKED_SET = -1
-
-
-@dataclass(frozen=True, slots=True)
-class RawChunk:
-    """Some raw rows of several data sets, in order.
-
-    Attributes:
-        rows: the raw rows.
-        sets: for each the number of its data set.
-        places: for each its file and its number there.
-    """
-
-    rows: Sequence[Any]
-    sets: Sequence[int]
-    places: Sequence[tuple[str, int]]
 
 
 @dataclass(slots=True)
@@ -55,37 +38,14 @@ class ChunkResult:
     stats: dict[int, SetStats] = field(default_factory=dict)
     complaints: dict[str, str] = field(default_factory=dict)
 
+    def of_set(self, number: int) -> SetStats:
+        """The counts of a data set."""
+        return self.stats.setdefault(number, SetStats())
+
     def drop(self, number: int, reason: str, complaint: str) -> None:
         """Count a row that is left out."""
-        self.stats.setdefault(number, SetStats()).drop(reason)
+        self.of_set(number).drop(reason)
         self.complaints.setdefault(reason, complaint)
-
-
-@dataclass(frozen=True)
-class RowReaderOf:
-    """Reads chunks of a mix of data sets. Can be sent to another process.
-
-    Attributes:
-        sources: the data sets.
-        order: int64 [rows, 2]; number of the data set and row within it.
-    """
-
-    sources: Sequence[SourceRows]
-    order: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def read(self, start: int, stop: int) -> RawChunk:
-        """Rows `start` to `stop` of the mix."""
-        numbers, wanted = self.order[start:stop].T
-        rows: list[Any] = [None] * len(wanted)
-        for number in np.unique(numbers):
-            at = np.flatnonzero(numbers == number)
-            for place, raw in zip(at, self.sources[number].read(wanted[at]), strict=True):
-                rows[place] = raw
-        places = [self.sources[number].where(int(row)) for number, row in zip(numbers, wanted, strict=True)]
-        return RawChunk(rows, [int(number) for number in numbers], places)
 
 
 class ChunkTokeniser:
@@ -99,82 +59,98 @@ class ChunkTokeniser:
     def __init__(self, encoder: Encoder, entries: Sequence[DatasetEntry], *, skip_bad_rows: bool) -> None:
         self.encoder, self.entries, self.skip_bad_rows = encoder, list(entries), skip_bad_rows
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The sequences of each sample."""
+        return ROLES[self.encoder.settings.kind]
+
     def run(self, chunk: RawChunk) -> ChunkResult:
         """The samples of a chunk.
 
         Raises:
             DataError: a row lacks something or cannot be rendered, with its file and number.
         """
-        settings = self.encoder.settings
         result = ChunkResult(pa.RecordBatch.from_pydict({}))
         kept, rows = self._parse(chunk, result)
-        encoded = self._encode(rows, [chunk.places[at] for at in kept], result, [chunk.sets[at] for at in kept])
-        packs = settings.packing and settings.kind in ("text", "chat")
-        good: list[EncodedRow] = []
-        for item in encoded:
-            at = kept[item.row]
-            stats = result.stats.setdefault(chunk.sets[at], SetStats())
-            # The first token of a text is not trained, so a text of one token trains nothing; in a block it stays.
-            if not item.trains and not (packs and settings.kind == "text"):
-                result.drop(chunk.sets[at], NOTHING_TRAINED, _place(chunk.places[at]))
-                continue
-            stats.samples += 1
-            stats.tokens += item.length
-            stats.targets += sum(tokens.num_targets for tokens in item.sequences.values())
-            stats.truncated += item.length < item.full_length
-            good.append(item)
-        samples = self.encoder.pack(good) if packs else good
-        sets = [PACKED_SET if packs else chunk.sets[kept[item.row]] for item in samples]
-        result.batch = to_record_batch(samples, sets, ROLES[settings.kind])
+        encoded = self._encode(kept, rows, chunk, result)
+        good = [
+            item
+            for at, item in zip(kept_of(encoded, kept), encoded, strict=True)
+            if self._count(chunk, at, item, result)
+        ]
+        packing = self.encoder.settings.packing
+        samples = self.encoder.pack(good) if packing else good
+        sets = [PACKED_SET if packing else chunk.sets[at] for at in kept_of(samples, kept)]
+        result.batch = to_record_batch(samples, sets, self.roles)
         return result
 
     def _parse(self, chunk: RawChunk, result: ChunkResult) -> tuple[list[int], list[Row]]:
-        """The rows that are what their format demands, with their places in the chunk."""
-        parsers: dict[int, Parse] = {}
+        """The rows that are what their format demands, and their places in the chunk."""
+        parsers = {number: find_parser(self.entries[number].formatting) for number in set(chunk.sets)}
         kept, rows = [], []
         for at, (raw, number) in enumerate(zip(chunk.rows, chunk.sets, strict=True)):
-            if number not in parsers:
-                parsers[number] = find_parser(self.entries[number].formatting)
-            result.stats.setdefault(number, SetStats()).rows += 1
+            result.of_set(number).rows += 1
             try:
                 if not isinstance(raw, Mapping):
                     raise BadRow(f"must be an object, not {show(raw)}")
                 rows.append(parsers[number](raw, self.entries[number], self.encoder.settings.kind))
             except BrokenTurns as problem:
-                result.drop(number, BROKEN_TURNS, f"{_place(chunk.places[at])}: {problem}")
+                result.drop(number, BROKEN_TURNS, f"{_told(chunk.place(at))}: {problem}")
             except BadRow as problem:
-                self._complain(result, number, chunk.places[at], str(problem))
+                self._complain(result, number, chunk.place(at), str(problem))
             else:
                 kept.append(at)
         return kept, rows
 
-    def _encode(
-        self, rows: Sequence[Row], places: Sequence[tuple[str, int]], result: ChunkResult, sets: Sequence[int]
-    ) -> list[EncodedRow]:
-        """Encode all rows at once; if one cannot be rendered, find it and go on without it or raise."""
+    def _encode(self, kept: list[int], rows: Sequence[Row], chunk: RawChunk, result: ChunkResult) -> list[EncodedRow]:
+        """Encode all rows at once. If one cannot be rendered, find it, and raise or go on without it.
+
+        `kept` loses the rows that are left out.
+        """
         try:
             return self.encoder.encode(rows)
         except DataError:
             pass
         good: list[int] = []
-        for at, row in enumerate(rows):
+        for number, row in enumerate(rows):
             try:
                 self.encoder.encode([row])
             except DataError as error:
-                self._complain(result, sets[at], places[at], str(error))
+                at = kept[number]
+                self._complain(result, chunk.sets[at], chunk.place(at), str(error))
             else:
-                good.append(at)
-        again = self.encoder.encode([rows[at] for at in good])
-        return [EncodedRow(item.sequences, good[item.row], item.full_length, item.extras) for item in again]
+                good.append(number)
+        kept[:] = [kept[number] for number in good]
+        return self.encoder.encode([rows[number] for number in good])
 
-    def _complain(self, result: ChunkResult, number: int, place: tuple[str, int], problem: str) -> None:
+    def _count(self, chunk: RawChunk, at: int, item: EncodedRow, result: ChunkResult) -> bool:
+        """Count a row; returns whether it can be trained."""
+        settings, number = self.encoder.settings, chunk.sets[at]
+        # The first token of a text is not trained, so a text of one token trains nothing; within a block it may stay.
+        if not item.trains and not (settings.packing and settings.kind == "text"):
+            result.drop(number, NOTHING_TRAINED, _told(chunk.place(at)))
+            return False
+        stats = result.of_set(number)
+        stats.samples += 1
+        stats.tokens += item.length
+        stats.targets += item.num_targets
+        stats.truncated += item.length < item.full_length
+        return True
+
+    def _complain(self, result: ChunkResult, number: int, place: Place, problem: str) -> None:
         if not self.skip_bad_rows:
             name = self.entries[number].name
             message = (
-                f"{problem} (data set {name!r}). Correct the row, or leave such rows out with skip_bad_rows: true."
+                f"{problem.removesuffix('.')} (data set {name!r}). "
+                "Correct the row, or leave such rows out with `skip_bad_rows: true`."
             )
             raise DataError(message, file=place[0], row=place[1])
-        result.drop(number, BAD_ROW, f"{_place(place)}: {problem}")
+        result.drop(number, BAD_ROW, f"{_told(place)}: {problem}")
+
+
+def kept_of(items: Sequence[EncodedRow], kept: Sequence[int]) -> list[int]:
+    """The places in the chunk of encoded rows, given those of the rows that were encoded."""
+    return [kept[item.row] for item in items]
 
 
 def find_parser(formatting: str) -> Parse:
@@ -183,5 +159,5 @@ def find_parser(formatting: str) -> Parse:
     return parse
 
 
-def _place(place: tuple[str, int]) -> str:
+def _told(place: Place) -> str:
     return f"{place[0]}, row {place[1]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourfold.dataset.fields import needed_bool, show, text_field
@@ -53,7 +53,7 @@ def tagged_text(message: Any, tag: str | None, what: str) -> str:
     return value
 
 
-def read_role(message: Any, tags: Tags, names: dict[str, Role]) -> Role:
+def read_role(message: Any, tags: Tags, names: Mapping[str, Role]) -> Role:
     """The role of a message.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fourfold.dataset.fields import show, tools_field
@@ -27,11 +28,11 @@ def parse(raw: RawRow, entry: DatasetEntry, kind: RowKind) -> Row:
     return row_of_turns(raw, entry, kind, messages, answers, tools_field(raw, columns.tools))
 
 
-def _message(message: Any, tags: Tags, names: dict[str, Role]) -> Message:
+def _message(message: Any, tags: Tags, names: Mapping[str, Role]) -> Message:
     return Message.of(read_role(message, tags, names), tagged_text(message, tags.content_tag, "text"))
 
 
-def _answer(raw: RawRow, column: str | None, tags: Tags, names: dict[str, Role]) -> Message:
+def _answer(raw: RawRow, column: str | None, tags: Tags, names: Mapping[str, Role]) -> Message:
     value = None if column is None else raw.get(column)
     if not isinstance(value, dict):
         raise BadRow(f"{column!r} must be a message (an answer of the pair), not {show(value)}")
