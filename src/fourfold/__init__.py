@@ -54,9 +54,9 @@ def data(config: Config, **overrides: Any) -> str:
     from fourfold.config.begin import begin
 
     run = begin(config, overrides, "data")
-    from fourfold.dataset.report import report
+    from fourfold.cli.data import describe
 
-    return report(run)
+    return describe(run)
 
 
 def env() -> str:

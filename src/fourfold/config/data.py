@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from fourfold.config.key import CommaFloats, CommaList, Folder, Options, Section, key, later
+from fourfold.config.key import CommaFloats, CommaList, Folder, Options, Section, Status, key, later
 
 
 class DataConfig(Section):
@@ -65,7 +65,13 @@ class DataConfig(Section):
     )
     train_on_prompt: bool = key(False, "Train on the prompt's tokens too (stage sft).", group="Length")
     mask_history: bool = key(False, "Train on the last answer only (stage sft).", group="Length")
-    ignore_pad_token_for_loss: bool = key(True, "Do not train on padding.", group="Length")
+    ignore_pad_token_for_loss: bool = key(
+        True,
+        "Do not train on padding.",
+        group="Length",
+        status=Status.MAPPED,
+        note="padding is never trained",
+    )
 
     overwrite_cache: bool = key(False, "Tokenise again although a cache of this data exists.", group="Preprocessing")
     preprocessing_batch_size: int = key(1000, "Rows tokenised at a time.", group="Preprocessing", ge=1)

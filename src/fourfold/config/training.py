@@ -112,8 +112,3 @@ class TrainingConfig(Section):
     greater_is_better: bool | None = key(
         None, "Whether a higher metric is better; default: unless its name ends in loss.", group="Evaluation"
     )
-
-    dataloader_num_workers: int = key(0, "Processes that prepare batches; 0: a thread.", group="Loader", ge=0)
-    dataloader_drop_last: bool = key(False, "Leave out the last, incomplete batch of an epoch.", group="Loader")
-    dataloader_pin_memory: bool = key(True, "Copy batches to the GPU from pinned memory.", group="Loader")
-    dataloader_prefetch_factor: int | None = key(None, "Batches prepared ahead per worker.", group="Loader", ge=1)

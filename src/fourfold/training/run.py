@@ -27,8 +27,6 @@ def train(run: Run) -> dict[str, Any]:
         FourfoldError: whatever is the user's to settle.
     """
     training = run.training
-    for note in run.notes:
-        log.info(note)
     output_dir = folder.claim(run)
     parts = load_parts(run, output_dir)
     folder.record(output_dir, run, parts.data.fingerprints, parts.layout.as_dict())

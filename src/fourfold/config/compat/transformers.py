@@ -17,6 +17,7 @@ _TRACKIO = "the Trackio tracker"
 _COMPILE = "the compiled step"
 _DDP = "the data-parallel engine finds this out by itself"
 _LOADER = "the loader decides this by itself"
+_THREAD = "steps are cut from tokens that are ready, which takes no time worth a process"
 _OLD = "current versions of transformers have no such key either"
 _RECOMPUTE = "checkpointing is never re-entrant and covers every layer"
 
@@ -111,7 +112,16 @@ class TransformersKeys(Section):
     restore_callback_states_from_checkpoint: bool = settled(
         False, "Restore callbacks.", "resuming always restores everything"
     )
+    ignore_data_skip: bool = settled(
+        False, "Start the data anew when resuming.", "resuming always goes on with the next sample"
+    )
     accelerator_config: Any = settled(None, "Settings of accelerate's loader.", _LOADER)
+    dataloader_num_workers: int = settled(0, "Processes that prepare batches.", _THREAD, ge=0)
+    dataloader_prefetch_factor: int | None = settled(None, "Batches prepared ahead.", _THREAD)
+    dataloader_pin_memory: bool = settled(True, "Copy batches from pinned memory.", _THREAD)
+    dataloader_drop_last: bool = settled(
+        False, "Leave out the last batch of an epoch.", "the last step of an epoch trains on what is left"
+    )
     dataloader_persistent_workers: bool = settled(False, "Keep loader processes.", _LOADER)
     dataloader_multiprocessing_context: str | None = settled(None, "How loader processes start.", _LOADER)
     dataloader_in_order: bool = settled(True, "Batches in order.", "batches always come in order")
