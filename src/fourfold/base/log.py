@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 _ROOT = "fourfold"
 
@@ -36,6 +37,17 @@ class _Formatter(logging.Formatter):
         return f"{getattr(record, 'rank_prefix', '')}{level}{message}"
 
 
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Looks standard error up for every line: a progress bar takes it over for a while, to print lines above itself."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 def setup_logging(*, verbose: bool = False, file: Path | None = None) -> None:
     """Send Fourfold's log to standard error (and to `file`), filtered by this process's rank.
 
@@ -48,7 +60,7 @@ def setup_logging(*, verbose: bool = False, file: Path | None = None) -> None:
         handler.close()
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_StderrHandler()]
     if file is not None and rank == 0:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:

@@ -1,9 +1,11 @@
 import io
+import logging
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from fourfold.base.log import get_logger, setup_logging
 from fourfold.trackers import console
 from fourfold.trackers.interface import RunInfo
 
@@ -47,3 +49,19 @@ def test_terminal_shows_a_bar_with_loss_and_eta():
     shown = screen.getvalue()
     assert "5/222" in shown
     assert "loss 2.8469  lr 8.6957e-06  1,812 tokens/s  ETA 0:10:20" in shown
+
+
+def test_log_line_while_the_bar_shows_stands_above_it(monkeypatch: pytest.MonkeyPatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    setup_logging()
+    tracker = console.ConsoleTracker(Console(file=screen, force_terminal=True, width=80), max_steps=10, start_step=0)
+    try:
+        get_logger("fourfold.test").info("Saved a checkpoint")
+    finally:
+        tracker.finish()
+        logging.getLogger("fourfold").handlers.clear()
+        logging.getLogger("fourfold").propagate = True
+    before, after = screen.getvalue().split("Saved a checkpoint", 1)
+    assert before.endswith("\x1b[2K")  # the bar is erased before the line is written
+    assert after.startswith("\n")
