@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,6 +19,7 @@ from fourfold.models.load import load_model
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.models.weights import save_model
+from tiny_models import FAMILIES, MOE_FAMILIES, save_tiny_model
 
 CPU = torch.device("cpu")
 IDS = (torch.arange(32) * 7 % 350).reshape(2, 16)

@@ -18,11 +18,12 @@ from fourfold.config.tuning import TuningConfig
 from fourfold.models import pissa
 from fourfold.models.freeze import unfreeze
 from fourfold.models.identity import BaseIdentity, check_adapter, identify
-from fourfold.models.parameters import upcast_norms, upcast_trainable
+from fourfold.models.parameters import list_parameters, upcast_norms, upcast_trainable
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.quantize import is_quantized
 from fourfold.models.source import check_source, explained
 from fourfold.models.targets import ALL, LoraTargets, lora_targets
+from fourfold.models.vocabulary import grows_vocabulary
 
 log = get_logger(__name__)
 
@@ -105,6 +106,8 @@ def attach(
         model.requires_grad_(True)
     if master_dtype is not None:
         upcast_trainable(tuned, master_dtype)
+    if config.print_param_status:
+        log.info(list_parameters(tuned))
     return tuned
 
 
@@ -250,8 +253,9 @@ def _additional_modules(model: PreTrainedModel, config: ModelConfig, tuning: Tun
             f"additional_target: {', '.join(missing)} matches nothing in this {model.config.model_type} model. "
             f"Use one or more of: {', '.join(valid)}."
         )
-    if config.resize_vocab and not wanted:
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if grows_vocabulary(config) and not wanted:
+        tied = model.config.tie_word_embeddings
+        ends = (model.get_input_embeddings(), None if tied else model.get_output_embeddings())
         wanted = [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
         log.info("resize_vocab: %s are trained and saved with the adapter.", " and ".join(wanted))
     return wanted

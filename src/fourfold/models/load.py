@@ -21,6 +21,7 @@ from fourfold.config.model import ModelConfig
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
+from fourfold.models.vocabulary import grows_vocabulary, resize_vocabulary
 
 log = get_logger(__name__)
 
@@ -67,7 +68,7 @@ def load_model(
 
     Args:
         dtype: of the weights that are not quantised, and of the computation with those that are.
-        tokenizer: needed with `resize_vocab`, whose size the embedding takes.
+        tokenizer: needed where the config adds tokens or resizes the vocabulary, so that each has a row.
         seq_len: see `load_config`.
         attention: Transformers' name of the attention implementation; overrides `flash_attn`.
     Raises:
@@ -84,10 +85,10 @@ def load_model(
         model = _from_scratch(model_config, config, options, device)
     else:
         model = _from_weights(name, model_config, config, options, device)
-    if config.resize_vocab:
+    if grows_vocabulary(config):
         if tokenizer is None:
-            raise ModelError("resize_vocab: the tokenizer is not known here. Load it first and pass it to load_model.")
-        resize_vocab(model, len(tokenizer))
+            raise TypeError("load_model needs the tokenizer where the config adds tokens to it")
+        resize_vocabulary(model, tokenizer, config)
     settle_quantized(model)
     return model.eval()
 
@@ -151,26 +152,3 @@ def _scale_rope(loaded: PreTrainedConfig, config: ModelConfig, seq_len: int | No
     loaded.rope_parameters = scaled
     loaded.max_position_embeddings = int(own * factor)
     log.info("rope_scaling: %s with factor %g, for %d positions.", kind, factor, loaded.max_position_embeddings)
-
-
-def resize_vocab(model: PreTrainedModel, num_tokens: int, *, multiple: int = 64) -> None:
-    """Grow the embedding and the head to `num_tokens` rows, rounded up to a multiple; never shrinks them.
-
-    New rows start as the mean of the old ones, so that new tokens are neither likely nor unlikely.
-    """
-    old = _weight(model.get_input_embeddings()).shape[0]
-    if num_tokens <= old:
-        log.info("resize_vocab: the embedding's %d rows hold all %d tokens; nothing to do.", old, num_tokens)
-        return
-    model.resize_token_embeddings(num_tokens, pad_to_multiple_of=multiple, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if layer is not None:
-            weight = _weight(layer)
-            weight[old:] = weight[:old].mean(dim=0, dtype=torch.float32).to(weight.dtype)
-    log.info("resize_vocab: the embedding grew from %d to %d rows.", old, model.config.vocab_size)
-
-
-def _weight(layer: torch.nn.Module) -> torch.Tensor:
-    """The weight of an embedding or a head [vocabulary, hidden size], outside of autograd."""
-    weight = layer.get_parameter("weight")
-    return weight.detach()

@@ -150,4 +150,6 @@ def _expand(module: nn.Linear) -> torch.Tensor:
     assert isinstance(weight, Int8Params)
     assert isinstance(module, Linear8bitLt)
     # the first forward pass moves the scales from the weight into the layer's state
-    return functional.int8_vectorwise_dequant(weight.data, weight.SCB if weight.SCB is not None else module.state.SCB)
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    assert scales is not None
+    return functional.int8_vectorwise_dequant(weight.data, scales)

@@ -13,6 +13,7 @@ from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.models.gguf_tokenizer import load_gguf_tokenizer
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
+from fourfold.models.vocabulary import described_tokens
 
 log = get_logger(__name__)
 
@@ -40,18 +41,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    for tokens, special in ((config.add_tokens, False), (config.add_special_tokens, True)):
-        if not tokens:
-            continue
-        added = tokenizer.add_tokens(list(tokens), special_tokens=special)
-        key = "add_special_tokens" if special else "add_tokens"
-        log.info("%s: added %d of %s to the vocabulary.", key, added, ", ".join(tokens))
-        if added and not config.resize_vocab:
-            log.warning(
-                "%s: the vocabulary grew by %d; `resize_vocab: true` is needed if the embedding has no spare rows.",
-                key,
-                added,
-            )
+    special = (*config.add_special_tokens, *described_tokens(config))
+    for tokens, are_special in ((config.add_tokens, False), (special, True)):
+        if tokens:
+            added = tokenizer.add_tokens(list(tokens), special_tokens=are_special)
+            log.info("Added %d tokens to the vocabulary: %s.", added, ", ".join(tokens))
 
 
 def _ensure_pad(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from pathlib import Path
 
 import torch
@@ -63,18 +62,10 @@ def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None,
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in model.state_dict().items()
         }
-    with _as_published(model, dtype):
-        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
-
-
-@contextmanager
-def _as_published(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
-    """The config as users of the saved model expect it: with the key-value cache on, and the written dtype."""
-    own_cache, own_dtype = model.config.use_cache, model.config.dtype
-    model.config.use_cache = True
+    model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
+    # As users of the saved model expect it: with the key-value cache on, and the written dtype.
+    published = copy.deepcopy(model.config)
+    published.use_cache = True
     if dtype is not None:
-        model.config.dtype = dtype
-    try:
-        yield
-    finally:
-        model.config.use_cache, model.config.dtype = own_cache, own_dtype
+        published.dtype = dtype
+    published.save_pretrained(str(folder))

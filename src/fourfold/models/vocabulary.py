@@ -1,0 +1,94 @@
+"""Room for new tokens in the embedding and the head, and how their rows start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fourfold.base.errors import ConfigError
+from fourfold.base.log import get_logger
+from fourfold.config.model import ModelConfig
+
+log = get_logger(__name__)
+
+_MULTIPLE = 64
+"""The number of rows is rounded up to this, which suits matrix units and ranks."""
+
+
+def grows_vocabulary(config: ModelConfig) -> bool:
+    """Whether the config asks for more tokens than the model has."""
+    added = config.add_tokens or config.add_special_tokens or config.new_special_tokens_config
+    return config.resize_vocab or bool(added)
+
+
+def described_tokens(config: ModelConfig) -> dict[str, str]:
+    """New special tokens and what they mean, from the YAML file that `new_special_tokens_config` names.
+
+    Raises:
+        ConfigError: the file is missing or is no mapping of tokens to text.
+    """
+    if config.new_special_tokens_config is None:
+        return {}
+    path = Path(config.new_special_tokens_config)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"new_special_tokens_config: {path} cannot be read ({error}). Give a YAML file.") from error
+    if not isinstance(content, dict) or not all(isinstance(item, str) for pair in content.items() for item in pair):
+        raise ConfigError(
+            f"new_special_tokens_config: {path} must map each token to a text that describes it, one a line."
+        )
+    return content
+
+
+@torch.no_grad()
+def resize_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Grow the embedding and the head, in place, so that every token has a row; they never shrink.
+
+    New rows start as the mean of the old ones plus noise, so that new tokens are neither likely nor all alike; with
+    `desc_init` the rows of described tokens start as the mean over their description's tokens.
+    """
+    old, wanted = model.get_input_embeddings().get_parameter("weight").shape[0], len(tokenizer)
+    descriptions = described_tokens(config) if config.init_special_tokens != "noise_init" else {}
+    if wanted > old:
+        model.resize_token_embeddings(wanted, pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
+        log.info("resize_vocab: the embedding grew from %d to %d rows.", old, model.config.vocab_size)
+    else:
+        log.info("resize_vocab: the embedding's %d rows hold all %d tokens.", old, wanted)
+    head = model.get_output_embeddings()
+    layers = [model.get_input_embeddings(), *([] if head is None else [head])]
+    for weight in _distinct_weights(layers):
+        if wanted > old:
+            mean = weight[:old].mean(dim=0, dtype=torch.float32)
+            weight[old:] = (mean + _noise(weight[old:])).to(weight.dtype)
+        noisy = config.init_special_tokens == "desc_init_w_noise"
+        _start_from_descriptions(weight, tokenizer, descriptions, old, noisy=noisy)
+
+
+def _distinct_weights(layers: list[nn.Module]) -> list[Tensor]:
+    """The weights [vocabulary, hidden size] of embedding and head, once if they are tied."""
+    weights = {layer.get_parameter("weight").data_ptr(): layer.get_parameter("weight").data for layer in layers}
+    return list(weights.values())
+
+
+def _noise(rows: Tensor) -> Tensor:
+    """Normal noise of the rows' shape, with the spread of a freshly made embedding of that width."""
+    return torch.randn(rows.shape, device=rows.device) / math.sqrt(rows.shape[-1])
+
+
+def _start_from_descriptions(
+    weight: Tensor, tokenizer: PreTrainedTokenizerBase, descriptions: Mapping[str, str], num_old: int, *, noisy: bool
+) -> None:
+    for token, text in descriptions.items():
+        ids = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i < num_old]
+        if not ids:
+            continue
+        row = weight[ids].mean(dim=0, dtype=torch.float32)
+        index = tokenizer.convert_tokens_to_ids(token)
+        weight[index] = (row + _noise(row[None])[0] if noisy else row).to(weight.dtype)
