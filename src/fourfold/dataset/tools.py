@@ -109,7 +109,7 @@ class ToolFormat:
         for match in re.finditer(self._read.pattern, text, re.DOTALL):
             try:
                 calls += self._read_one(match.groupdict())
-            except (ValueError, SyntaxError, KeyError, TypeError):
+            except (ValueError, SyntaxError, KeyError, TypeError, RecursionError):
                 return None
         return calls or None
 
@@ -156,19 +156,22 @@ def _read_python(text: str) -> list[ToolCall]:
         ValueError, SyntaxError: it is anything else.
     """
     calls = []
-    listed = ast.parse(f"[{text}]", mode="eval").body
+    # Strings are written as they are, so a line break may stand in one; between tokens it means nothing.
+    listed = ast.parse("[" + text.replace("\n", "\\n") + "]", mode="eval").body
     for node in listed.elts if isinstance(listed, ast.List) else []:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise ValueError(text)
-        calls.append(ToolCall(node.func.id, {word.arg: _python_value(word.value) for word in node.keywords}))
+        arguments = {word.arg: ast.literal_eval(_JsonNames().visit(word.value)) for word in node.keywords}
+        calls.append(ToolCall(node.func.id, arguments))
     return calls
 
 
-def _python_value(node: ast.expr) -> Any:
-    names = {"true": True, "false": False, "null": None}
-    if isinstance(node, ast.Name) and node.id in names:
-        return names[node.id]
-    return ast.literal_eval(node)
+class _JsonNames(ast.NodeTransformer):
+    """Puts Python's constants in the place of JSON's names for them."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        names = {"true": True, "false": False, "null": None}
+        return ast.copy_location(ast.Constant(names[node.id]), node) if node.id in names else node
 
 
 def tool_format_names() -> list[str]:
