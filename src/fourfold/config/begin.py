@@ -20,7 +20,10 @@ def begin(source: Source | None, overrides: Sequence[str] | Mapping[str, Any], v
         ConfigError: with every problem.
     """
     run = load(source, overrides, verb=verb)
-    setup_logging(verbose=run.output.log_level in ("debug", "detail"))
+    level = run.output.log_level
+    setup_logging(verbose=level in ("debug", "detail"))
+    if level in ("warning", "error", "critical"):
+        get_logger("fourfold").setLevel(level.upper())
     for note in run.notes:
         log.info("%s", note)
     return run

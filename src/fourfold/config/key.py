@@ -5,7 +5,6 @@ Everything that speaks of keys (the loader, `fourfold help`, docs/config.md) is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +13,8 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from fourfold.config.yaml12 import parse_yaml
 
 
 class Status(StrEnum):
@@ -127,7 +128,7 @@ class Section(BaseModel):
     """A group of keys. Frozen: a run's config never changes after it was loaded."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, validate_default=False
+        frozen=True, extra="forbid", protected_namespaces=(), coerce_numbers_to_str=True, allow_inf_nan=False
     )
     title: ClassVar[str] = ""
     NESTED: ClassVar[tuple[str, ...]] = ()
@@ -162,9 +163,9 @@ def _mapping(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return yaml.safe_load(value)
+        return parse_yaml(value)  # JSON is YAML
+    except yaml.YAMLError:
+        return value  # not a mapping, as pydantic will say
 
 
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split)]

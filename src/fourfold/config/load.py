@@ -14,7 +14,7 @@ from fourfold.base import registry
 from fourfold.base.errors import ConfigError
 from fourfold.config.derive import derive
 from fourfold.config.key import NoCounterpart, Section, Status
-from fourfold.config.problems import invalid, show, unknown_key
+from fourfold.config.problems import invalid, shown, unknown_key
 from fourfold.config.rules import Verb, contradictions, requirements
 from fourfold.config.schema import COMPAT, NESTED, SECTIONS, Key, Run, named_keys, table
 from fourfold.config.sources import merge, read_file, read_overrides
@@ -32,7 +32,10 @@ def load(source: Source | None, overrides: Sequence[str] | Mapping[str, Any] = (
     Raises:
         ConfigError: with every problem of the keys, their values and their combination.
     """
-    given = read_overrides(source) if isinstance(source, Mapping) else read_file(Path(source)) if source else {}
+    if source is None:
+        given: Mapping[str, Any] = {}
+    else:
+        given = read_overrides(source) if isinstance(source, Mapping) else read_file(Path(source))
     given = merge(given, read_overrides(overrides))
     loader = _Loader()
     flat = loader.resolve(given)
@@ -115,15 +118,15 @@ class _Loader:
 
     def _chosen(self, key: Key, value: Any, attribute: str, values: dict[str, Any]) -> bool:
         """Put `value` into `values`, renamed if need be; False if it is not among the key's choices."""
-        parts = value.split(",") if tuple in key.kind.types and isinstance(value, str) else value
-        many = isinstance(parts, list | tuple)
-        parts = [self._choice(key, part.strip() if isinstance(part, str) else part) for part in parts] if many else (
-            self._choice(key, value)
-        )  # fmt: skip
+        if tuple in key.kind.types and isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        if isinstance(value, list | tuple):
+            values[attribute] = [self._choice(key, part) for part in value]
+        else:
+            values[attribute] = self._choice(key, value)
         if key.name in self.bad:
-            return False
-        values[attribute] = parts
-        return True
+            del values[attribute]
+        return attribute in values
 
     def _choice(self, key: Key, value: Any) -> Any:
         """One value of a key: renamed, refused, or matched to the key's choices."""
@@ -148,7 +151,7 @@ class _Loader:
             return
         if key.spec.status is Status.LATER:
             self.notes.append(
-                f"{key.name}: {show(value)} is accepted but without effect yet; it comes with {key.spec.note}"
+                f"{key.name}: {shown(key, value)} is accepted but without effect yet; it comes with {key.spec.note}"
             )
         elif key.spec.status is Status.MAPPED:
             self.notes.append(f"{key.name}: {key.spec.note}")
@@ -156,15 +159,15 @@ class _Loader:
     def _map(self, key: Key, value: Any, flat: dict[str, Any]) -> None:
         """Replace another tool's key, given a value other than its default, by ours."""
         if key.spec.status is Status.REFUSED:
-            self._bad(key, f"{key.name}: {show(value)} is refused. {key.spec.note}")
+            self._bad(key, f"{key.name}: {shown(key, value)} is refused. {key.spec.note}")
             return
         if key.spec.status is Status.LATER:
             self.notes.append(
-                f"{key.name}: {show(value)} is accepted but without effect yet; it comes with {key.spec.note}"
+                f"{key.name}: {shown(key, value)} is accepted but without effect yet; it comes with {key.spec.note}"
             )
             return
         if key.spec.to is None:
-            self.notes.append(f"{key.name}: {show(value)} changes nothing; {key.spec.note}")
+            self.notes.append(f"{key.name}: {shown(key, value)} changes nothing; {key.spec.note}")
             return
         try:
             translation = key.spec.to(value)
@@ -175,11 +178,11 @@ class _Loader:
             if flat.setdefault(name, setting) != setting:
                 self._bad(
                     key,
-                    f"{key.name}: {show(value)} means {name}: {show(setting)}, but {name} is {show(flat[name])}. "
+                    f"{key.name}: {shown(key, value)} means {name}: {shown(key, setting)}, but {name} is {shown(key, flat[name])}. "
                     f"Remove one of the two.",
                 )
-        listed = ", ".join(f"{name}: {show(setting)}" for name, setting in translation.values.items())
-        self.notes.append(f"{key.name}: {show(value)} is taken for {listed or 'the default'}")
+        listed = ", ".join(f"{name}: {shown(key, setting)}" for name, setting in translation.values.items())
+        self.notes.append(f"{key.name}: {shown(key, value)} is taken for {listed or 'the default'}")
         self.notes += [f"{key.name}: {note}" for note in translation.notes]
 
     def _bad(self, key: Key, problem: str) -> None:

@@ -35,11 +35,13 @@ def invalid(key: Key, value: Any, error: ErrorDetails) -> str:
     """The message for a value of a wrong type or out of range."""
     bounds = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
     wrong = "is out of range" if error["type"] in bounds else "is not valid"
-    return f"{key.name}: {show(value)} {wrong}. Use {wanted(key)}."
+    return f"{key.name}: {shown(key, value)} {wrong}. Use {wanted(key)}."
 
 
-def show(value: Any) -> str:
-    """A value as the user would write it."""
+def shown(key: Key, value: Any) -> str:
+    """A value of a key as its user would write it; secrets are not shown."""
+    if key.spec.secret:
+        return "(hidden)"
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -115,8 +115,11 @@ class Run:
     source: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def flat(self) -> dict[str, Any]:
-        """All keys with their values as a config file would hold them, secrets left out.
+    def flat(self, *, secrets: bool = False) -> dict[str, Any]:
+        """All keys with their values as a config file would hold them.
+
+        Args:
+            secrets: also tokens and the like; never write or show such a result.
 
         What `load` makes of it equals this run, but for `source` and `notes`.
         """
@@ -125,7 +128,7 @@ class Run:
         for attribute, section in SECTIONS.items():
             dumped = getattr(self, attribute).model_dump(mode="json")
             for name, info in section.model_fields.items():
-                if not spec_of(info).secret:
+                if secrets or not spec_of(info).secret:
                     (nested if name in section.NESTED else values)[name] = dumped[name]
         return {**values, NESTED: nested}
 

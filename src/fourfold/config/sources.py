@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +11,7 @@ import yaml
 
 from fourfold.base.errors import ConfigError
 from fourfold.config.schema import Key, table
-
-_INT = re.compile(r"[-+]?[0-9]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_NULL = re.compile(r"~|null|Null|NULL|")
-
-Resolvers = dict[str | None, list[tuple[str, re.Pattern[str]]]]
-
-
-def _core_schema() -> Resolvers:
-    """First character of a plain scalar -> the tags it may have; YAML tries them in order."""
-
-    def anchored(pattern: re.Pattern[str]) -> re.Pattern[str]:
-        return re.compile(f"^(?:{pattern.pattern})$")
-
-    rules = (
-        ("tag:yaml.org,2002:bool", anchored(_BOOL), "tTfF"),
-        ("tag:yaml.org,2002:int", anchored(_INT), "-+0123456789"),
-        ("tag:yaml.org,2002:float", anchored(_FLOAT), "-+0123456789."),
-        ("tag:yaml.org,2002:null", anchored(_NULL), "~nN"),
-        ("tag:yaml.org,2002:merge", re.compile(r"^<<$"), "<"),
-    )
-    found: Resolvers = {"": [(rules[3][0], rules[3][1])]}
-    for tag, pattern, starts in rules:
-        for start in starts:
-            found.setdefault(start, []).append((tag, pattern))
-    return found
-
-
-def _constructors() -> dict[Any, Any]:
-    """Tag -> what makes a value of it; numbers as YAML 1.2 writes them (PyYAML takes 010 for octal)."""
-    own = {
-        "tag:yaml.org,2002:int": lambda _, node: int(node.value),
-        "tag:yaml.org,2002:float": lambda _, node: _to_float(node.value),
-    }
-    return {**yaml.SafeLoader.yaml_constructors, **own}
-
-
-def _to_float(text: str) -> float:
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML with the scalars of YAML 1.2: `5e-05` is a number and `no` is text; a key given twice is an error."""
-
-    yaml_implicit_resolvers = _core_schema()
-    yaml_constructors = _constructors()
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for name, _ in node.value:
-            if isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge":
-                if name.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{name.value!r} is given twice", name.start_mark
-                    )
-                seen.add(name.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML text. Raises: yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+from fourfold.config.yaml12 import BOOL, FLOAT, INT, NULL, parse_yaml, to_float
 
 
 def _parse_json(text: str) -> Any:
@@ -191,20 +128,20 @@ def _accepts(key: Key | None, word: str) -> bool:
 def parse_value(key: Key | None, text: str) -> Any:
     """A value from a command line, read as YAML would; but what is text for its key stays as it is."""
     kind = None if key is None else key.kind
-    if _NULL.fullmatch(text) and text:
+    if NULL.fullmatch(text) and text:
         return None
     if text.startswith(("[", "{")) and not (kind and kind.types == {str}):
         try:
             return parse_yaml(text)
         except yaml.YAMLError:
             return text
-    if kind and _BOOL.fullmatch(text) and bool in kind.types:
+    if kind and BOOL.fullmatch(text) and bool in kind.types:
         return text.lower() == "true"
     if kind and (kind.takes_text or tuple in kind.types):
         return text
-    for pattern, convert in ((_BOOL, lambda word: word.lower() == "true"), (_INT, int)):
+    for pattern, convert in ((BOOL, lambda word: word.lower() == "true"), (INT, int)):
         if pattern.fullmatch(text):
             return convert(text)
-    if _FLOAT.fullmatch(text):
-        return _to_float(text)
+    if FLOAT.fullmatch(text):
+        return to_float(text)
     return text

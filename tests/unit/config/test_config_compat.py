@@ -205,3 +205,9 @@ def test_load_when_a_settled_key_is_given_notes_why_it_changes_nothing() -> None
     assert load({"low_cpu_mem_usage": False}).notes == (
         "low_cpu_mem_usage: false changes nothing; weights are always streamed to their device",
     )
+
+
+def test_load_when_a_secret_is_mapped_does_not_show_it() -> None:
+    run = load({"hub_token": "abc"})
+    assert run.model.hf_hub_token == "abc"
+    assert run.notes == ("hub_token: (hidden) is taken for hf_hub_token: (hidden)",)

@@ -116,6 +116,12 @@ def test_load_when_words_hold_mappings_reads_them() -> None:
     assert run.training.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
+def test_load_when_a_mapping_is_given_as_text_reads_it() -> None:
+    assert load({"lr_scheduler_kwargs": '{"min_lr": 1e-6}'}).training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert load({"lr_scheduler_kwargs": "{min_lr: 1e-6}"}).training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert problems_of({"lr_scheduler_kwargs": "[1,"}) == ("lr_scheduler_kwargs: '[1,' is not valid. Use a mapping.",)
+
+
 def test_load_when_max_steps_is_negative_word_takes_it_as_value() -> None:
     assert load({}, ["--max_steps", "-1"]).training.max_steps == -1
 
@@ -151,6 +157,7 @@ def test_load_when_many_keys_are_wrong_reports_all_at_once() -> None:
         ({"lora_dropout": 1}, "lora_dropout: 1 is out of range. Use a number of at least 0 and below 1."),
         ({"cutoff_len": 1.5}, "cutoff_len: 1.5 is not valid. Use an integer of at least 1."),
         ({"seed": True}, "seed: true is not valid. Use an integer of at least 0."),
+        ({"learning_rate": float("inf")}, "learning_rate: inf is not valid. Use a number above 0."),
         ({"seed": None}, "seed: null is not valid. Use an integer of at least 0."),
         ({"fp16": 3}, "fp16: 3 is not valid. Use true or false."),
         ({"parallel": {"tpp": 2}}, "parallel.tpp: there is no such key. Did you mean parallel.tp"),
@@ -252,6 +259,12 @@ def test_load_when_given_its_own_flat_form_gives_the_same_run() -> None:
 )
 def test_load_when_a_default_depends_on_other_keys_fills_it(keys: dict[str, Any], name: str, expected: Any) -> None:
     assert load(keys).flat()[name] == expected
+
+
+def test_flat_when_asked_for_secrets_has_them() -> None:
+    run = load({"hf_hub_token": "abc"})
+    assert "hf_hub_token" not in run.flat()
+    assert run.flat(secrets=True)["hf_hub_token"] == "abc"
 
 
 def test_load_when_a_later_key_is_given_notes_it() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from fourfold.config.key import NoCounterpart
+from fourfold.config.yaml12 import parse_yaml
 
 
 def read_mapping(value: Any) -> Mapping[str, Any]:
@@ -30,7 +31,7 @@ def read_mapping(value: Any) -> Mapping[str, Any]:
             f"{path} cannot be read ({error.strerror}). Check the path; it is taken from here."
         ) from error
     try:
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except json.JSONDecodeError as error:
         raise NoCounterpart(f"{path}, line {error.lineno}: bad JSON, {error.msg}. Correct this line.") from error
     except yaml.YAMLError as error:
