@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, verify
+from fourfold.models import pissa
 
 log = get_logger(__name__)
 
@@ -68,9 +69,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         if not path.exists():
             raise CheckpointError(f"{path}: is missing; the checkpoint holds no adapter.")
-        result = set_peft_model_state_dict(model, load_file(path))
-        if result.unexpected_keys:
-            raise CheckpointError(f"{path}: has weights that this adapter does not: {result.unexpected_keys[:3]}.")
+        unexpected = pissa.restore(model, load_file(path))
+        if unexpected:
+            raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
         return
     loaded: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):

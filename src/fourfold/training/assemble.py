@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.base import registry
@@ -14,8 +15,9 @@ from fourfold.config.schema import Run
 from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.prepare import Prepared, prepare
 from fourfold.dataset.render import Renderer
-from fourfold.models.adapters import attach
+from fourfold.models.adapters import attach, identify_base
 from fourfold.models.forward import StepModel, supports_packing
+from fourfold.models.identity import BaseIdentity
 from fourfold.models.inference import load_renderer
 from fourfold.models.load import load_model
 from fourfold.models.lora import use_short_forward
@@ -41,6 +43,7 @@ class Parts:
 
     Attributes:
         module: the model as it is trained and saved, possibly wrapped by PEFT.
+        base: which model an adapter is trained on; None for other tunings.
     """
 
     run: Run
@@ -53,6 +56,7 @@ class Parts:
     module: TunedModel
     objective: Objective
     noise: NoiseKeys
+    base: BaseIdentity | None = None
     layout: Layout = field(default_factory=Layout)
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
@@ -106,7 +110,9 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     device = pick_device(run)
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", device, str(precision.compute).removeprefix("torch."))
-    model = load_model(run.model, dtype=precision.load, device=device)
+    model = load_model(
+        run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len
+    )
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
     use_short_forward(module)
@@ -114,4 +120,5 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
         add_neftune(module, noise, training.neftune_noise_alpha)
-    return Parts(run, output_dir, device, precision, tokenizer, renderer, data, module, objective, noise)
+    base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
+    return Parts(run, output_dir, device, precision, tokenizer, renderer, data, module, objective, noise, base)

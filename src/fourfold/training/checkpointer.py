@@ -16,6 +16,7 @@ from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import prune, write_folder
 from fourfold.checkpoint.optimizer import NUMBERS, load_optimizer, save_optimizer
 from fourfold.checkpoint.resume import load_weights
+from fourfold.models.identity import BaseIdentity
 from fourfold.models.unwrap import TunedModel
 from fourfold.models.weights import save_model
 from fourfold.training.state import TrainState
@@ -30,6 +31,7 @@ class Checkpointer:
     """Writes `checkpoint-<step>` folders of a run and reads them back.
 
     Attributes:
+        base: which model an adapter is trained on; written beside it.
         facts: what a resumed run must find as it was (see TrainState.load).
         only_model: leave out what resuming needs (`save_only_model`).
         limit: checkpoints to keep (`save_total_limit`); the best one always stays.
@@ -43,6 +45,7 @@ class Checkpointer:
     scaler: torch.amp.GradScaler | None
     state: TrainState
     facts: Mapping[str, Any]
+    base: BaseIdentity | None = None
     only_model: bool = False
     limit: int | None = None
 
@@ -60,7 +63,7 @@ class Checkpointer:
         return target
 
     def _write(self, folder: Path) -> None:
-        save_model(self.module, folder, tokenizer=self.tokenizer)
+        save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base)
         self.state.save(folder, dict(self.facts))
         if self.only_model:
             return

@@ -51,7 +51,7 @@ def fit(parts: Parts, source: SampleSource) -> dict[str, float]:
     finally:
         for tracker in trackers:
             tracker.finish()
-    save_model(parts.module, output_dir, tokenizer=parts.tokenizer)
+    save_model(parts.module, output_dir, tokenizer=parts.tokenizer, base=parts.base)
     state.save(output_dir, facts)
     return {
         "epoch": state.epoch,
@@ -99,6 +99,7 @@ def build_loop(
         scaler=scaler,
         state=state,
         facts=facts,
+        base=parts.base,
         only_model=output.save_only_model,
         limit=output.save_total_limit,
     )
