@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,13 @@ def test_fingerprint_when_a_setting_changes_is_another() -> None:
     others += [make_renderer("qwen"), make_renderer("qwen3", tool_format="default")]
     others += [make_renderer("llama3", today=monday), make_renderer("llama3", today=tuesday)]
     assert len({base, *(renderer.fingerprint for renderer in others)}) == 7
+
+
+def test_renderer_when_sent_to_another_process_renders_the_same() -> None:
+    renderer = make_renderer("qwen3", enable_thinking=None, tool_format="default", default_system="S")
+    copy = pickle.loads(pickle.dumps(renderer))
+    assert copy.fingerprint == renderer.fingerprint
+    assert copy.encode_turns(chat("A", "B"), "", TOOLS) == renderer.encode_turns(chat("A", "B"), "", TOOLS)
 
 
 def test_encode_turns_when_tokenizer_is_llama3s_gives_the_known_ids() -> None:
