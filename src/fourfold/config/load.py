@@ -176,11 +176,8 @@ class _Loader:
             return
         for name, setting in translation.values.items():
             if flat.setdefault(name, setting) != setting:
-                self._bad(
-                    key,
-                    f"{key.name}: {shown(key, value)} means {name}: {shown(key, setting)}, but {name} is {shown(key, flat[name])}. "
-                    f"Remove one of the two.",
-                )
+                meant = f"{key.name}: {shown(key, value)} means {name}: {shown(key, setting)}"
+                self._bad(key, f"{meant}, but {name} is {shown(key, flat[name])}. Remove one of the two.")
         listed = ", ".join(f"{name}: {shown(key, setting)}" for name, setting in translation.values.items())
         self.notes.append(f"{key.name}: {shown(key, value)} is taken for {listed or 'the default'}")
         self.notes += [f"{key.name}: {note}" for note in translation.notes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fourfold.base import registry
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_count
 from fourfold.checkpoint.resume import find_checkpoint
+from fourfold.config.training import TrainingConfig
 from fourfold.dataset.loader import SampleSource, StepLoader
 from fourfold.models.groups import parameter_groups
 from fourfold.models.unwrap import base_model
@@ -48,6 +50,8 @@ def fit(parts: Parts, source: SampleSource) -> dict[str, float]:
         if resumed is not None:
             checkpointer.restore(resumed)
         loop.fit()
+        if run.training.load_best_model_at_end:
+            checkpointer.load_best()
     finally:
         for tracker in trackers:
             tracker.finish()
@@ -88,7 +92,7 @@ def build_loop(
     optimizer: torch.optim.Optimizer = registry.load(_OPTIMIZERS, training.optim, key="optim").build(groups, run)
     scheduler = make_scheduler(training, optimizer, budget)
     scaler = torch.amp.GradScaler(parts.device.type) if parts.precision.loss_scaling else None
-    step, policy = parts.step(scaler), parts.cut_policy()
+    step, policy = parts.step(scaler), parts.policy
     seed = training.seed if training.data_seed is None else training.data_seed
     checkpointer = Checkpointer(
         output_dir=parts.output_dir,
@@ -126,28 +130,38 @@ def build_loop(
 
 def _settings(parts: Parts, budget: Budget) -> LoopSettings:
     training, output = parts.run.training, parts.run.output
+    metric = training.metric_for_best_model or "loss"
     logging = cadence(output.logging_strategy, output.logging_steps, budget)
     evaluation = cadence(training.eval_strategy, training.eval_steps or output.logging_steps, budget)
-    saving = cadence(output.save_strategy, output.save_steps, budget)
     return LoopSettings(
         max_steps=budget.max_steps,
         steps_per_epoch=budget.steps_per_epoch,
         max_grad_norm=training.max_grad_norm,
         logging=Cadence(logging.every, logging.at_end, at_first=output.logging_first_step),
-        evaluation=evaluation,
-        saving=evaluation if output.save_strategy == "best" else saving,
+        evaluation=replace(evaluation, after=_delay(training, budget)),
+        saving=cadence(output.save_strategy, output.save_steps, budget),
+        evaluate_first=training.eval_on_start,
+        save_best_only=output.save_strategy == "best",
         # Transformers' Trainer counts 6 operations per token and parameter outside the embeddings.
         flos_per_token=6.0 * base_model(parts.module).num_parameters(exclude_embeddings=True),
         early_stopping=training.early_stopping_steps,
-        metric=training.metric_for_best_model or "eval_loss",
-        greater_is_better=bool(training.greater_is_better),
+        metric=metric if metric.startswith("eval_") else f"eval_{metric}",
+        greater_is_better=not metric.endswith("loss")
+        if training.greater_is_better is None
+        else training.greater_is_better,
     )
+
+
+def _delay(training: TrainingConfig, budget: Budget) -> int:
+    """Steps before the first evaluation; `eval_delay` counts epochs where evaluation is by epoch."""
+    unit = budget.steps_per_epoch if training.eval_strategy == "epoch" else 1
+    return int(training.eval_delay * unit)
 
 
 def _announce(parts: Parts, budget: Budget, num_samples: int, state: TrainState) -> None:
     """The block that tells what is about to run, in the terms Transformers' users know."""
     training = parts.run.training
-    policy = parts.cut_policy()
+    policy = parts.policy
     how = "packed end to end" if policy.packed else "padded"
     epochs = f"Num epochs = {training.num_train_epochs:g}"
     lines = [
