@@ -6,6 +6,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fourfold.config.schema import Run
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -43,3 +45,24 @@ class Engine(Protocol):
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Generator[str, None, None]:
         """The answer to one prompt as pieces of text, as they come; closing it early stops the generation."""
         ...
+
+
+def sampling_of(run: Run) -> Sampling:
+    """The generating keys as an engine takes them.
+
+    `max_length` counts only where `max_new_tokens` is not given, and `seed` only where it is: its default is for
+    training, and would give each question always the same answer.
+    """
+    config = run.generation
+    return Sampling(
+        do_sample=config.do_sample,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        max_length=None if "max_new_tokens" in config.model_fields_set else config.max_length,
+        repetition_penalty=config.repetition_penalty,
+        length_penalty=config.length_penalty,
+        seed=run.training.seed if "seed" in run.training.model_fields_set else None,
+    )

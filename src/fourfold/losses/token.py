@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
-from fourfold.parallel.loss import Outputs, token_nll
-from fourfold.parallel.terms import TARGETS, LossTerms, Term
+from fourfold.parallel.loss import Outputs, score_tokens
+from fourfold.parallel.terms import TARGET_COUNT, TARGETS, TOKENS, LossTerms, Term
 
 
 def weighted_sum(nll: Tensor, weights: Tensor) -> Tensor:
@@ -24,18 +26,42 @@ def weighted_sum(nll: Tensor, weights: Tensor) -> Tensor:
     return torch.dot(nll, weights)
 
 
+@dataclass(frozen=True, slots=True)
 class TokenLoss:
     """Cross entropy of the trained tokens, over their summed weight in the whole optimizer step.
 
     loss = sum_t w_t * -log p(target_t | before t) / sum_t w_t
+
+    Attributes:
+        accuracy: also report the share of targets that are the likeliest token.
+        router_coefficient: weight of the experts' load-balancing loss, which is computed for each micro-batch and
+            averaged over tokens; 0 for none.
     """
 
+    accuracy: bool = False
+    router_coefficient: float = 0.0
+
     def denominators(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """The summed weight of all trained positions."""
-        return {TARGETS: float(sum(float(batch.weights.sum()) for batch in batches))}
+        """The summed weight and the number of trained positions, and the number of tokens."""
+        return {
+            TARGETS: float(sum(float(batch.weights.sum()) for batch in batches)),
+            TARGET_COUNT: float(sum(batch.num_targets for batch in batches)),
+            TOKENS: float(sum(batch.num_tokens for batch in batches)),
+        }
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossTerms:
-        """One term, `nll`."""
-        nll, positions = token_nll(outputs, batch.targets)
-        weights = batch.weights.reshape(-1).index_select(0, positions)
-        return LossTerms({"nll": Term(weighted_sum(nll, weights), TARGETS)})
+        """The terms `nll` and, with experts, `router`; the metric `accuracy`."""
+        scores = score_tokens(outputs, batch.targets, with_correct=self.accuracy)
+        weights = batch.weights.reshape(-1).index_select(0, scores.positions)
+        terms = {"nll": Term(weighted_sum(scores.nll, weights), TARGETS)}
+        if self.router_coefficient and outputs.router_loss is not None:
+            terms["router"] = Term(self.router_coefficient * outputs.router_loss * batch.num_tokens, TOKENS)
+        metrics: dict[str, Term] = {}
+        if scores.correct is not None:
+            metrics["accuracy"] = Term(scores.correct.sum().float(), TARGET_COUNT)
+        return LossTerms(terms, metrics)
+
+
+def build_token_loss(run: Run) -> TokenLoss:
+    """The token loss that a config asks for, the same for every stage that uses it."""
+    return TokenLoss(accuracy=run.training.compute_accuracy, router_coefficient=run.model.moe_aux_loss_coef or 0.0)

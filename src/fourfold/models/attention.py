@@ -8,12 +8,14 @@ the model's forward. On CUDA in half precision it is torch's variable-length fla
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "fourfold"
@@ -27,6 +29,19 @@ def register() -> None:
     """Make `attn_implementation="fourfold"` known to Transformers; calling it again changes nothing."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, a model that runs packed attention has Transformers' own again, which knows caches and masks."""
+    if model.config._attn_implementation != NAME:
+        yield
+        return
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def packed_attention(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MoeModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
@@ -61,12 +63,14 @@ class StepModel:
     Attributes:
         module: the model, possibly wrapped by PEFT; what is trained and saved.
         packed: whether it is fed packed rows.
+        balance_experts: also compute the experts' load-balancing loss.
         noise: keys of dropout and input noise, told of every micro-batch; None where there is neither.
     """
 
     module: nn.Module
     packed: bool
     noise: NoiseKeys | None = None
+    balance_experts: bool = False
 
     def __post_init__(self) -> None:
         self._inner = base_model(self.module)
@@ -100,8 +104,23 @@ class StepModel:
         kwargs = self._boundaries(batch.lengths, batch.cu_seqlens)
         if self.noise is not None and self.module.training:
             self.noise.enter(batch)
+        if self.balance_experts:
+            kwargs["output_router_logits"] = True
         target = self._inner if self._head is None else self._inner.get_decoder()
         outputs = target(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs)
         if self._head is None:
             return Outputs(outputs.logits, lambda logits: logits)
-        return Outputs(outputs.last_hidden_state, self._head)
+        return Outputs(outputs.last_hidden_state, self._head, self._router_loss(outputs))
+
+    def _router_loss(self, outputs: BaseModelOutput) -> Tensor | None:
+        """E * sum_i f_i P_i over all layers' experts (arXiv:2101.03961), by Transformers' function.
+
+        Padding of a padded batch is counted as tokens, as Transformers' Trainer does under a causal mask of ones.
+        """
+        if not self.balance_experts or not isinstance(outputs, MoeModelOutputWithPast) or not outputs.router_logits:
+            return None
+        config = self._inner.config
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok)
+        assert isinstance(loss, Tensor)
+        return loss

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fourfold.config.schema import Run
-from fourfold.losses.token import TokenLoss
+from fourfold.losses.token import build_token_loss
 from fourfold.objectives.interface import Objective, RowKind
 
 ROWS: RowKind = "text"
 
 
 def build(run: Run) -> Objective:
-    """The objective of stage `pt`; it has no keys of its own."""
-    return TokenLoss()
+    """The objective of stage `pt`."""
+    return build_token_loss(run)

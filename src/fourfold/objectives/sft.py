@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from fourfold.config.schema import Run
-from fourfold.losses.token import TokenLoss
+from fourfold.losses.token import build_token_loss
 from fourfold.objectives.interface import Objective, RowKind
 
 ROWS: RowKind = "chat"
 
 
 def build(run: Run) -> Objective:
-    """The objective of stage `sft`; it has no keys of its own."""
-    return TokenLoss()
+    """The objective of stage `sft`."""
+    return build_token_loss(run)

@@ -15,6 +15,12 @@ from torch import Tensor
 TARGETS = "targets"
 """Denominator: the summed weight of all trained positions of the step."""
 
+TARGET_COUNT = "target_count"
+"""Denominator: the number of trained positions of the step, whatever their weight."""
+
+TOKENS = "tokens"
+"""Denominator: the number of input tokens of the step, padding left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Term:

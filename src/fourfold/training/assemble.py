@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,8 +28,10 @@ from fourfold.models.unwrap import TunedModel
 from fourfold.objectives.interface import Objective
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
+from fourfold.training.memory import StepSizes, enable_recompute, fit_to_memory
 from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
+from fourfold.training.schedule import samples_per_step
 
 log = get_logger(__name__)
 
@@ -59,10 +62,20 @@ class Parts:
     base: BaseIdentity | None = None
     layout: Layout = field(default_factory=Layout)
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows are packed: the model can, and the config does not ask for another attention."""
+        return self.run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(self.module)
+
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
         return Step(
-            model=StepModel(self.module, packed=supports_packing(self.module), noise=self.noise),
+            model=StepModel(
+                self.module,
+                packed=self.packed,
+                noise=self.noise,
+                balance_experts=bool(self.run.model.moe_aux_loss_coef),
+            ),
             objective=self.objective,
             device=self.device,
             autocast=self.precision.autocast(self.device),
@@ -74,17 +87,38 @@ class Parts:
         self.noise.step = step
         seed_micro_batch(self.run.training.seed, step, number)
 
-    def cut_policy(self) -> CutPolicy:
-        """How a step is cut: by tokens, up to what the user's own batch size and cutoff would allow."""
+    @cached_property
+    def policy(self) -> CutPolicy:
+        """How a step is cut: by tokens, up to what the user's own batch size and cutoff allow and memory holds.
+
+        Decided once, and activations are recomputed from then on if it takes that.
+        """
         training = self.run.training
         tokens = training.per_device_train_batch_size * self.run.data.cutoff_len
         if self.device.type == "cpu":
             tokens = min(tokens, _CPU_TOKENS)
-        return CutPolicy(
-            packed=supports_packing(self.module),
+        allowed = CutPolicy(
+            packed=self.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
         )
+        fit = fit_to_memory(allowed, self.module, self._sizes(), self.precision.compute, self._asked_recompute())
+        if fit.recompute:
+            enable_recompute(self.module)
+        return fit.policy
+
+    def _sizes(self) -> StepSizes:
+        lengths = None if self.data.train is None else self.data.train.lengths
+        if lengths is None or not len(lengths):
+            return StepSizes(self.run.data.cutoff_len, self.run.data.cutoff_len)
+        samples = samples_per_step(self.run.training, self.layout.dp)
+        return StepSizes(int(lengths.max()), int(lengths.mean() * samples))
+
+    def _asked_recompute(self) -> bool | None:
+        training = self.run.training
+        if training.disable_gradient_checkpointing:
+            return False
+        return training.gradient_checkpointing
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -104,15 +138,15 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     """Load tokenizer, then data, then model: what can be wrong with a file is found before the weights are read."""
     training = run.training
     seed_everything(training.seed, deterministic=training.full_determinism)
+    if training.tf32 is not None:
+        torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     objective: Objective = registry.load(_OBJECTIVES, training.stage, key="stage").build(run)
     tokenizer, renderer = load_renderer(run)
     data = prepare(run, tokenizer, renderer)
     device = pick_device(run)
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", device, str(precision.compute).removeprefix("torch."))
-    model = load_model(
-        run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len
-    )
+    model = load_model(run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len)
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
     use_short_forward(module)

@@ -73,6 +73,15 @@ class Checkpointer:
             schedule["scaler"] = self.scaler.state_dict()
         (folder / _SCHEDULE).write_text(json.dumps(schedule, default=_drop), encoding="utf-8")
 
+    def load_best(self) -> None:
+        """Put back the weights of the best evaluation, if its checkpoint is there (load_best_model_at_end)."""
+        folder = self.output_dir / f"checkpoint-{self.state.best_step}"
+        if self.state.best_step is None or not folder.is_dir():
+            log.warning("load_best_model_at_end: the best step was not saved; the last weights are kept.")
+            return
+        load_weights(self.module, folder)
+        log.info("Loaded the best weights, of step %d (%.6g)", self.state.best_step, self.state.best_metric)
+
     def restore(self, folder: Path) -> None:
         """Put weights, optimizer and schedule back as `save` wrote them (the state is loaded by its owner).
 

@@ -141,7 +141,7 @@ def _settings(parts: Parts, budget: Budget) -> LoopSettings:
         evaluation=replace(evaluation, after=_delay(training, budget)),
         saving=cadence(output.save_strategy, output.save_steps, budget),
         evaluate_first=training.eval_on_start,
-        save_best_only=output.save_strategy == "best",
+        save_best=output.save_strategy == "best" or training.load_best_model_at_end,
         # Transformers' Trainer counts 6 operations per token and parameter outside the embeddings.
         flos_per_token=6.0 * base_model(parts.module).num_parameters(exclude_embeddings=True),
         early_stopping=training.early_stopping_steps,

@@ -39,6 +39,9 @@ class LoopSettings:
         logging, evaluation, saving: when each is due.
         flos_per_token: floating-point operations counted for a token.
         early_stopping: evaluations without a better one after which the run ends; None for never.
+        evaluate_first: evaluate before the first step, too.
+        save_best: also save when an evaluation is the best so far.
+        metric, greater_is_better: what is best.
     """
 
     max_steps: int
@@ -49,6 +52,8 @@ class LoopSettings:
     saving: Cadence
     flos_per_token: float = 0.0
     early_stopping: int | None = None
+    evaluate_first: bool = False
+    save_best: bool = False
     metric: str = "eval_loss"
     greater_is_better: bool = False
 
@@ -102,14 +107,23 @@ class Loop:
         """
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.module.train()
+        if self.settings.evaluate_first and self.evaluator is not None and self.state.step == 0:
+            self._evaluate(self.evaluator)
         with StopRequest() as stop:
             for found in self.loader.steps(self.state.step):
-                if self.state.step >= self.settings.max_steps or self._should_stop_early():
+                if self._finished():
                     break
                 started = time.perf_counter()
                 self._train_step(found, parameters)
                 self.state.train_runtime_s += time.perf_counter() - started
                 self._after_step(stop)
+
+    def _finished(self) -> bool:
+        return self.state.step >= self.settings.max_steps or self._lost_patience()
+
+    def _lost_patience(self) -> bool:
+        patience = self.settings.early_stopping
+        return patience is not None and self.state.evaluations_since_best >= patience
 
     def _train_step(self, found: StepSamples, parameters: list[nn.Parameter]) -> None:
         batches = cut(found.samples, self.policy)
@@ -154,20 +168,26 @@ class Loop:
             tracker.advance(state.step)
 
     def _after_step(self, stop: StopRequest) -> None:
-        step, last = self.state.step, self.state.step >= self.settings.max_steps
-        if self.settings.logging.due(step, last=last):
+        settings, step = self.settings, self.state.step
+        last = step >= settings.max_steps
+        if settings.logging.due(step, last=last):
             self._log()
-        if self.evaluator is not None and self.settings.evaluation.due(step, last=last):
+        if self.evaluator is not None and settings.evaluation.due(step, last=last):
             self._evaluate(self.evaluator)
         if stop.signal_number is not None:
-            folder = self.save()
             raise Interrupted(
-                f"Stopped at step {step} of {self.settings.max_steps}; saved as {folder}. "
+                f"Stopped at step {step} of {settings.max_steps}; saved as {self.save()}. "
                 "Go on with resume_from_checkpoint=true.",
                 stop.signal_number,
             )
-        if last or self._should_stop_early() or self.settings.saving.due(step, last=last):
+        if self._lost_patience() and not last:
+            log.info("Early stopping at step %d: %s has not improved lately.", step, settings.metric)
+        if self._finished() or self._save_is_due():
             self.save()
+
+    def _save_is_due(self) -> bool:
+        is_best = self.settings.save_best and self.state.best_step == self.state.step
+        return is_best or self.settings.saving.due(self.state.step, last=False)
 
     def _log(self) -> None:
         state = self.state
@@ -201,20 +221,6 @@ class Loop:
             state.best_metric, state.best_step, state.evaluations_since_best = metric, state.step, 0
         else:
             state.evaluations_since_best += 1
-
-    def _should_stop_early(self) -> bool:
-        patience = self.settings.early_stopping
-        if patience is None or self.state.evaluations_since_best < patience:
-            return False
-        if self.state.step < self.settings.max_steps:
-            log.info(
-                "Early stopping at step %d: %s has not improved on %.6g for %d evaluations.",
-                self.state.step,
-                self.settings.metric,
-                self.state.best_metric,
-                patience,
-            )
-        return True
 
     def _publish(self, figures: dict[str, float]) -> None:
         row: dict[str, Any] = {key: value for key, value in figures.items() if key not in _MACHINE_FIGURES}

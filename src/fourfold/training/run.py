@@ -14,6 +14,7 @@ from fourfold.training import folder
 from fourfold.training.assemble import Parts, load_parts
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.fit import fit
+from fourfold.training.predict import generate_predictions
 
 log = get_logger(__name__)
 
@@ -41,7 +42,10 @@ def train(run: Run) -> dict[str, Any]:
     if training.do_eval or (training.do_train and training.eval_strategy != "no"):
         results |= _report(output_dir, "eval", _evaluator(parts).run("eval"))
     if training.do_predict:
-        results |= _report(output_dir, "predict", _evaluator(parts).run("predict"))
+        figures = _evaluator(parts).run("predict")
+        if training.predict_with_generate:
+            figures |= generate_predictions(parts)
+        results |= _report(output_dir, "predict", figures)
     return results
 
 
@@ -49,7 +53,7 @@ def _evaluator(parts: Parts) -> Evaluator:
     if not parts.data.eval:
         raise ConfigError("eval_dataset: nothing to evaluate. Name a data set, or set val_size.")
     return Evaluator(
-        parts.module, parts.step(), parts.data.eval, parts.cut_policy(), parts.run.training.per_device_eval_batch_size
+        parts.module, parts.step(), parts.data.eval, parts.policy, parts.run.training.per_device_eval_batch_size
     )
 
 

@@ -75,23 +75,27 @@ class Cadence:
         every: steps between two times; 0 for never.
         at_end: whether the run's last step counts, too.
         at_first: whether the first step counts, too.
+        after: it is never due before so many steps.
     """
 
     every: int
     at_end: bool = False
     at_first: bool = False
+    after: int = 0
 
     def due(self, step: int, *, last: bool) -> bool:
         """Whether it is due after `step` steps (the first is 1)."""
+        if step < self.after:
+            return False
         regular = self.every > 0 and step % self.every == 0
         return regular or (last and self.at_end) or (step == 1 and self.at_first)
 
 
 def cadence(strategy: str, every: float | None, budget: Budget, *, at_end: bool = False) -> Cadence:
-    """The cadence of `strategy` no, steps (every so many; below 1 a share of the run), epoch or best (as epoch)."""
-    if strategy == "no":
+    """The cadence of a strategy: steps (every so many; below 1 a share of the run) or epoch; others are never due."""
+    if strategy in ("no", "best"):
         return Cadence(0)
-    if strategy in ("epoch", "best"):
+    if strategy == "epoch":
         return Cadence(budget.steps_per_epoch, at_end=True)
     steps = every or 500
     return Cadence(max(1, math.ceil(steps * budget.max_steps) if steps < 1 else int(steps)), at_end=at_end)
