@@ -99,6 +99,7 @@ def export(run: Run) -> Exported:
         if source.model.dtype != dtype:  # else what Transformers keeps in fp32 stays so
             torch.nn.Module.to(source.model, dtype)
         save_model(source.model, temporary, tokenizer=tokenizer, max_shard_size=size)
+        _let_others_read(temporary)
         torch.nn.Module.to(source.model, "meta")  # its memory is needed for the copy that is read back
         compared.append(_read_back(run, temporary, source, device))
 
@@ -202,7 +203,9 @@ def _head_differs(model: PreTrainedModel) -> bool:
 def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_token_ids: list[int]) -> None:
     """Let the saved config say how to generate: with the template's stop tokens and a cache. Changes `model`."""
     model.config.use_cache = True
-    config = model.generation_config if model.generation_config is not None else GenerationConfig()
+    own = model.generation_config if model.generation_config is not None else GenerationConfig()
+    # made anew, so that Transformers does not take it for one that follows the model's config
+    config = GenerationConfig(**{key: value for key, value in own.to_diff_dict().items() if not key.startswith("_")})
     if stop_token_ids:
         config.eos_token_id = stop_token_ids[0] if len(stop_token_ids) == 1 else stop_token_ids
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
@@ -226,6 +229,13 @@ def _check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
+def _let_others_read(folder: Path) -> None:
+    """Give every file the permissions that the system gives a new one; safetensors makes its own private."""
+    usual = (folder / "config.json").stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(usual)
+
+
 def _read_back(run: Run, folder: Path, source: _Source, device: torch.device) -> Comparison:
     """Load what was written and compare it."""
     gc.collect()
@@ -233,7 +243,7 @@ def _read_back(run: Run, folder: Path, source: _Source, device: torch.device) ->
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=source.compute, use_safetensors=True, trust_remote_code=run.model.trust_remote_code
         ).eval()
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"export_dir: the written model cannot be read back ({error}). Export again.") from error
     torch.nn.Module.to(model, device)
     comparison = compare(source.logits, logits_of(model, source.prompts, device))

@@ -66,16 +66,21 @@ def write_folder(
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_cannot_write(target, error, key, when_full)) from error
     except BaseException as error:
+        problem = _problem_of_disk(error)
+        # said before the cleaning, which frees space
+        message = None if problem is None else _cannot_write(target, problem, key, when_full)
         shutil.rmtree(temporary, ignore_errors=True)
-        # safetensors wraps the system's error in one of its own, with the text only.
-        if "No space left" in str(error):
-            full = OSError(errno.ENOSPC, "No space left on device")
-            raise CheckpointError(_cannot_write(target, full, key, when_full)) from error
-        raise
+        if message is None:
+            raise
+        raise CheckpointError(message) from error
+
+
+def _problem_of_disk(error: BaseException) -> OSError | None:
+    if isinstance(error, OSError):
+        return error
+    # safetensors and tokenizers wrap the system's error in one of their own, with the text only
+    return OSError(errno.ENOSPC, "No space left on device") if "No space left" in str(error) else None
 
 
 def _cannot_write(target: Path, error: OSError, key: str, when_full: str) -> str:

@@ -90,6 +90,7 @@ def test_export_writes_what_others_load(base: Path, exported: Exported):
     config = json.loads((exported.folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["use_cache"] is True
+    assert len({path.stat().st_mode for path in exported.folder.iterdir()}) == 1
 
 
 def test_exported_chat_template_gives_the_tokens_of_training(base: Path, exported: Exported):
