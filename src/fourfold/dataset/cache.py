@@ -53,17 +53,18 @@ def code_digest() -> str:
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of everything that decides how text becomes tokens."""
-    content: dict[str, Any] = {
+    tokenizer.encode("", add_special_tokens=False)  # resets the padding and truncation that a call may have left
+    facts: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "split_special_tokens": tokenizer.split_special_tokens,
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
     }
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        content["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
-        content["add_bos_token"] = tokenizer.add_bos_token
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        facts["add_bos_token"] = tokenizer.add_bos_token
+        content = tokenizer.backend_tokenizer.to_str()
+    else:
+        content = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{json.dumps(facts, sort_keys=True)}{content}".encode()).hexdigest()
 
 
 def load_or_write(folder: Path, write: Callable[[Path], None], *, overwrite: bool = False) -> None:

@@ -11,7 +11,9 @@ from typing import Any, BinaryIO
 
 from fourfold.base.errors import DataError
 
-_CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 22
+"""Bytes read at a time."""
+
 _BLANK = re.compile(r"[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _BOM = codecs.BOM_UTF8
@@ -20,8 +22,8 @@ _BOM = codecs.BOM_UTF8
 class _Window:
     """A sliding window of decoded text over a file; knows byte offset and line of where it starts."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file = path, file
+    def __init__(self, path: Path, file: BinaryIO, chunk_bytes: int) -> None:
+        self._path, self._file, self._chunk_bytes = path, file, chunk_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.text, self.at_end = "", False
         self.start_byte = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
@@ -30,7 +32,7 @@ class _Window:
 
     def grow(self) -> None:
         """Read on; at least doubles the window, so that a long row costs no more than twice its length."""
-        chunk = self._file.read(max(_CHUNK_BYTES, len(self.text)))
+        chunk = self._file.read(max(self._chunk_bytes, len(self.text)))
         self.at_end = not chunk
         try:
             self.text += self._decoder.decode(chunk, final=self.at_end)
@@ -58,7 +60,7 @@ def _is_cut_off(error: json.JSONDecodeError, window: _Window) -> bool:
     return not window.at_end and (error.pos >= len(window.text) - 16 or error.msg.startswith("Unterminated"))
 
 
-def scan_rows(path: Path) -> Iterator[tuple[Any, int, int]]:
+def scan_rows(path: Path, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[Any, int, int]]:
     """Each row of a JSON file with the bytes where it starts and stops.
 
     The file holds either one array of rows, or rows one after the other (JSON lines, or pretty-printed).
@@ -67,11 +69,13 @@ def scan_rows(path: Path) -> Iterator[tuple[Any, int, int]]:
         DataError: bad JSON, with the line; or a file that is not UTF-8.
     """
     with path.open("rb") as file:
-        window = _Window(path, file)
-        window.grow()
-        first = _BLANK.match(window.text).end()  # pyright: ignore[reportOptionalMemberAccess] - matches always
-        if first == len(window.text):
-            return
+        window = _Window(path, file, chunk_bytes)
+        first = 0
+        while first == len(window.text):
+            if window.at_end:
+                return
+            window.grow()
+            first = _BLANK.match(window.text).end()  # pyright: ignore[reportOptionalMemberAccess] - matches always
         in_array = window.text[first] == "["
         yield from _scan(window, first + 1 if in_array else first, in_array=in_array)
 
