@@ -6,12 +6,22 @@ chat template.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from fourfold.config.model import ModelConfig
+
+Load = Callable[..., tuple[PreTrainedModel, ModelConfig]]
+"""Loads a tiny model with further config keys; see the fixture `load` of the tests of models."""
+
+Logits = Callable[[nn.Module], Tensor]
+"""Logits of a model on fixed tokens."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fourfold.base.errors import ModelError
+from fourfold.config.model import ModelConfig
+from fourfold.models.tokenizer import load_tokenizer, tokenizer_hash
+from tiny_models import save_tiny_model, tiny_tokenizer
+
+
+def test_load_tokenizer_from_a_folder_keeps_template_and_special_tokens(llama_folder: Path) -> None:
+    tokenizer = load_tokenizer(ModelConfig(model_name_or_path=str(llama_folder)))
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n"
+    )
+
+
+def test_load_tokenizer_without_a_pad_token_takes_the_end_token(tmp_path: Path) -> None:
+    bare = tiny_tokenizer()
+    bare.pad_token = None
+    save_tiny_model(tmp_path, tokenizer=bare)
+    assert load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path))).pad_token == "<|im_end|>"
+
+
+def test_load_tokenizer_adds_tokens(llama_folder: Path) -> None:
+    plain = load_tokenizer(ModelConfig(model_name_or_path=str(llama_folder)))
+    config = ModelConfig(model_name_or_path=str(llama_folder), add_tokens="[A],[B]", add_special_tokens="<x>")
+    tokenizer = load_tokenizer(config)
+    assert len(tokenizer) == len(plain) + 3
+    assert tokenizer("[B]<x>")["input_ids"] == [len(plain) + 1, len(plain) + 2]
+    assert tokenizer.decode(tokenizer("[B]<x>")["input_ids"], skip_special_tokens=True) == "[B]"
+
+
+def test_load_tokenizer_with_split_special_tokens_reads_them_as_text(llama_folder: Path) -> None:
+    whole = load_tokenizer(ModelConfig(model_name_or_path=str(llama_folder)))
+    split = load_tokenizer(ModelConfig(model_name_or_path=str(llama_folder), split_special_tokens=True))
+    assert whole("<|im_end|>")["input_ids"] == [2]
+    assert len(split("<|im_end|>")["input_ids"]) > 1
+
+
+def test_load_tokenizer_when_the_path_is_wrong_names_it() -> None:
+    with pytest.raises(ModelError, match=r"there is no folder \./nowhere"):
+        load_tokenizer(ModelConfig(model_name_or_path="./nowhere"))
+
+
+def test_load_tokenizer_when_the_folder_has_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_tokenizer_hash_depends_on_content_only(tmp_path: Path) -> None:
+    first = tiny_tokenizer()
+    reference = tokenizer_hash(first)
+    first(["a", "b c"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(first) == reference
+    first.save_pretrained(tmp_path)
+    assert tokenizer_hash(load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))) == reference
+
+
+def test_tokenizer_hash_changes_with_what_changes_tokens() -> None:
+    hashes = {tokenizer_hash(tiny_tokenizer())}
+    for change in ("template", "token", "split"):
+        tokenizer = tiny_tokenizer()
+        if change == "template":
+            tokenizer.chat_template = "{{ messages }}"
+        elif change == "token":
+            tokenizer.add_tokens(["[A]"])
+        else:
+            tokenizer.split_special_tokens = True
+        hashes.add(tokenizer_hash(tokenizer))
+    assert len(hashes) == 4
