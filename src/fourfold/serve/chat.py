@@ -122,7 +122,8 @@ def read_tools(path: Path) -> str:
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"/tools: {error}. Name a file that holds a JSON list of tools.", file=str(path)) from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DataError(f"/tools: {reason}. Name a file that holds a JSON list of tools.", file=str(path)) from error
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError("/tools: this is no JSON list of objects. Put the tools into a list.", file=str(path))
     return json.dumps(tools, ensure_ascii=False)

@@ -35,7 +35,8 @@ class RunInfo:
         run_name: a name for people.
         max_steps: optimizer steps of the whole run.
         start_step: optimizer steps already done (0 unless resumed); later figures are to be replaced.
-        config: the resolved config, flat.
+        config: the resolved config, flat; without secrets where it comes from a Run.
+        secrets: keys of accounts by config key, for the tracker that they belong to; shown nowhere.
     """
 
     output_dir: Path
@@ -43,6 +44,7 @@ class RunInfo:
     max_steps: int
     start_step: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracker(Protocol):

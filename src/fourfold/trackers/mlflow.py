@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
+from fourfold.base.errors import ConfigError
 from fourfold.trackers.interface import RunInfo, Tracker, import_service, public_config
 
 PACKAGE = "mlflow"
@@ -33,12 +34,18 @@ def build(info: RunInfo) -> MLflow:
     """A tracker on a new MLflow run.
 
     Raises:
-        ConfigError: mlflow is not installed.
+        ConfigError: mlflow is not installed, or its server does not answer.
     """
     mlflow = import_service("mlflow", "mlflow")
-    mlflow.start_run(run_name=info.run_name)
-    params = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in public_config(info).items()}
-    keys = list(params)
-    for start in range(0, len(keys), _PARAMS_PER_CALL):
-        mlflow.log_params({key: params[key] for key in keys[start : start + _PARAMS_PER_CALL]})
+    try:
+        mlflow.start_run(run_name=info.run_name)
+        params = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in public_config(info).items()}
+        keys = list(params)
+        for start in range(0, len(keys), _PARAMS_PER_CALL):
+            mlflow.log_params({key: params[key] for key in keys[start : start + _PARAMS_PER_CALL]})
+    except mlflow.exceptions.MlflowException as error:
+        raise ConfigError(
+            f"report_to: mlflow does not start: {str(error).rstrip('.')}. Check MLFLOW_TRACKING_URI, or leave mlflow "
+            "out of report_to."
+        ) from error
     return MLflow(mlflow)
