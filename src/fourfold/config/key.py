@@ -159,10 +159,13 @@ def _split_or_single(value: Any) -> Any:
 
 
 def _mapping(value: Any) -> Any:
-    """A mapping that may be given as a string of JSON or YAML."""
+    """A mapping that may be given as a string of JSON, YAML or `name=value,name=value`."""
     if not isinstance(value, str):
         return value
     try:
+        if "=" in value and not value.lstrip().startswith("{"):
+            pairs = (part.partition("=") for part in value.split(",") if part.strip())
+            return {name.strip(): parse_yaml(text) for name, _, text in pairs}
         return parse_yaml(value)  # JSON is YAML
     except yaml.YAMLError:
         return value  # not a mapping, as pydantic will say
@@ -175,7 +178,7 @@ CommaFloats = Annotated[tuple[float, ...], BeforeValidator(_split_or_single)]
 """Numbers, given as a list, as a string with commas, or as a single one."""
 
 Options = Annotated[dict[str, Any], BeforeValidator(_mapping)]
-"""A mapping, also as a string of JSON or YAML."""
+"""A mapping, also as a string of JSON, YAML or `name=value,name=value`."""
 
 Count = int | float
 """A number of steps, or below 1 a share of all steps."""

@@ -72,9 +72,7 @@ class TrainingConfig(Section):
         renamed=dict.fromkeys(_ADAMW, "adamw_torch") | dict.fromkeys(_ADAMW_8BIT, "adamw_8bit"),
         refused=dict.fromkeys(_GALORE, _LOW_RANK.format("GaLore")) | dict.fromkeys(_APOLLO, _LOW_RANK.format("APOLLO")),
     )
-    optim_args: str | None = key(
-        None, "More settings of the optimizer, e.g. momentum=0.9,nesterov=true.", group="Optimizer"
-    )
+    optim_args: Options = key({}, "More settings of the optimizer, e.g. momentum=0.9,nesterov=true.", group="Optimizer")
     weight_decay: float = key(0.0, "Weight decay; not on biases and norms.", group="Optimizer", ge=0)
     adam_beta1: float = key(0.9, "Adam: decay of the first moment.", group="Optimizer", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Adam: decay of the second moment.", group="Optimizer", ge=0, lt=1)

@@ -20,6 +20,7 @@ from fourfold.models.adapters import attach, identify_base
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.inference import load_renderer
+from fourfold.models.liger import apply_liger
 from fourfold.models.load import load_model
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
@@ -147,6 +148,8 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", device, str(precision.compute).removeprefix("torch."))
     model = load_model(run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len)
+    if run.model.enable_liger_kernel:
+        apply_liger(model)
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
     use_short_forward(module)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from fourfold.base import registry
+from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_count
 from fourfold.checkpoint.resume import find_checkpoint
+from fourfold.config.output import OutputConfig
 from fourfold.config.training import TrainingConfig
 from fourfold.dataset.loader import SampleSource, StepLoader
 from fourfold.models.groups import parameter_groups
@@ -62,7 +64,18 @@ def fit(parts: Parts, source: SampleSource) -> dict[str, float]:
         "total_flos": state.total_flos,
         "train_loss": state.loss_sum / max(state.step, 1),
         **speed("train", state.train_runtime_s, state.num_samples, state.step),
+        **_token_figures(run.output, state),
     }
+
+
+def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:
+    """What include_num_input_tokens_seen and include_effective_tokens_per_second add to the results."""
+    figures: dict[str, float] = {}
+    if output.include_num_input_tokens_seen not in (False, "no"):
+        figures["num_input_tokens_seen"] = float(state.num_tokens)
+    if output.include_effective_tokens_per_second:
+        figures["effective_tokens_per_sec"] = state.num_tokens / max(state.train_runtime_s, 1e-9)
+    return figures
 
 
 def run_facts(parts: Parts, source: SampleSource, budget: Budget) -> dict[str, Any]:
@@ -89,7 +102,7 @@ def build_loop(
     """The loop with everything it needs, and what saves and restores it."""
     run, training, output = parts.run, parts.run.training, parts.run.output
     groups = parameter_groups(parts.module, training, run.tuning)
-    optimizer: torch.optim.Optimizer = registry.load(_OPTIMIZERS, training.optim, key="optim").build(groups, run)
+    optimizer = _build_optimizer(parts, groups)
     scheduler = make_scheduler(training, optimizer, budget)
     scaler = torch.amp.GradScaler(parts.device.type) if parts.precision.loss_scaling else None
     step, policy = parts.step(scaler), parts.policy
@@ -126,6 +139,14 @@ def build_loop(
         evaluator=evaluator,
     )
     return loop, checkpointer
+
+
+def _build_optimizer(parts: Parts, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    training = parts.run.training
+    try:
+        return registry.load(_OPTIMIZERS, training.optim, key="optim").build(groups, parts.module, parts.run)
+    except TypeError as error:
+        raise ConfigError(f"optim_args: {training.optim} does not take it ({error}). Check its settings.") from error
 
 
 def _settings(parts: Parts, budget: Budget) -> LoopSettings:

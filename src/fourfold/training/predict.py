@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import IGNORE_INDEX, Sample
@@ -49,7 +50,9 @@ def generate_predictions(parts: Parts) -> dict[str, float]:
 
 
 def _answers(parts: Parts, engine: HuggingFaceEngine, source: SampleSource) -> Iterator[dict[str, str]]:
-    sampling, size = sampling_of(parts.run), parts.run.training.per_device_eval_batch_size
+    sampling = sampling_of(parts.run)
+    sampling = replace(sampling, num_beams=parts.run.generation.eval_num_beams or sampling.num_beams)
+    size = parts.run.training.per_device_eval_batch_size
     decode = parts.tokenizer.decode
     for first in range(0, len(source), size):
         pairs = [split_last_answer(source[i]) for i in range(first, min(first + size, len(source)))]

@@ -8,21 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
 from fourfold.checkpoint.optimizer import load_optimizer, save_optimizer
 from fourfold.config.load import load
 from fourfold.training.optimizers import adafactor, adamw_torch, muon, sgd
+from tiny_models import tiny_model
 
 
-def _model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+def _model() -> PreTrainedModel:
+    return tiny_model("llama").train()
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
-    model(x).square().sum().backward()
+    ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(seed))
+    model(input_ids=ids).logits.square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -37,13 +38,13 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: Path) -> None:
     run = load({"learning_rate": 1e-2, "weight_decay": 0.05})
     model = _model()
-    optimizer = kind.build(_groups(model), run)
+    optimizer = kind.build(_groups(model), model, run)
     for seed in range(3):
         _step(model, optimizer, seed)
     save_optimizer(optimizer, model, tmp_path)
     resumed = _model()
     resumed.load_state_dict(model.state_dict())
-    other = kind.build(_groups(resumed), run)
+    other = kind.build(_groups(resumed), resumed, run)
     load_optimizer(other, resumed, tmp_path)
     for seed in range(3, 6):
         _step(model, optimizer, seed)
@@ -54,13 +55,15 @@ def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: 
 
 def test_load_optimizer_when_another_kind_says_so(tmp_path: Path) -> None:
     run, model = load({}), _model()
-    save_optimizer(sgd.build(_groups(model), run), model, tmp_path)
+    save_optimizer(sgd.build(_groups(model), model, run), model, tmp_path)
     with pytest.raises(CheckpointError, match="holds the state of SGD, this run uses AdamW"):
-        load_optimizer(adamw_torch.build(_groups(model), run), model, tmp_path)
+        load_optimizer(adamw_torch.build(_groups(model), model, run), model, tmp_path)
 
 
 def test_muon_when_matrices_and_vectors_uses_both_rules() -> None:
-    optimizer = muon.build(_groups(_model()), load({}))
+    model = _model()
+    optimizer = muon.build(_groups(model), model, load({}))
     assert [type(part).__name__ for part in optimizer.parts] == ["Muon", "AdamW"]
+    assert model.get_input_embeddings().weight in optimizer.parts[1].param_groups[0]["params"]
     optimizer.param_groups[0]["lr"] = 0.5
     assert optimizer.parts[0].param_groups[0]["lr"] == 0.5

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from fourfold.base.errors import ConfigError
 from fourfold.config.schema import Run
 
 
-def build(groups: list[dict[str, Any]], run: Run) -> torch.optim.Optimizer:
+def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """8-bit AdamW over parameter groups.
 
     Raises:
@@ -23,10 +24,9 @@ def build(groups: list[dict[str, Any]], run: Run) -> torch.optim.Optimizer:
             "optim: adamw_8bit needs bitsandbytes, which is not installed. pip install 'fourfold[quant]'."
         ) from error
     training = run.training
-    return AdamW8bit(
-        groups,
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        weight_decay=training.weight_decay,
-    )
+    settings: dict[str, Any] = {
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+        **training.optim_args,
+    }
+    return AdamW8bit(groups, lr=training.learning_rate, weight_decay=training.weight_decay, **settings)

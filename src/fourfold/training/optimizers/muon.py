@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fourfold.config.schema import Run
+from fourfold.models.unwrap import base_model
 
 
 class _Pair(torch.optim.Optimizer):
@@ -29,40 +32,42 @@ class _Pair(torch.optim.Optimizer):
             part.step(closure)
 
 
-def build(groups: list[dict[str, Any]], run: Run) -> torch.optim.Optimizer:
-    """Muon over 2-D parameters that are no embedding or head, AdamW over the rest.
+def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Muon over 2-D parameters outside embedding and head, AdamW over the rest.
 
     The update of a matrix is scaled to AdamW's root mean square (`match_rms_adamw`), so that one learning rate
     serves both (arXiv:2502.16982).
     """
     training = run.training
-    muon, adamw = [], []
-    for group in groups:
-        matrices = [p for p in group["params"] if p.ndim == 2 and not group.get("is_embedding", False)]
-        others = [p for p in group["params"] if not (p.ndim == 2 and not group.get("is_embedding", False))]
-        rest = {name: value for name, value in group.items() if name != "params"}
-        if matrices:
-            muon.append({**rest, "params": matrices})
-        if others:
-            adamw.append({**rest, "params": others})
+    vocabulary = {
+        parameter
+        for layer in (base_model(model).get_input_embeddings(), base_model(model).get_output_embeddings())
+        if layer is not None
+        for parameter in layer.parameters()
+    }
+    matrices = _only(groups, lambda p: p.ndim == 2 and p not in vocabulary)
+    others = _only(groups, lambda p: p.ndim != 2 or p in vocabulary)
     parts: list[torch.optim.Optimizer] = []
-    if muon:
+    if matrices:
+        settings: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", **training.optim_args}
         parts.append(
-            torch.optim.Muon(
-                muon,
-                lr=training.learning_rate,
-                weight_decay=training.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            torch.optim.Muon(matrices, lr=training.learning_rate, weight_decay=training.weight_decay, **settings)
         )
-    if adamw:
+    if others:
+        betas = (training.adam_beta1, training.adam_beta2)
         parts.append(
             torch.optim.AdamW(
-                adamw,
+                others,
                 lr=training.learning_rate,
-                betas=(training.adam_beta1, training.adam_beta2),
+                betas=betas,
                 eps=training.adam_epsilon,
                 weight_decay=training.weight_decay,
             )
         )
     return _Pair(parts)
+
+
+def _only(groups: list[dict[str, Any]], belongs: Callable[[nn.Parameter], bool]) -> list[dict[str, Any]]:
+    """The groups with those of their parameters that belong; empty ones are left out."""
+    chosen = [{**group, "params": [p for p in group["params"] if belongs(p)]} for group in groups]
+    return [group for group in chosen if group["params"]]
