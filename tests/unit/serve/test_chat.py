@@ -147,8 +147,9 @@ def test_conversation_beyond_the_context_is_one_clear_line(model_folder: Path):
 
 
 def test_vllm_is_refused_with_the_way_out(model_folder: Path):
+    run = load({"model_name_or_path": str(model_folder), "infer_backend": "vllm"})
     with pytest.raises(ConfigError, match=r"infer_backend: 'vllm' .* Use infer_backend: huggingface"):
-        load_speaker(run_of(model_folder, infer_backend="vllm"))
+        load_speaker(run)
 
 
 def test_float16_on_a_cpu_is_refused_with_the_way_out(model_folder: Path):
