@@ -163,6 +163,7 @@ def _load(run: Run, tokenizer: PreTrainedTokenizerBase, device: torch.device, dt
         log.info("The quantised weights are expanded to %s before the merge.", _short(compute))
         plain = tuned.unload() if isinstance(tuned, PeftModel) else tuned
         assert isinstance(plain, PreTrainedModel)
+        vars(plain).pop("peft_config", None)  # PEFT 0.18 leaves it there, and would see two adapters
         tuned = attach(dequantize_model(plain, compute), run.model, run.tuning, trainable=False)
     return _Source(merge(tuned), compute, prompts, logits)
 

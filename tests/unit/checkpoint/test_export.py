@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fourfold.base.errors import CheckpointError, ConfigError, ModelError
 from fourfold.checkpoint.compare import compare
-from fourfold.checkpoint.export import Exported, export
+from fourfold.checkpoint.export import Exported, export, merge
 from fourfold.config.load import load
 from fourfold.config.schema import Run
 from fourfold.dataset.rows import Message
@@ -126,6 +126,22 @@ def test_export_of_a_quantised_run_is_plain_bf16(base: Path, adapter: Path, tmp_
     quantised = attach(load_model(run.model, dtype=torch.bfloat16, device=CPU), run.model, run.tuning, trainable=False)
     expected = logits(quantised, PROMPT)
     assert (logits(model, PROMPT) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_export_merges_several_adapters_in_their_order(base: Path, adapter: Path, tmp_path: Path):
+    first = load({"model_name_or_path": str(base), "adapter_name_or_path": str(adapter)})
+    with peft_noise_ignored():
+        model = attach(
+            load_model(first.model, dtype=torch.float32, device=CPU), first.model, first.tuning, trainable=False
+        )
+        merged = merge(model)
+        vars(merged).pop("peft_config", None)
+        second = get_peft_model(merged, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    expected = logits(second, PROMPT)
+    save_model(second, tmp_path / "second", base=identify(first.model, (str(adapter),)))
+    names = f"{adapter},{tmp_path / 'second'}"
+    result = export(run_of(base, tmp_path / "out", adapter_name_or_path=names))
+    assert (logits(AutoModelForCausalLM.from_pretrained(result.folder), PROMPT) - expected).abs().max() < 1e-4
 
 
 def test_export_refuses_an_adapter_of_another_base(adapter: Path, tmp_path: Path):
