@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
+from fourfold.base.units import format_bytes
 from fourfold.config.model import ModelConfig
 
 log = get_logger(__name__)
@@ -109,6 +110,14 @@ def settle_quantized(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+    experts = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    if experts:
+        num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in experts)
+        log.warning(
+            "quantization_bit: bitsandbytes quantises linear layers only; the expert weights stay in %s and take %s.",
+            str(experts[0].dtype).removeprefix("torch."),
+            format_bytes(num_bytes),
+        )
 
 
 def dequantize_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

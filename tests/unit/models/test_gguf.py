@@ -9,8 +9,10 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fourfold.base.errors import ModelError
+from fourfold.config.model import ModelConfig
 from fourfold.models.gguf import dequantize, read_gguf
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights, sample_gguf_weights
+from fourfold.models.load import load_model
 from tiny_models import tiny_model
 
 HEADS, KV_HEADS = 4, 2
@@ -158,3 +160,37 @@ def test_load_gguf_weights_when_cut_short_says_which_tensor(tmp_path: Path, mode
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(ModelError, match="cannot be read"):
         load_gguf_weights(path, load_gguf_config(path))
+
+
+def test_load_gguf_of_another_architecture_goes_through_transformers(tmp_path: Path) -> None:
+    model = tiny_model("gemma2", query_pre_attn_scalar=256)  # the file does not carry it, the loader assumes 256
+    config, path = model.config, tmp_path / "gemma2.gguf"
+    writer = gguf.GGUFWriter(str(path), "gemma2")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_attn_logit_softcapping(50.0)
+    writer.add_final_logit_softcapping(30.0)
+    writer.add_sliding_window(16)
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA2, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        stem, suffix = name.rsplit(".", 1)
+        values = parameter.detach().numpy()
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", values + 1 if "norm" in name else values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded = load_model(ModelConfig(model_name_or_path=str(path)), dtype=torch.float32, device=torch.device("cpu"))
+    assert loaded.config.rms_norm_eps == 1e-6
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    loaded.save_pretrained(tmp_path / "saved")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,13 @@ def test_without_bitsandbytes_the_message_names_the_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install fourfold\[quant\]"):
         load(folder, quantization_bit=4)
+
+
+def test_experts_that_stay_unquantised_are_reported(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny_model(tmp_path, "mixtral")
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path, quantization_bit=4)
+    # 2 layers x 4 experts x 3 x 32 x 48 fp32 weights = 147,456 bytes
+    assert "the expert weights stay in float32 and take 144.00 KiB" in caplog.text
