@@ -9,7 +9,10 @@ from typing import Any
 from fourfold.config.load import load
 from fourfold.training.run import train
 
-_WORDS = "the a small red blue house tree runs sleeps sings over under near with and then slowly again".split()
+_WORDS = (
+    *("the", "a", "small", "red", "blue", "house", "tree", "runs", "sleeps", "sings", "over", "under", "near", "with"),
+    *("and", "then", "slowly", "again"),
+)
 
 
 def write_dataset(folder: Path, num_rows: int = 22) -> None:

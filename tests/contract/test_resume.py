@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import config, losses, run
 
-from fourfold.base.errors import CheckpointError, ConfigError, Interrupted
+from fourfold.base.errors import CheckpointError, ConfigError, RunInterruptedError
 from fourfold.checkpoint.folder import list_checkpoints
 from fourfold.config.load import load
 from fourfold.training.run import train
+from training_runs import config, losses, run
 
 _FORK = multiprocessing.get_context("fork")
 _STEPS = 12
@@ -96,7 +96,7 @@ def test_train_when_folder_holds_a_run_names_the_three_choices(
     tiny_llama: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     run(tiny_llama, tiny_data, tmp_path, max_steps=1)
-    with pytest.raises(ConfigError, match=r"already holds a run.*resume_from_checkpoint.*overwrite_output_dir.*another"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*resume_from.*overwrite_output_dir.*another"):
         run(tiny_llama, tiny_data, tmp_path, max_steps=1)
     run(tiny_llama, tiny_data, tmp_path, max_steps=2, overwrite_output_dir=True)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
@@ -119,4 +119,4 @@ def test_resume_when_batch_size_changed_says_which_setting(tiny_llama: Path, tin
 
 
 def test_interrupted_when_by_sigterm_has_its_exit_code() -> None:
-    assert Interrupted("x", signal.SIGTERM).exit_code == 143
+    assert RunInterruptedError("x", signal.SIGTERM).exit_code == 143

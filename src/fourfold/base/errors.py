@@ -50,7 +50,7 @@ class CheckpointError(FourfoldError):
     """A checkpoint is missing, damaged or does not belong to this run."""
 
 
-class Interrupted(FourfoldError):
+class RunInterruptedError(FourfoldError):
     """The user or the system asked the run to stop; it saved and leaves."""
 
     def __init__(self, message: str, signal_number: int) -> None:

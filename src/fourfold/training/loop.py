@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourfold.base.errors import Interrupted
+from fourfold.base.errors import RunInterruptedError
 from fourfold.base.log import get_logger
 from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.dataset.loader import StepLoader, StepSamples
@@ -103,7 +103,7 @@ class Loop:
         """Train until the budget is spent, early stopping says so, or a signal asks for the end.
 
         Raises:
-            Interrupted: by a signal, after saving.
+            RunInterruptedError: by a signal, after saving.
         """
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.module.train()
@@ -175,7 +175,7 @@ class Loop:
         if self.evaluator is not None and settings.evaluation.due(step, last=last):
             self._evaluate(self.evaluator)
         if stop.signal_number is not None:
-            raise Interrupted(
+            raise RunInterruptedError(
                 f"Stopped at step {step} of {settings.max_steps}; saved as {self.save()}. "
                 "Go on with resume_from_checkpoint=true.",
                 stop.signal_number,
