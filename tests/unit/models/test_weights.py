@@ -19,6 +19,7 @@ def test_save_model_writes_a_folder_that_others_load(tmp_path: Path, llama_folde
     assert written["use_cache"] is True
     assert written["architectures"] == ["LlamaForCausalLM"]
     assert model.config.use_cache is False
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path))).chat_template
     for name, tensor in load_file(llama_folder / "model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "model.safetensors")[name])
