@@ -22,6 +22,9 @@ def describe(run: Run) -> str:
     Raises:
         FourfoldError: no such tokenizer or data set, or data that cannot be used.
     """
+    from fourfold.dataset.stage_rows import check_named
+
+    check_named(run)
     from fourfold.dataset.report import report
     from fourfold.models.inference import load_renderer
 

@@ -9,6 +9,9 @@ def train(words: Words = None) -> None:
     """Train, evaluate or predict, as the config says."""
     with clear_errors():
         run = read_run(words, "train")
+        from fourfold.dataset.stage_rows import check_named
+
+        check_named(run)  # before torch is imported
         from fourfold.training import run as training
 
         training.train(run)

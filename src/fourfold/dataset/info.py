@@ -191,6 +191,18 @@ def parse_entry(name: str, raw: Any, base: Path) -> DatasetEntry:
     )
 
 
+def check_location(entry: DatasetEntry) -> None:
+    """Refuse an entry whose file or folder is not there.
+
+    Raises:
+        DataError: there is nothing at its path.
+    """
+    if entry.source == "file" and not Path(entry.location).exists():
+        raise DataError(
+            f"there is no such file or folder. Correct file_name of data set {entry.name!r}.", file=entry.location
+        )
+
+
 def _source(where: str, raw: Mapping[str, Any], base: Path) -> tuple[Literal["file", "hf_hub"], str]:
     if raw.get("hf_hub_url"):
         return "hf_hub", str(raw["hf_hub_url"])
@@ -257,3 +269,14 @@ def _placeholders(where: str, raw: Mapping[str, Any]) -> Mapping[str, str | None
     if not isinstance(given, Mapping) or not all(v is None or isinstance(v, str) for v in given.values()):
         raise ConfigError(f"{where}: placeholders: must map words to texts or null, not {given!r}.")
     return dict(given)
+
+
+def check_location(entry: DatasetEntry) -> None:
+    """Refuse an entry whose file or folder is not there.
+
+    Raises:
+        DataError: names it.
+    """
+    if entry.source == "file" and not Path(entry.location).exists():
+        message = f"there is no such file or folder. Correct file_name of data set {entry.name!r}."
+        raise DataError(message, file=entry.location)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fourfold.base.errors import DataError
 from fourfold.base.log import get_logger
-from fourfold.dataset.info import Columns, DatasetEntry
+from fourfold.dataset.info import Columns, DatasetEntry, check_location
 from fourfold.dataset.mix import sample_rows
 from fourfold.dataset.placeholders import EXAMINED_ROWS, Filler, settle_filler
 from fourfold.dataset.readers import FILE_KINDS, RowReader, open_file, stream_file
@@ -138,13 +138,10 @@ def find_files(entry: DatasetEntry) -> list[Path]:
     Raises:
         DataError: there is no such file or folder, or no file in the folder that can be read.
     """
+    check_location(entry)
     path = Path(entry.location)
     if path.is_file():
         return [path]
-    if not path.exists():
-        raise DataError(
-            f"there is no such file or folder. Correct file_name of data set {entry.name!r}.", file=str(path)
-        )
     files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lstrip(".").lower() in FILE_KINDS)
     if not files:
         raise DataError(f"the folder holds no file of kind {', '.join(FILE_KINDS)}.", file=str(path))

@@ -1,12 +1,14 @@
-"""What each stage trains on, and whether a data set has it."""
+"""What each stage trains on, and whether a data set has it. Needs neither torch nor the data's contents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from fourfold.base.errors import ConfigError
+from fourfold.config.schema import Run
 from fourfold.dataset.formats.interface import RowKind
-from fourfold.dataset.info import DatasetEntry
+from fourfold.dataset.info import DatasetEntry, check_location, find_entries
 
 ROW_KINDS: Mapping[str, RowKind] = {
     "pt": "text",
@@ -48,3 +50,27 @@ def check_stage(entry: DatasetEntry, stage: str) -> None:
         raise ConfigError(f"{where} holds answers tagged good or bad, which {stage} does not train on. Use stage kto.")
     if kind != "text" and entry.formatting == "text":
         raise ConfigError(f"{where} holds plain text, which {stage} does not train on. Use stage pt.")
+
+
+def check_named(run: Run) -> None:
+    """Refuse data sets that a run names and cannot use, before anything heavy is imported.
+
+    Raises:
+        ConfigError: unknown names, entries that cannot be used, rows of another kind than the stage's; all of them.
+        DataError: a file that is not there.
+    """
+    data = run.data
+    if data.tokenized_path is not None and Path(data.tokenized_path).exists():
+        return  # the data sets themselves are not needed
+    problems: list[str] = []
+    for key, names in (("dataset", data.dataset), ("eval_dataset", data.eval_dataset)):
+        for name in names:
+            try:
+                (entry,) = find_entries((name,), data.dataset_dir, key=key)
+                check_stage(entry, run.training.stage)
+            except ConfigError as error:
+                problems += (problem for problem in error.problems if problem not in problems)
+            else:
+                check_location(entry)
+    if problems:
+        raise ConfigError(problems)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from data_folder import alpaca_rows, make_run, prepare_run, write_set
 from fourfold.base.errors import ConfigError, DataError
 from fourfold.dataset.batch import Sample
 from fourfold.dataset.prepare import Prepared, load_rows
+from fourfold.dataset.stage_rows import check_named
 from fourfold.dataset.storage import TokenisedDataset
 from fourfold.dataset.workers import num_workers
 
@@ -152,6 +155,18 @@ def test_prepare_when_the_stage_needs_other_rows_says_which(
     with pytest.raises(ConfigError) as caught:
         prepare_run(write_set(tmp_path, "a", alpaca_rows(2), **entry), dataset="a", stage=stage)
     assert message in str(caught.value)
+
+
+def test_check_named_when_several_sets_cannot_be_used_tells_all_without_torch(tmp_path: Path) -> None:
+    folder = write_set(write_set(tmp_path, "a", alpaca_rows(2)), "p", alpaca_rows(2), ranking=True)
+    with pytest.raises(ConfigError) as caught:
+        check_named(make_run(folder, dataset="a,p,b", eval_dataset="c"))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["stage", "dataset", "eval_dataset"]
+    (folder / "a.json").unlink()
+    with pytest.raises(DataError, match=r"a.json: there is no such file"):
+        check_named(make_run(folder, dataset="a"))
+    code = "import sys, fourfold.dataset.stage_rows; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_prepare_when_a_row_lacks_a_field_names_file_and_row(tmp_path: Path) -> None:
