@@ -7,6 +7,7 @@ from typing import Any
 
 from fourfold.base.log import get_logger, setup_logging
 from fourfold.config.load import Source, load
+from fourfold.config.paths import check_paths
 from fourfold.config.rules import Verb
 from fourfold.config.schema import Run
 
@@ -17,9 +18,10 @@ def begin(source: Source | None, overrides: Sequence[str] | Mapping[str, Any], v
     """Load a config and check it for `verb`; set logging up and log what was mapped.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: with every problem of the keys, or of the local paths among them.
     """
     run = load(source, overrides, verb=verb)
+    check_paths(run, verb)
     level = run.output.log_level
     setup_logging(verbose=level in ("debug", "detail"))
     if level in ("warning", "error", "critical"):

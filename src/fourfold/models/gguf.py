@@ -107,11 +107,6 @@ class _Cursor:
         return values
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a model path names a GGUF file."""
-    return name.lower().endswith(".gguf")
-
-
 def read_gguf(path: Path) -> GgufFile:
     """Parse the header of a GGUF file (version 2 or 3, little endian).
 

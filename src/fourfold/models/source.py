@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.config.model import ModelConfig
-from fourfold.models.gguf import is_gguf
+from fourfold.config.paths import MODEL, is_gguf, missing
 
 
 def model_name(config: ModelConfig) -> str:
@@ -26,21 +25,14 @@ def model_name(config: ModelConfig) -> str:
     return config.model_name_or_path
 
 
-def check_source(name: str, key: str = "model_name_or_path") -> None:
+def check_source(name: str, key: str = MODEL) -> None:
     """Refuse a local path that does not exist, before a library takes it for a hub id.
 
     Raises:
         ModelError: there is nothing at the path.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return
-    looks_local = is_gguf(name) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local or os.sep not in name:
-        where = f" (in {Path.cwd()})" if not path.is_absolute() else ""
-        kind = "file" if is_gguf(name) else "folder"
-        hint = "" if looks_local else ", or a hub id in the form owner/name"
-        raise ModelError(f"{key}: there is no {kind} {name}{where}. Give a path that exists{hint}.")
+    if problem := missing(name, key):
+        raise ModelError(problem)
 
 
 def gguf_path(name: str) -> Path | None:
@@ -59,7 +51,7 @@ def hub_options(config: ModelConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def explained(name: str, what: str, key: str = "model_name_or_path") -> Iterator[None]:
+def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
     """Turn the errors of a library's loader into one line that names the model.
 
     Args:

@@ -1,0 +1,74 @@
+"""Local paths of models and adapters: what can be told of them without reading a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fourfold.base.errors import ConfigError
+from fourfold.config.rules import Verb
+from fourfold.config.schema import Run
+
+MODEL = "model_name_or_path"
+ADAPTER = "adapter_name_or_path"
+
+_MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model path names a GGUF file."""
+    return name.lower().endswith(".gguf")
+
+
+def check_paths(run: Run, verb: Verb) -> None:
+    """Refuse local models and adapters that are not there or are something else.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    problems = [*_model_problems(run, verb), *_adapter_problems(run)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def missing(name: str, key: str) -> str | None:
+    """The message for a name that looks like a local path, or like no hub id, where there is nothing; else None."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return None
+    looks_local = is_gguf(name) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if not looks_local and os.sep in name:
+        return None
+    where = f" (in {Path.cwd()})" if not path.is_absolute() else ""
+    kind = "file" if is_gguf(name) else "folder"
+    hint = "" if looks_local else ", or a hub id in the form owner/name"
+    return f"{key}: there is no {kind} {name}{where}. Give a path that exists{hint}."
+
+
+def _model_problems(run: Run, verb: Verb) -> Iterator[str]:
+    name = run.model.model_name_or_path
+    if name is None:
+        return
+    path = Path(name).expanduser()
+    if problem := missing(name, MODEL):
+        yield problem
+    elif path.is_file() and not is_gguf(name):
+        yield f"{MODEL}: {name} is a file, but not a .gguf file. Give the folder that holds the model's {_MODEL_FILE}."
+    elif path.is_dir() and (path / _ADAPTER_FILE).exists() and not (path / _MODEL_FILE).exists():
+        yield (
+            f"{MODEL}: {name} holds an adapter, not a model. Give it as {ADAPTER}, and the model that it was trained "
+            f"on as {MODEL}."
+        )
+    elif path.is_dir() and verb != "data" and not (path / _MODEL_FILE).exists():
+        yield f"{MODEL}: {name} holds no {_MODEL_FILE}. Give the folder that does, or a .gguf file."
+
+
+def _adapter_problems(run: Run) -> Iterator[str]:
+    for name in run.model.adapter_name_or_path:
+        folder = Path(name).expanduser()
+        if problem := missing(name, ADAPTER):
+            yield problem
+        elif folder.exists() and not (folder / (run.model.adapter_folder or "") / _ADAPTER_FILE).exists():
+            within = f" in {run.model.adapter_folder}" if run.model.adapter_folder else ""
+            yield f"{ADAPTER}: {name} holds no {_ADAPTER_FILE}{within}. Give the folder that an adapter was saved to."
