@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from fourfold.base.errors import CheckpointError, ConfigError, RunInterruptedErr
 from fourfold.checkpoint.folder import list_checkpoints
 from fourfold.config.load import load
 from fourfold.training.run import train
+from tiny_models import save_tiny_model
 from training_runs import config, losses, run
 
 _FORK = multiprocessing.get_context("fork")
@@ -71,6 +73,18 @@ def test_resume_when_killed_continues_bit_for_bit(
     histories = [json.loads((folder / "trainer_state.json").read_text()) for folder in (killed, tmp_path / "whole")]
     assert histories[0]["log_history"] == histories[1]["log_history"]
     assert histories[0]["total_flos"] == histories[1]["total_flos"]
+
+
+def test_resume_when_experts_are_saved_under_published_names_continues(tiny_data: Path, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "qwen3_moe")
+    settings = {"finetuning_type": "full", "learning_rate": 1e-3, "max_steps": 6, "moe_aux_loss_coef": 0.01}
+    run(model, tiny_data, tmp_path / "whole", **settings)
+    part = tmp_path / "part"
+    run(model, tiny_data, part, **settings)
+    shutil.rmtree(part / "checkpoint-6")
+    run(model, tiny_data, part, resume_from_checkpoint=True, **settings)
+    assert losses(part) == losses(tmp_path / "whole")
+    assert _weights(part) == _weights(tmp_path / "whole")
 
 
 def test_resume_when_optimizer_state_is_dropped_differs(tiny_llama: Path, tiny_data: Path, tmp_path: Path) -> None:

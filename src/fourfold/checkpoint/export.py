@@ -29,7 +29,7 @@ from fourfold.config.schema import Run
 from fourfold.dataset.template import AUTO
 from fourfold.models.adapters import attach
 from fourfold.models.inference import inference_device, load_for_inference, make_renderer, written_dtype
-from fourfold.models.patches import peft_noise_ignored
+from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.models.quantize import dequantize_model, is_quantized
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.models.weights import save_model
@@ -241,9 +241,10 @@ def _read_back(run: Run, folder: Path, source: _Source, device: torch.device) ->
     """Load what was written and compare it."""
     gc.collect()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=source.compute, use_safetensors=True, trust_remote_code=run.model.trust_remote_code
-        ).eval()
+        with bars_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=source.compute, use_safetensors=True, trust_remote_code=run.model.trust_remote_code
+            ).eval()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"export_dir: the written model cannot be read back ({error}). Export again.") from error
     torch.nn.Module.to(model, device)

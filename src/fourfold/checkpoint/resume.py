@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
@@ -73,20 +74,30 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         if unexpected:
             raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
         return
-    loaded: dict[str, torch.Tensor] = {}
+    assert isinstance(model, PreTrainedModel)
+    state, saved = model.state_dict(), _read_model(model, folder)
+    groups: dict[int, list[str]] = {}  # tied weights are one tensor under several names, saved under one of them
+    for name, tensor in state.items():
+        groups.setdefault(tensor.data_ptr(), []).append(name)
+    for names in groups.values():
+        found = [name for name in names if name in saved]
+        if not found:
+            raise CheckpointError(f"{folder}: has no weights for {names[0]}.")
+        state[found[0]].copy_(saved[found[0]])
+    unknown = saved.keys() - state.keys()
+    if unknown:
+        raise CheckpointError(f"{folder}: has weights that this model does not: {sorted(unknown)[:3]}.")
+
+
+def _read_model(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder by the model's own names.
+
+    Transformers writes some families (mixtures of experts) under the names of their published checkpoints; those
+    are read by its own loader, at the price of a second copy in host memory. fp32 holds every dtype exactly.
+    """
+    loaded: dict[str, Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         loaded.update(load_file(path))
-    state = model.state_dict()
-    owners: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        owners.setdefault(tensor.data_ptr(), []).append(name)
-    for names in owners.values():
-        name = next((n for n in names if n in loaded), None)
-        if name is None:
-            raise CheckpointError(f"{folder}: has no weights for {names[0]}.")
-        for alias in names:
-            loaded_tensor = loaded.pop(alias, None)
-            if loaded_tensor is not None:
-                state[alias].copy_(loaded_tensor)
-    if loaded:
-        raise CheckpointError(f"{folder}: has weights that this model does not: {list(loaded)[:3]}.")
+    if loaded.keys() <= model.state_dict().keys():
+        return loaded
+    return type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
