@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import TextIO
 
 _ROOT = "fourfold"
+_HUSHED = (
+    # Warns on every import that a faster CPU kernel for 4 bits cannot be fetched from the hub; it is not needed.
+    "bitsandbytes.backends.cpu.ops",
+)
+"""Loggers of libraries whose warnings say nothing that a user has to settle."""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -53,6 +58,8 @@ def setup_logging(*, verbose: bool = False, file: Path | None = None) -> None:
 
     Reads `RANK` and `WORLD_SIZE` as a launcher sets them. Calling it again replaces the handlers.
     """
+    for name in _HUSHED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     root = logging.getLogger(_ROOT)
     for handler in list(root.handlers):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +17,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fourfold.base.errors import ModelError
+from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
+from fourfold.models.patches import bars_on_terminals_only
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
 from fourfold.models.vocabulary import grows_vocabulary, resize_vocabulary
@@ -112,14 +115,27 @@ def _from_weights(
         options["device_map"] = {"": device}
     path = gguf_path(name)
     if path is None:
-        with explained(name, "the model"):
+        with bars_on_terminals_only(), _kernel_explained(config), explained(name, "the model"):
             return AutoModelForCausalLM.from_pretrained(
                 name, config=model_config, use_safetensors=True, **hub_options(config), **options
             )
     model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # type: ignore[assignment]
     weights = load_gguf_weights(path, model_config)
-    with explained(name, "the model"):
+    with bars_on_terminals_only(), _kernel_explained(config), explained(name, "the model"):
         return model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
+
+
+@contextmanager
+def _kernel_explained(config: ModelConfig) -> Iterator[None]:
+    """Say so when it is the attention kernel that cannot be had."""
+    try:
+        yield
+    except ModelError as error:
+        if config.flash_attn not in ("fa2", "fa3") or not isinstance(error.__cause__, ImportError):
+            raise
+        raise ConfigError(
+            f"flash_attn: {config.flash_attn} cannot be used ({error.__cause__}). Install it, or use flash_attn: auto."
+        ) from error
 
 
 def _scale_rope(loaded: PreTrainedConfig, config: ModelConfig, seq_len: int | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
 
 _PEFT_MESSAGES = (
     # PEFT 0.21 reads a property that Transformers 5.24 renamed; ends when PEFT reads `is_activation_checkpointing`.
@@ -24,3 +27,16 @@ def peft_noise_ignored() -> Iterator[None]:
         for message in _PEFT_MESSAGES:
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Show the progress bars of Transformers (loading and writing weights) on a terminal, not in a file or a pipe."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
-from fourfold.models.patches import peft_noise_ignored
+from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -73,7 +73,8 @@ def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None,
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in model.state_dict().items()
         }
-    model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
+    with bars_on_terminals_only():
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
     # As users of the saved model expect it: with the key-value cache on, and the written dtype.
     published = copy.deepcopy(model.config)
     published.use_cache = True
