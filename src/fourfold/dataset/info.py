@@ -191,18 +191,6 @@ def parse_entry(name: str, raw: Any, base: Path) -> DatasetEntry:
     )
 
 
-def check_location(entry: DatasetEntry) -> None:
-    """Refuse an entry whose file or folder is not there.
-
-    Raises:
-        DataError: there is nothing at its path.
-    """
-    if entry.source == "file" and not Path(entry.location).exists():
-        raise DataError(
-            f"there is no such file or folder. Correct file_name of data set {entry.name!r}.", file=entry.location
-        )
-
-
 def _source(where: str, raw: Mapping[str, Any], base: Path) -> tuple[Literal["file", "hf_hub"], str]:
     if raw.get("hf_hub_url"):
         return "hf_hub", str(raw["hf_hub_url"])
