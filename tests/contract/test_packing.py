@@ -9,7 +9,7 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.parallel.step import Step
@@ -47,7 +47,13 @@ def test_gradient_when_packed_or_padded_or_cut_is_the_same(family: str) -> None:
         CutPolicy(packed=False, max_tokens=1000),
     ):
         model = tiny_model(family).train()
-        step = Step(StepModel(model, packed=policy.packed), TokenLoss(), torch.device("cpu"), nullcontext)
+        step = Step(
+            StepModel(model, packed=policy.packed),
+            TokenLoss(),
+            torch.device("cpu"),
+            nullcontext,
+            lambda: filler(policy),
+        )
         result = step.forward_backward(cut(_samples(model.config.vocab_size), policy))
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         results.append((result.loss, torch.cat([g.flatten() for g in grads])))

@@ -84,6 +84,7 @@ class Batch:
         document_ids: [B, S] int32; index of the document within the micro-batch, -1 for padding.
         cu_seqlens: [D + 1] int32 for packed batches: where each document starts; None for padded ones.
         lengths: length of each document, on the host.
+        num_tokens: input tokens without padding.
         samples: for each document the index of its sample (see Sample.index) and its role's position.
         extras: further tensors that an objective asked for.
     """
@@ -95,6 +96,7 @@ class Batch:
     document_ids: Tensor
     cu_seqlens: Tensor | None
     lengths: tuple[int, ...]
+    num_tokens: int
     samples: tuple[tuple[int, int], ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -107,11 +109,6 @@ class Batch:
     def is_packed(self) -> bool:
         """Whether all documents lie in one row."""
         return self.cu_seqlens is not None
-
-    @property
-    def num_tokens(self) -> int:
-        """Input tokens without padding."""
-        return sum(self.lengths)
 
     @property
     def num_targets(self) -> int:

@@ -7,7 +7,7 @@ denominators (parallel/terms.py) make the loss independent of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,6 +87,13 @@ def cut(samples: Sequence[Sample], policy: CutPolicy) -> list[Batch]:
     return [build(group, policy) for group in _group(samples, policy)]
 
 
+def filler(policy: CutPolicy) -> Batch:
+    """A micro-batch that trains nothing and counts for nothing: what a rank runs that has fewer than the others."""
+    empty = Sample({"": Example([policy.pad_token_id] * 2, [IGNORE_INDEX] * 2)}, 0)
+    [batch] = cut([empty], policy)
+    return replace(batch, num_tokens=0)
+
+
 def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
     documents = [doc for example, index, role in _examples(samples) for doc in _documents(example, index, role)]
     lengths = tuple(len(doc.input_ids) for doc in documents)
@@ -102,6 +109,7 @@ def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         document_ids=document_ids[None],
         cu_seqlens=starts,
         lengths=lengths,
+        num_tokens=sum(lengths),
         samples=tuple((doc.sample, doc.role) for doc in documents),
     )
 
@@ -137,5 +145,6 @@ def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         document_ids=document_ids,
         cu_seqlens=None,
         lengths=tuple(len(doc.input_ids) for doc in documents),
+        num_tokens=sum(len(doc.input_ids) for doc in documents),
         samples=tuple((doc.sample, doc.role) for doc in documents),
     )

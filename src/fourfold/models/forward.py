@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,21 @@ def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return head
 
 
+def accept_hidden_only(model: PreTrainedModel) -> None:
+    """Let `model(..., hidden_only=True)` end after the decoder, so that no logits are made.
+
+    It must be the model itself that is called, not its decoder: what shards or wraps a model for several ranks hooks
+    into the call of its root.
+    """
+    whole, decoder = model.forward, model.get_decoder()
+
+    @functools.wraps(whole)
+    def forward(*args: Any, hidden_only: bool = False, **kwargs: Any) -> Any:
+        return (decoder if hidden_only else whole)(*args, **kwargs)
+
+    model.forward = forward
+
+
 @dataclass
 class StepModel:
     """Runs a model on micro-batches.
@@ -65,15 +82,18 @@ class StepModel:
         packed: whether it is fed packed rows.
         balance_experts: also compute the experts' load-balancing loss.
         noise: keys of dropout and input noise, told of every micro-batch; None where there is neither.
+        runner: what is called for a forward pass; the Transformers model, or what wraps it for several ranks.
     """
 
     module: nn.Module
     packed: bool
     noise: NoiseKeys | None = None
     balance_experts: bool = False
+    runner: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self._inner = base_model(self.module)
+        self.runner = self._inner = base_model(self.module)
+        accept_hidden_only(self._inner)
         if self.packed:
             attention.register()
             self._inner.set_attn_implementation(attention.NAME)
@@ -91,7 +111,7 @@ class StepModel:
         was_training = self.module.training
         self.module.eval()
         whole = self._inner(input_ids=ids, use_cache=False, **kwargs).logits
-        hidden = self._inner.get_decoder()(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        hidden = self._inner(input_ids=ids, use_cache=False, hidden_only=True, **kwargs).last_hidden_state
         apart = self._head(hidden)
         self.module.train(was_training)
         return torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
@@ -106,8 +126,13 @@ class StepModel:
             self.noise.enter(batch)
         if self.balance_experts:
             kwargs["output_router_logits"] = True
-        target = self._inner if self._head is None else self._inner.get_decoder()
-        outputs = target(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **kwargs)
+        outputs = self.runner(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            hidden_only=self._head is not None,
+            **kwargs,
+        )
         if self._head is None:
             return Outputs(outputs.logits, lambda logits: logits)
         return Outputs(outputs.last_hidden_state, self._head, self._router_loss(outputs))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fourfold.dataset.batch import Batch
+from fourfold.parallel.gradients import GradientSync, NoSync
 from fourfold.parallel.loss import Outputs
-from fourfold.parallel.reduce import total_denominators
+from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.terms import LossTerms, Term
 
 
@@ -57,14 +58,20 @@ class Step:
         objective: outputs -> sums.
         device: where batches are moved to.
         autocast: context of the forward pass (a fresh one for each call).
+        filler: a micro-batch that counts for nothing, for ranks that have fewer than others.
         scale: factor on the loss before backward (the gradient scaler's under fp16), None for 1.
+        sync: when gradients travel between data-parallel ranks.
+        reducer: adds up over ranks.
     """
 
     model: Callable[[Batch], Outputs]
     objective: LossFunction
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
+    filler: Callable[[], Batch]
     scale: Callable[[Tensor], Tensor] | None = None
+    sync: GradientSync = field(default_factory=NoSync)
+    reducer: Reducer = field(default_factory=Reducer)
 
     def forward_backward(
         self,
@@ -75,32 +82,56 @@ class Step:
         """Accumulate the gradient of the whole step's loss.
 
         Args:
-            batches: micro-batches, on the host.
+            batches: this rank's micro-batches, on the host; ranks may have different numbers of them, also none.
             before: called with its number before each micro-batch (seeds the randomness).
         """
-        denominators = total_denominators(self.objective.denominators(batches))
+        batches, denominators = self._prepare(batches)
         sums = _Sums()
         for number, batch in enumerate(batches):
             if before is not None:
                 before(number)
             on_device = batch.to(self.device)
-            with self.autocast():
-                found = self.objective.loss(self.model(on_device), on_device)
-            loss = torch.stack([_quotient(term, denominators) for term in found.terms.values()]).sum()
-            (loss if self.scale is None else self.scale(loss)).backward()
+            with self.sync.micro_batch(last=number == len(batches) - 1):
+                with self.autocast():
+                    found = self.objective.loss(self.model(on_device), on_device)
+                loss = torch.stack([_quotient(term, denominators) for term in found.terms.values()]).sum()
+                (loss if self.scale is None else self.scale(loss)).backward()
             sums.add(found)
-        return sums.result(denominators, batches)
+        return self._result(sums, denominators, batches)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:
         """The same figures without a gradient, for evaluation."""
-        denominators = total_denominators(self.objective.denominators(batches))
+        batches, denominators = self._prepare(batches)
         sums = _Sums()
         for batch in batches:
             on_device = batch.to(self.device)
             with self.autocast():
                 sums.add(self.objective.loss(self.model(on_device), on_device))
-        return sums.result(denominators, batches)
+        return self._result(sums, denominators, batches)
+
+    def _prepare(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """As many micro-batches as the rank with most has, and the denominators over all ranks."""
+        missing = max(self.reducer.largest(len(batches)), 1) - len(batches)
+        filled = [*batches, *(self.filler() for _ in range(missing))]
+        return filled, self.reducer.sums(self.objective.denominators(filled))
+
+    def _result(self, sums: _Sums, denominators: dict[str, float], batches: Sequence[Batch]) -> StepResult:
+        """Global figures: this rank's sums, added up over ranks, divided once."""
+        names = {**sums.terms, **sums.metrics}
+        local = {name: float(term.total) for name, term in names.items()}
+        totals = self.reducer.sums({**local, _TOKENS: float(sum(batch.num_tokens for batch in batches))})
+        quotients = {name: totals[name] / max(denominators[term.denominator], 1e-12) for name, term in names.items()}
+        return StepResult(
+            terms={name: quotients[name] for name in sums.terms},
+            metrics={name: quotients[name] for name in sums.metrics},
+            denominators=denominators,
+            denominator_of={name: term.denominator for name, term in names.items()},
+            num_tokens=round(totals[_TOKENS]),
+        )
+
+
+_TOKENS = "__tokens__"
 
 
 def _quotient(term: Term, denominators: dict[str, float]) -> Tensor:
@@ -112,22 +143,13 @@ class _Sums:
     """Adds up detached sums over micro-batches; read once, at the end, so that a device is not waited for."""
 
     def __init__(self) -> None:
-        self._terms: dict[str, Term] = {}
-        self._metrics: dict[str, Term] = {}
+        self.terms: dict[str, Term] = {}
+        self.metrics: dict[str, Term] = {}
 
     def add(self, found: LossTerms) -> None:
-        for into, new in ((self._terms, found.terms), (self._metrics, found.metrics)):
+        for into, new in ((self.terms, found.terms), (self.metrics, found.metrics)):
             for name, term in new.items():
                 total = term.total.detach()
                 if name in into:
                     total = into[name].total + total
                 into[name] = Term(total, term.denominator)
-
-    def result(self, denominators: dict[str, float], batches: Sequence[Batch]) -> StepResult:
-        return StepResult(
-            terms={name: float(_quotient(term, denominators)) for name, term in self._terms.items()},
-            metrics={name: float(_quotient(term, denominators)) for name, term in self._metrics.items()},
-            denominators=denominators,
-            denominator_of={n: term.denominator for n, term in {**self._terms, **self._metrics}.items()},
-            num_tokens=sum(batch.num_tokens for batch in batches),
-        )

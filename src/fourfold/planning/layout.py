@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from fourfold.base.errors import PlanError
+from fourfold.config.parallel import ParallelConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the mesh axes.
+    """Sizes of the mesh axes, and how sharded data parallelism spends memory.
 
     Attributes:
         dp_replicate: ranks that hold the same weights and different data.
@@ -16,6 +19,8 @@ class Layout:
         tp: ranks that share every matrix.
         pp: ranks that share the layers.
         ep: ranks that share the experts (of the data-parallel ranks).
+        zero: what dp_shard keeps whole between its uses: 3 nothing, 2 weights during a step, 1 weights and
+            gradients during a step.
     """
 
     dp_replicate: int = 1
@@ -24,6 +29,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    zero: int = 3
 
     @property
     def world_size(self) -> int:
@@ -38,3 +44,61 @@ class Layout:
     def as_dict(self) -> dict[str, int]:
         """For logs and checkpoints."""
         return asdict(self)
+
+    def describe(self) -> str:
+        """The axes larger than one, e.g. `dp_shard 4 x tp 2`; `one process` if there is none."""
+        sizes = {name: size for name, size in self.as_dict().items() if name != "zero" and size > 1}
+        text = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "one process"
+        return f"{text}, zero stage {self.zero}" if self.dp_shard > 1 and self.zero < 3 else text
+
+
+_ZERO = {"zero1": 1, "zero2": 2}
+_SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+
+
+def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
+    """The layout that strategy and sizes ask for on so many ranks.
+
+    Sizes that are given hold; what is left of the world goes to the axis that the strategy names (`auto`: replicas).
+
+    Raises:
+        PlanError: the sizes do not multiply to the world, with those that would.
+    """
+    given = {name: getattr(config, name) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp")}
+    sizes = {name: size or 1 for name, size in given.items()}
+    product = 1
+    for size in sizes.values():
+        product *= size
+    strategy = config.strategy
+    rest, remainder = divmod(world_size, product)
+    if remainder or (strategy in ("single", "custom") and rest > 1):
+        raise PlanError(_mismatch(given, product, world_size))
+    if rest > 1:
+        axis = _free_axis(strategy, given)
+        if axis is None:
+            raise PlanError(_mismatch(given, product, world_size))
+        if strategy == "hsdp" and given["dp_replicate"] is None and given["dp_shard"] is None:
+            # Without sizes, two replicas of the largest shards: the least that is both.
+            if rest % 2:
+                raise PlanError(f"strategy: hsdp needs an even number of ranks, and {rest} are left. Use fsdp.")
+            sizes["dp_replicate"], rest = 2, rest // 2
+        sizes[axis] *= rest
+    return Layout(**sizes, ep=config.ep or 1, zero=_ZERO.get(strategy, 3))
+
+
+def _free_axis(strategy: str, given: dict[str, int | None]) -> str | None:
+    """The axis that takes the ranks which no size claims; None if all are given."""
+    wanted = {"tp": "tp", "pp": "pp", "hsdp": "dp_shard", "ddp": "dp_replicate", "auto": "dp_replicate"}
+    axis = "dp_shard" if strategy in _SHARDED else wanted.get(strategy)
+    if axis is not None and given[axis] is None:
+        return axis
+    free = [name for name in ("dp_replicate", "dp_shard") if given[name] is None]
+    return free[0] if free else None
+
+
+def _mismatch(given: dict[str, int | None], product: int, world_size: int) -> str:
+    named = " x ".join(f"{name} {size}" for name, size in given.items() if size) or "no size"
+    return (
+        f"parallel: {named} make {product} ranks, but there are {world_size} processes. Start {product} "
+        f"(--nproc {product}), or choose sizes whose product divides {world_size}; strategy: fsdp or ddp takes the rest."
+    )

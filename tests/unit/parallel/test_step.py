@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel
 from fourfold.parallel.reduce import clip_gradients
@@ -44,7 +44,9 @@ def _samples() -> list[Sample]:
 
 def _run(policy: CutPolicy) -> tuple[StepResult, list[torch.Tensor]]:
     model = _model()
-    step = Step(StepModel(model, packed=policy.packed), TokenLoss(), torch.device("cpu"), nullcontext)
+    step = Step(
+        StepModel(model, packed=policy.packed), TokenLoss(), torch.device("cpu"), nullcontext, lambda: filler(policy)
+    )
     result = step.forward_backward(cut(_samples(), policy))
     return result, [p.grad for p in model.parameters() if p.grad is not None]
 

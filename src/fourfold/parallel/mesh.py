@@ -1,0 +1,97 @@
+"""The only DeviceMesh, built from a layout, and what a rank must know of its place in it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fourfold.planning.axes import AXES
+from fourfold.planning.layout import Layout
+
+_NAMES = tuple(axis.name for axis in AXES)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a job, arranged by axes.
+
+    Derived views: `dp` = dp_replicate x dp_shard (ranks with different samples), `fsdp` = dp_shard x cp (ranks over
+    which weights are sharded), `loss` = dp x cp (ranks whose losses add up).
+
+    Attributes:
+        device_mesh: axes named and ordered as in planning.axes; None for one process without a process group.
+    """
+
+    layout: Layout
+    device: torch.device
+    device_mesh: DeviceMesh | None = None
+
+    @property
+    def rank(self) -> int:
+        """This rank of the whole job."""
+        return 0 if self.device_mesh is None else dist.get_rank()
+
+    def index(self, axis: str) -> int:
+        """This rank's place on one axis."""
+        return 0 if self.device_mesh is None else self.device_mesh[axis].get_local_rank()
+
+    @property
+    def dp_rank(self) -> int:
+        """This rank's place among the data-parallel ranks, in the order of samples."""
+        return self.index("dp_replicate") * self.layout.dp_shard + self.index("dp_shard")
+
+    def view(self, axes: Sequence[str]) -> DeviceMesh:
+        """The sub-mesh of some axes, in the order of the table."""
+        assert self.device_mesh is not None, "one process has no mesh"
+        return self.device_mesh[tuple(axes)]
+
+    def group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
+        """The process group over some axes; None where they have a single rank."""
+        size = 1
+        for axis in axes:
+            size *= getattr(self.layout, axis)
+        if size == 1 or self.device_mesh is None:
+            return None
+        if len(axes) == 1:
+            return self.device_mesh.get_group(axes[0])
+        return self.device_mesh[tuple(axes)]._flatten("_".join(axes)).get_group()
+
+
+def single(device: torch.device) -> Mesh:
+    """One process."""
+    return Mesh(Layout(), device)
+
+
+def build_mesh(layout: Layout, device: torch.device) -> Mesh:
+    """The mesh of a layout over the initialised process group."""
+    sizes = tuple(getattr(layout, name) for name in _NAMES)
+    return Mesh(layout, device, init_device_mesh(device.type, sizes, mesh_dim_names=_NAMES))
+
+
+def start_process_group(device: torch.device, timeout_s: int) -> None:
+    """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def world_size_of_environment() -> int:
+    """Processes of the job that this one is part of, as a launcher set it; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device(use_cpu: bool) -> torch.device:
+    """This process's device: the CUDA device of its LOCAL_RANK, or the CPU."""
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

@@ -1,0 +1,104 @@
+"""THE table of mesh axes: their order, what each divides, and what must be divisible.
+
+The order is the order of ranks: the last axis varies fastest, so its ranks are neighbours. Tensor-parallel ranks
+exchange activations in every layer and must be neighbours on the fastest link; pipeline stages send the least and
+come first, across nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fourfold.planning.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What of a model the axes divide.
+
+    Attributes:
+        layers: decoder layers.
+        heads, kv_heads: attention heads.
+        intermediate: width of the gated MLP.
+        experts: routed experts, 0 for a dense model.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    experts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of the mesh.
+
+    Attributes:
+        name: as in the config (`parallel.<name>`).
+        divides: what its ranks share, for people.
+        collectives: what they send each other.
+        rule: problems of a size with a model, as messages.
+    """
+
+    name: str
+    divides: str
+    collectives: str
+    rule: Callable[[int, ModelFacts], Iterator[str]]
+
+
+def _any_size(size: int, facts: ModelFacts) -> Iterator[str]:
+    yield from ()
+
+
+def _divides(key: str, size: int, what: str, total: int) -> Iterator[str]:
+    if total % size:
+        valid = [str(n) for n in range(1, total + 1) if total % n == 0]
+        yield f"parallel.{key}: {size} does not divide {what} ({total}). Use {', '.join(valid[:-1])} or {valid[-1]}."
+
+
+def _tensor_rule(size: int, facts: ModelFacts) -> Iterator[str]:
+    yield from _divides("tp", size, "num_attention_heads", facts.heads)
+    yield from _divides("tp", size, "intermediate_size", facts.intermediate)
+    if facts.kv_heads % size and size % facts.kv_heads:
+        yield (
+            f"parallel.tp: {size} neither divides num_key_value_heads ({facts.kv_heads}) nor is a multiple of it. "
+            "Use a power of two."
+        )
+
+
+def _pipeline_rule(size: int, facts: ModelFacts) -> Iterator[str]:
+    if size > facts.layers:
+        yield f"parallel.pp: {size} stages are more than the model's {facts.layers} layers. Use at most {facts.layers}."
+
+
+def _expert_rule(size: int, facts: ModelFacts) -> Iterator[str]:
+    if size > 1 and not facts.experts:
+        yield f"parallel.ep: {size} needs a mixture of experts, and this model is dense. Use parallel.ep: 1."
+    elif facts.experts:
+        yield from _divides("ep", size, "the number of experts", facts.experts)
+
+
+AXES: tuple[Axis, ...] = (
+    Axis("pp", "layers", "activations between neighbouring stages", _pipeline_rule),
+    Axis("dp_replicate", "samples; weights are whole on each rank", "an all-reduce of gradients a step", _any_size),
+    Axis(
+        "dp_shard",
+        "samples; weights, gradients and optimizer state are cut into as many parts",
+        "an all-gather of weights a layer, a reduce-scatter of gradients",
+        _any_size,
+    ),
+    Axis("cp", "the positions of a sequence", "keys and values in every layer", _any_size),
+    Axis("tp", "every matrix, heads and vocabulary", "activations, twice in every layer", _tensor_rule),
+)
+"""Outermost first; `ep` is no axis of its own: it regroups the ranks of dp_shard."""
+
+EXPERT_AXIS = Axis("ep", "the experts", "tokens to their experts and back, twice in every layer", _expert_rule)
+
+
+def check_layout(layout: Layout, facts: ModelFacts) -> list[str]:
+    """Every problem of a layout with a model, one message each, with the sizes that would work."""
+    sizes = layout.as_dict()
+    axes = (*AXES, EXPERT_AXIS)
+    return [problem for axis in axes if sizes[axis.name] > 1 for problem in axis.rule(sizes[axis.name], facts)]

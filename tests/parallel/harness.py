@@ -1,0 +1,188 @@
+"""Trains a tiny model for a few steps under a layout, in forked processes, and collects what must not depend on it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+
+from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
+from fourfold.dataset.collate import CutPolicy, cut, filler
+from fourfold.losses.token import TokenLoss
+from fourfold.models.forward import StepModel
+from fourfold.models.patches import peft_noise_ignored
+from fourfold.models.targets import decoder_blocks
+from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.parallel.apply import parallelize
+from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
+from fourfold.parallel.reduce import clip_gradients, full
+from fourfold.parallel.step import Step
+from fourfold.planning.layout import Layout
+from tiny_models import tiny_model
+
+_FORK = multiprocessing.get_context("fork")
+_CPU = torch.device("cpu")
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        family: key of tiny_models.FAMILIES.
+        tuning: full or lora.
+        packed: rows packed end to end, or padded.
+        max_tokens: positions of a micro-batch; small ones give several micro-batches a step.
+    """
+
+    family: str = "llama"
+    tuning: str = "full"
+    packed: bool = True
+    max_tokens: int = 64
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run did: losses and gradient norms of each step, gradients of the first, bytes held at the end."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    local_numel: int
+    state_numel: int
+
+
+def make_model(case: Case) -> TunedModel:
+    """The model of a case; the same weights in every process."""
+    model = tiny_model(case.family, **dict(case.overrides)).train()
+    if case.tuning == "full":
+        return model
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    with peft_noise_ignored():
+        return get_peft_model(model, config)
+
+
+def make_steps(vocab_size: int) -> list[list[Sample]]:
+    """Five steps of 7 or 8 samples of uneven lengths; the last has a single sample."""
+    generator = torch.Generator().manual_seed(11)
+    steps, index = [], 0
+    for count in (8, 7, 8, 8, 1):
+        samples = []
+        for _ in range(count):
+            length = int(torch.randint(4, 25, (1,), generator=generator))
+            ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+            prompt = length // 3
+            samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
+            index += 1
+        steps.append(samples)
+    return steps
+
+
+def train(case: Case, mesh: Mesh) -> Curve:
+    """Five AdamW steps, each with the samples that belong to this data-parallel rank."""
+    module = make_model(case)
+    policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens)
+    model = StepModel(module, packed=case.packed)
+    inner = base_model(module)
+    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
+    model.runner = split.runner
+    step = Step(
+        model, TokenLoss(), _CPU, nullcontext, lambda: filler(policy), sync=split.sync, reducer=split.reducer
+    )
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    losses, norms, gradients = [], [], {}
+    for number, samples in enumerate(make_steps(inner.config.vocab_size)):
+        mine = samples[mesh.dp_rank :: mesh.layout.dp]
+        optimizer.zero_grad()
+        losses.append(step.forward_backward(cut(mine, policy)).loss)
+        if number == 0:
+            found = ((name, p.grad) for name, p in module.named_parameters() if p.requires_grad)
+            gradients = {name: full(grad).clone() for name, grad in found if grad is not None}
+        norms.append(float(clip_gradients(parameters, 1.0)))
+        optimizer.step()
+    return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer))
+
+
+def _numel(parameters: Any) -> int:
+    return sum(_local(p).numel() for p in parameters)
+
+
+def _state_numel(optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(_local(value).numel() for value in states if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def alone(case: Case) -> Curve:
+    """The reference: one process, no process group."""
+    return train(case, single(_CPU))
+
+
+def under(case: Case, layout: Layout) -> list[Curve]:
+    """The curve of every rank of a layout."""
+    return run_ranks(layout.world_size, lambda: train(case, build_mesh(layout, _CPU)))
+
+
+def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
+    """Run `work` in forked processes that form a gloo job; returns what each rank returned."""
+    port = 20000 + (os.getpid() * 7 + run_ranks.calls * 13) % 20000
+    run_ranks.calls += 1
+    pipes, processes = [], []
+    for rank in range(world_size):
+        reader, writer = _FORK.Pipe(duplex=False)
+        process = _FORK.Process(target=_rank, args=(rank, world_size, port, work, writer))
+        process.start()
+        writer.close()
+        pipes.append(reader)
+        processes.append(process)
+    results: list[Any] = []
+    try:
+        for reader in pipes:
+            try:
+                results.append(pickle.loads(reader.recv_bytes()))
+            except EOFError:
+                results.append("the process ended without a word")
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    failures = [f"rank {rank}: {found}" for rank, found in enumerate(results) if isinstance(found, str)]
+    assert not failures, "\n".join(failures)
+    return results
+
+
+run_ranks.calls = 0  # type: ignore[attr-defined]
+
+
+def _rank(rank: int, world_size: int, port: int, work: Callable[[], Any], writer: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    code = 0
+    try:
+        start_process_group(_CPU, 60)
+        result = work()
+        dist.barrier()
+        writer.send_bytes(pickle.dumps(result))
+    except BaseException:
+        code = 1
+        writer.send_bytes(pickle.dumps(traceback.format_exc()))
+    writer.close()
+    os._exit(code)

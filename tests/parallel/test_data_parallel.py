@@ -1,0 +1,60 @@
+"""DDP, ZeRO 1 to 3 and HSDP train as one process does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import STEPS, Case, Curve, alone, under
+
+from fourfold.planning.layout import Layout
+
+LAYOUTS = {
+    "ddp2": Layout(dp_replicate=2),
+    "ddp4": Layout(dp_replicate=4),
+    "zero1-2": Layout(dp_shard=2, zero=1),
+    "zero2-2": Layout(dp_shard=2, zero=2),
+    "zero3-2": Layout(dp_shard=2, zero=3),
+    "zero1-4": Layout(dp_shard=4, zero=1),
+    "zero2-4": Layout(dp_shard=4, zero=2),
+    "zero3-4": Layout(dp_shard=4, zero=3),
+    "hsdp2x2": Layout(dp_replicate=2, dp_shard=2),
+}
+CASES = {
+    "llama-full": Case(),
+    "llama-lora-padded": Case(tuning="lora", packed=False),
+    "qwen3-full-tied": Case(family="qwen3"),
+}
+
+
+def assert_same(curve: Curve, reference: Curve) -> None:
+    """Losses within 1e-5 at every step, norms within 1e-3 relative, first gradients within 1e-6 of their largest."""
+    assert len(curve.losses) == STEPS
+    assert curve.losses == pytest.approx(reference.losses, abs=1e-5)
+    assert curve.norms == pytest.approx(reference.norms, rel=1e-3)
+    largest = max(float(grad.abs().max()) for grad in reference.gradients.values())
+    assert curve.gradients.keys() == reference.gradients.keys()
+    for name, grad in reference.gradients.items():
+        assert float((curve.gradients[name] - grad).abs().max()) <= 1e-6 * largest, name
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Curve]:
+    """The curves of one process."""
+    torch.set_num_threads(1)
+    return {name: alone(case) for name, case in CASES.items()}
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_training_when_split_equals_one_process(layout: str, case: str, references: dict[str, Curve]) -> None:
+    for curve in under(CASES[case], LAYOUTS[layout]):
+        assert_same(curve, references[case])
+
+
+def test_bytes_when_sharded_are_a_share_on_each_rank() -> None:
+    whole = alone(Case())
+    for world, layout in ((2, Layout(dp_shard=2)), (4, Layout(dp_shard=4, zero=1))):
+        curves = under(Case(), layout)
+        assert sum(curve.local_numel for curve in curves) == whole.local_numel
+        assert sum(curve.state_numel for curve in curves) == whole.state_numel == 2 * whole.local_numel
+        assert max(curve.local_numel for curve in curves) <= 1.1 * whole.local_numel / world
