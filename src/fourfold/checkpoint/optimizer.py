@@ -41,7 +41,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Restore in place what `save_optimizer` wrote.
+    """Restore in place what `save_optimizer` wrote; settings such as weight decay stay as the config has them.
 
     Raises:
         CheckpointError: another kind of optimizer, or a trained parameter without state.
@@ -73,4 +73,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     optimizer.state.clear()
     optimizer.state.update(states)
     for group, saved in zip(optimizer.param_groups, content["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+        group.update({key: value for key, value in saved.items() if key == "lr" or key not in group})

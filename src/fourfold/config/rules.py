@@ -79,6 +79,14 @@ def _streaming(run: Run) -> Iterator[str]:
         yield f"max_samples: {data.max_samples} does not work with streaming: true. Remove one of them; use max_steps."
     if 0 < data.val_size < 1:
         yield f"val_size: {data.val_size:g} is a share, but a stream has no length. Give a number of rows."
+    strategies = {
+        "eval_strategy": run.training.eval_strategy,
+        "save_strategy": run.output.save_strategy,
+        "logging_strategy": run.output.logging_strategy,
+    }
+    for name, strategy in strategies.items():
+        if strategy == "epoch":
+            yield f"{name}: epoch does not work with streaming: true, since a stream has no known end. Use steps."
 
 
 def _evaluation_sets(run: Run) -> Iterator[str]:
@@ -219,6 +227,8 @@ def _schedule(run: Run) -> Iterator[str]:
     if needs and not set(needs) & set(training.lr_scheduler_kwargs):
         listed = " or ".join(needs)
         yield f"lr_scheduler_type: {kind} needs {listed}. Give lr_scheduler_kwargs: {{{needs[0]}: ...}}."
+    if kind in ("constant", "constant_with_warmup") and training.lr_scheduler_kwargs:
+        yield f"lr_scheduler_kwargs: lr_scheduler_type: {kind} has no further settings. Remove lr_scheduler_kwargs."
     if kind in ("reduce_lr_on_plateau", "greedy") and training.eval_strategy == "no":
         yield f"lr_scheduler_type: {kind} follows the evaluation loss, but eval_strategy is no. Use steps or epoch."
 

@@ -65,6 +65,17 @@ class Marks:
         """What the tags of a template expect to find in its context."""
         return {_OPEN: self.open, _CLOSE: self.close, _CUT: self.cut}
 
+    def slot(self, number: int) -> str:
+        """A mark for the content of message `number`."""
+        return self.cut.replace("cut", f"slot{number}")
+
+    def split_slots(self, text: str) -> tuple[str | int, ...]:
+        """A text cut at its slots, which become the numbers of their messages."""
+        before, after = map(re.escape, self.cut.split("cut"))
+        parts = re.split(f"{before}slot([0-9]+){after}", text)
+        mixed = (int(part) if place % 2 else part for place, part in enumerate(parts))
+        return tuple(part for part in mixed if part != "")
+
     def split(self, rendered: str) -> list[str]:
         """The rendered text cut at its marks; the marks are items of their own, empty texts are left out."""
         pattern = "|".join(re.escape(mark) for mark in (self.open, self.close, self.cut, self.bos, self.eos))

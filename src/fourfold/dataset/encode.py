@@ -88,15 +88,14 @@ class Tokens:
     def num_targets(self) -> int:
         """Trained positions; the first of a document predicts nothing before it."""
         trained = sum(self.spans[1::2]) - sum(self.spans[::2]) + len(self.overrides) // 2
-        starts = list(accumulate(self.documents[:-1], initial=0))
-        return trained - sum(self._is_trained(start) for start in starts)
+        return trained - sum(self._is_trained(start) for start in accumulate(self.documents[:-1], initial=0))
 
     def _is_trained(self, position: int) -> bool:
         # An odd number of span edges at or before a position means that it lies within a span.
         return bisect.bisect_right(self.spans, position) % 2 == 1 or position in self.overrides[::2]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedRow:
     """What one row became.
 
@@ -105,29 +104,27 @@ class EncodedRow:
         row: the row's number in the chunk.
         full_length: tokens before anything was cut.
         extras: numbers of the sample.
+        length: tokens of all roles.
+        num_targets: trained positions of all roles.
+        trains: whether there is something to train in every sequence that is trained (a prompt: whether there is one).
     """
 
     sequences: Mapping[str, Tokens]
     row: int
     full_length: int
     extras: Mapping[str, float] = field(default_factory=dict)
+    length: int = field(init=False)
+    num_targets: int = field(init=False)
+    trains: bool = field(init=False)
 
-    @property
-    def length(self) -> int:
-        """Tokens of all roles."""
-        return sum(len(tokens.ids) for tokens in self.sequences.values())
-
-    @property
-    def num_targets(self) -> int:
-        """Trained positions of all roles."""
-        return sum(tokens.num_targets for tokens in self.sequences.values())
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is something to train in every sequence that is trained (a prompt: whether there is one)."""
-        if "prompt" in self.sequences:
-            return bool(self.sequences["prompt"].ids)
-        return all(tokens.num_targets > 0 for role, tokens in self.sequences.items() if role != "kl")
+    def __post_init__(self) -> None:
+        targets = {role: tokens.num_targets for role, tokens in self.sequences.items()}
+        self.num_targets = sum(targets.values())
+        self.length = sum(len(tokens.ids) for tokens in self.sequences.values())
+        if "prompt" in targets:
+            self.trains = bool(self.sequences["prompt"].ids)
+        else:
+            self.trains = all(number > 0 for role, number in targets.items() if role != "kl")
 
 
 def share_length(prompt_len: int, response_len: int, limit: int) -> tuple[int, int]:
@@ -168,6 +165,7 @@ class Encoder:
     def __init__(self, renderer: Renderer, settings: EncodeSettings) -> None:
         self.renderer, self.settings = renderer, settings
         self._texts = TextTokenizer(renderer.tokenizer)
+        self._closing = renderer.closing_ids
         eos = renderer.tokenizer.eos_token_id
         self._eos = eos if isinstance(eos, int) else None
         if settings.train_on_prompt and renderer.efficient_eos:
@@ -217,14 +215,14 @@ class Encoder:
                 for index, (prompt, response) in enumerate(turns)
             ]
             tokens = self._join_turns(pairs)
-            full = sum(len(pair) for pair in pairs) + len(self.renderer.closing_ids)
+            full = sum(len(pair) for pair in pairs) + len(self._closing)
             encoded.append(EncodedRow({"": tokens}, number, full))
         return encoded
 
     def _join_turns(self, pairs: Sequence[_Pair]) -> Tokens:
         """Turns end to end, each cut to its share of what is left of the cutoff; what comes too late is left out."""
         settings = self.settings
-        closing = self.renderer.closing_ids
+        closing = self._closing
         used = len(closing)
         kept: list[_Pair] = []
         for pair in reversed(pairs) if settings.mask_history else pairs:
@@ -254,7 +252,7 @@ class Encoder:
         encoded = []
         for number, ((prompt, chosen), (_, rejected)) in enumerate(rendered):
             prompt_ids = ids(prompt)
-            answers = [[*ids(answer), *self.renderer.closing_ids] for answer in (chosen, rejected)]
+            answers = [[*ids(answer), *self._closing] for answer in (chosen, rejected)]
             longest = max(len(answer) for answer in answers)
             kept_prompt, kept = share_length(len(prompt_ids), longest, self.settings.cutoff_len)
             sequences = {
@@ -279,7 +277,7 @@ class Encoder:
         for number, turns in enumerate(rendered):
             sequences, full = {}, 0
             for role, (prompt, response) in zip(ROLES["kto"], turns, strict=True):
-                prompt_ids, response_ids = ids(prompt), [*ids(response), *self.renderer.closing_ids]
+                prompt_ids, response_ids = ids(prompt), [*ids(response), *self._closing]
                 kept_prompt, kept = share_length(len(prompt_ids), len(response_ids), self.settings.cutoff_len)
                 sequences[role] = _prompted(prompt_ids[:kept_prompt], response_ids[:kept])
                 full += len(prompt_ids) + len(response_ids)
@@ -299,7 +297,7 @@ class Encoder:
         encoded = []
         for number, (prompt, reference) in enumerate(rendered):
             prompt_ids = ids(prompt)
-            reference_ids = [] if reference is None else [*ids(reference), *self.renderer.closing_ids]
+            reference_ids = [] if reference is None else [*ids(reference), *self._closing]
             kept_prompt, kept = share_length(len(prompt_ids), len(reference_ids), self.settings.cutoff_len)
             sequences = {"prompt": Tokens(prompt_ids[:kept_prompt]), "reference": Tokens()}
             sequences["reference"].append(reference_ids[:kept], trained=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,14 @@ class SampleSource(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+class EpochStream(Protocol):
+    """Samples that can only be read one after the other."""
+
+    def epoch(self, number: int) -> Iterator[Sample]:
+        """The samples of an epoch, from 0; the same ones whenever it is asked for."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepSamples:
     """The samples of one optimizer step.
@@ -33,6 +42,14 @@ class StepSamples:
     step: int
     epoch: int
     samples: list[Sample]
+
+
+class Loader(Protocol):
+    """Gives the samples of every optimizer step."""
+
+    def steps(self, start: int = 0) -> Iterator[StepSamples]:
+        """All steps from number `start` on, without end."""
+        ...
 
 
 def epoch_order(num_samples: int, epoch: int, *, seed: int, shuffle: bool) -> np.ndarray:
@@ -76,4 +93,32 @@ class StepLoader:
             for first in range(within * self.samples_per_step, len(order), self.samples_per_step):
                 chosen = order[first : first + self.samples_per_step][self.rank :: self.num_ranks]
                 yield StepSamples(step, epoch, [self.source[int(i)] for i in chosen])
+                step += 1
+
+
+@dataclass(frozen=True)
+class StreamLoader:
+    """Steps over a stream; the last step of an epoch takes what is left.
+
+    Attributes:
+        stream: the samples, shuffled by itself.
+        samples_per_step, rank, num_ranks: as StepLoader has them.
+    """
+
+    stream: EpochStream
+    samples_per_step: int
+    rank: int = 0
+    num_ranks: int = 1
+
+    def steps(self, start: int = 0) -> Iterator[StepSamples]:
+        """All steps from number `start` on, without end.
+
+        The steps before are made and thrown away: where they end in the files, only making them tells.
+        """
+        step = 0
+        for epoch in count():
+            samples = self.stream.epoch(epoch)
+            while chosen := list(islice(samples, self.samples_per_step)):
+                if step >= start:
+                    yield StepSamples(step, epoch, chosen[self.rank :: self.num_ranks])
                 step += 1

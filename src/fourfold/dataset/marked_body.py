@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from fourfold.base.errors import ConfigError, DataError
 from fourfold.dataset.chat_jinja import Marks, chat_environment
+from fourfold.dataset.layout import Layout, Piece, only_inserts_contents
 from fourfold.dataset.rows import Message
 from fourfold.dataset.segments import Segment, SegmentPair, join_turns
 from fourfold.dataset.template import Template
@@ -17,6 +18,11 @@ from fourfold.dataset.tools import ToolCall, ToolFormat, parse_function_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MOST_LAYOUTS = 1024
+"""Layouts that are remembered; there is one for each sequence of roles, system prompt and list of tools."""
+
+_LayoutKey = tuple[tuple[str, ...], str | None, bool]
 
 
 class MarkedBody:
@@ -40,7 +46,11 @@ class MarkedBody:
     ) -> None:
         self._template, self._tokenizer = template, tokenizer
         self._tools, self._default_system = tools, default_system
-        self._jinja = chat_environment(today).from_string(template.body)
+        environment = chat_environment(today)
+        self._jinja = environment.from_string(template.body)
+        self._layouts: dict[_LayoutKey, Layout] | None = None
+        if only_inserts_contents(environment.parse(template.body)):
+            self._layouts = {}
 
     def turns(self, messages: Sequence[Message], system: str, tools: str) -> list[SegmentPair]:
         """See `ConversationRenderer`."""
@@ -72,11 +82,29 @@ class MarkedBody:
         system = system or self._default_system
         # A list of tools, be it empty, gives a conversation a system turn, be it empty.
         full_system = system + self._tools.describe(tools) if tools else system or None
-        marks = Marks.absent_from([full_system or "", self._template.body, *(entry["content"] for entry in shown)])
+        if self._layouts is None:
+            return self._render_blocks(shown, full_system, add_generation_prompt=add_generation_prompt)
+        key = (tuple(entry["role"] for entry in shown), full_system, add_generation_prompt)
+        layout = self._layouts.get(key) or self._lay_out(*key)
+        if len(self._layouts) < _MOST_LAYOUTS:
+            self._layouts[key] = layout
+        return layout.fill([entry["content"] for entry in shown])
+
+    def _lay_out(self, roles: tuple[str, ...], system: str | None, add_generation_prompt: bool) -> Layout:
+        """What the body puts around the contents of messages of these roles."""
+        marks = Marks.absent_from([system or "", self._template.body])
+        slots = [{"role": role, "content": marks.slot(number)} for number, role in enumerate(roles)]
+        blocks = self._render_blocks(slots, system, add_generation_prompt=add_generation_prompt)
+        return Layout(tuple(tuple(_piece(segment, marks) for segment in block) for block in blocks))
+
+    def _render_blocks(
+        self, shown: Sequence[Mapping[str, Any]], system: str | None, *, add_generation_prompt: bool
+    ) -> list[list[Segment]]:
+        marks = Marks.absent_from([system or "", self._template.body, *(entry["content"] for entry in shown)])
         try:
             rendered = self._jinja.render(
                 messages=shown,
-                system=full_system,
+                system=system,
                 bos_token=marks.bos,
                 eos_token=marks.eos,
                 add_generation_prompt=add_generation_prompt,
@@ -99,6 +127,11 @@ class MarkedBody:
         )
         role = function_role(self._template, self._tools)
         return {"role": role, "content": before + self._tools.write(calls)}
+
+
+def _piece(segment: Segment, marks: Marks) -> Piece | Segment:
+    texts = marks.split_slots(segment.text)
+    return Piece(texts, segment.trained) if any(isinstance(text, int) for text in texts) else segment
 
 
 def function_role(template: Template, tools: ToolFormat) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.encode import EncodeSettings
 from fourfold.dataset.storage import SetStats
-from fourfold.dataset.tokenise import ChunkResult
+from fourfold.dataset.tokenise import BROKEN_TURNS, NOTHING_TRAINED, ChunkResult
 
 log = get_logger(__name__)
 
@@ -31,20 +31,8 @@ class Outcome:
             self.stats[self._names[number]].add(counted)
 
     def announce(self, purpose: str) -> None:
-        """Log the counts, and a warning for rows that were dropped; `purpose` is what the data is for."""
-        for name, stats in self.stats.items():
-            log.info(
-                "dataset %s (%s): %d of %d rows, %d tokens, %d of them trained, %d rows truncated",
-                name,
-                purpose,
-                stats.samples,
-                stats.rows,
-                stats.tokens,
-                stats.targets,
-                stats.truncated,
-            )
-            for reason, number in stats.dropped.items():
-                log.warning("dataset %s: %d rows dropped (%s)", name, number, reason)
+        """Log the counts and the first row of each kind that was dropped; `purpose` is what the data is for."""
+        announce(self.stats, purpose)
         for reason, complaint in self._complaints.items():
             log.warning("First row dropped (%s): %s", reason, complaint)
 
@@ -63,4 +51,34 @@ class Outcome:
                 reasons[reason] = reasons.get(reason, 0) + number
         counts = ", ".join(f"{number} have {reason}" for reason, number in reasons.items())
         first = next(iter(self._complaints.values()), "")
-        return f"dataset: none of the {rows} rows of {', '.join(self.stats)} can be trained: {counts}. First: {first}."
+        advice = " ".join(_advice(reason, settings) for reason in reasons)
+        return (
+            f"dataset: none of the {rows} rows of {', '.join(self.stats)} can be trained: {counts}. First: "
+            f"{first.removesuffix('.')}. {advice}"
+        )
+
+
+def announce(counted: Mapping[str, SetStats], purpose: str) -> None:
+    """Log what became of the rows of each data set, with a warning for those that were dropped."""
+    for name, stats in counted.items():
+        log.info(
+            "dataset %s (%s): %d of %d rows, %d tokens, %d of them trained, %d rows truncated",
+            name,
+            purpose,
+            stats.samples,
+            stats.rows,
+            stats.tokens,
+            stats.targets,
+            stats.truncated,
+        )
+        for reason, number in stats.dropped.items():
+            log.warning("dataset %s: %d rows dropped (%s)", name, number, reason)
+
+
+def _advice(reason: str, settings: EncodeSettings) -> str:
+    """What to do about rows that were dropped for a reason."""
+    if reason == NOTHING_TRAINED:
+        return f"Raise cutoff_len ({settings.cutoff_len}), or see that the rows have answers."
+    if reason == BROKEN_TURNS:
+        return "See that user and assistant take turns, and that the entry's tags name them."
+    return "Correct the rows, or the columns of their entry."

@@ -14,7 +14,7 @@ from fourfold.dataset.cache import cache_root, code_digest, fingerprint_of, load
 from fourfold.dataset.encode import Encoder, EncodeSettings
 from fourfold.dataset.info import DatasetEntry, find_entries
 from fourfold.dataset.mix import mix_order, split_rows
-from fourfold.dataset.outcome import Outcome
+from fourfold.dataset.outcome import Outcome, announce
 from fourfold.dataset.progress import track
 from fourfold.dataset.raw import RawMix, RawRows
 from fourfold.dataset.render import Renderer
@@ -96,10 +96,14 @@ def prepare(run: Run, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) ->
     root = Path(run.data.tokenized_path)
     if run.data.streaming:
         raise ConfigError("tokenized_path: a stream is not saved. Leave out tokenized_path or streaming.")
-    if not is_saved(root) or run.data.overwrite_cache:
-        load_or_write(root, maker.save, overwrite=is_saved(root))
+    found = is_saved(root)
+    if not found or run.data.overwrite_cache:
+        load_or_write(root, maker.save, overwrite=found)
         log.info("Tokenised data saved at %s", root)
     parts = load_saved(root, maker.facts(None))
+    if found:
+        for name, data in parts.items():
+            announce(data.stats, name)
     train = parts.pop(TRAIN, None)
     return Prepared(train, {name.removeprefix("eval").removeprefix("_"): data for name, data in parts.items()})
 
@@ -194,8 +198,12 @@ class _Maker:
     def cached(self, rows: RawRows, name: str) -> TokenisedDataset:
         """The samples of some rows, from the cache if they are there."""
         folder = cache_root() / "tokenised" / fingerprint_of(self.facts(rows))
+        found = folder.exists() and not self.run.data.overwrite_cache
         load_or_write(folder, lambda to: self._write(rows, to, name), overwrite=self.run.data.overwrite_cache)
-        return TokenisedDataset(folder)
+        data = TokenisedDataset(folder)
+        if found:
+            announce(data.stats, name)
+        return data
 
     def save(self, root: Path) -> None:
         """Tokenise everything into a folder for `tokenized_path`."""
@@ -238,7 +246,13 @@ class _Maker:
             )
         entries = open_entries(run, data.dataset, training.stage, key="dataset")
         rows = RowStream(entries, open_options(run), data.mix_strategy, data.interleave_probs, training.seed)
-        facts = {**self.facts(None), "streamed": [repr(entry) for entry in entries], "held_out": num_held_out}
+        facts = {
+            **self.facts(None),
+            "streamed": [repr(entry) for entry in entries],
+            "held_out": num_held_out,
+            "mix": [data.mix_strategy, list(data.interleave_probs)],
+            "buffer_size": data.buffer_size,
+        }
         stream = SampleStream(
             rows,
             self._tokeniser(entries),

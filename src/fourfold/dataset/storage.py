@@ -19,6 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,7 +107,7 @@ def _column(role: str, name: str) -> str:
 def _list_array(lists: Sequence[Sequence[int]]) -> pa.ListArray:
     offsets = np.zeros(len(lists) + 1, dtype=np.int32)
     np.cumsum([len(entry) for entry in lists], out=offsets[1:])
-    values = np.fromiter((value for entry in lists for value in entry), dtype=np.int32, count=int(offsets[-1]))
+    values = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 

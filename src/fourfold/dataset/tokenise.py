@@ -40,7 +40,9 @@ class ChunkResult:
 
     def of_set(self, number: int) -> SetStats:
         """The counts of a data set."""
-        return self.stats.setdefault(number, SetStats())
+        if number not in self.stats:
+            self.stats[number] = SetStats()
+        return self.stats[number]
 
     def drop(self, number: int, reason: str, complaint: str) -> None:
         """Count a row that is left out."""

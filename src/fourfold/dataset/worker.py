@@ -6,6 +6,7 @@ until the connection closes.
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import traceback
@@ -35,5 +36,6 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    gc.set_threshold(100_000, 50, 1000)  # millions of lists that are no garbage need not be looked through often
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     serve(Connection(int(sys.argv[1])))

@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from fourfold.base.errors import DataError
+from fourfold.base.log import get_logger
 from fourfold.dataset.raw import RawRows
 from fourfold.dataset.tokenise import ChunkResult, ChunkTokeniser
+
+log = get_logger(__name__)
 
 MOST_WORKERS = 16
 ROWS_PER_WORKER = 10_000
@@ -39,7 +42,17 @@ def num_workers(num_rows: int, requested: int | None) -> int:
         requested: `preprocessing_num_workers`; None for up to MOST_WORKERS.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(requested or MOST_WORKERS, cores, num_rows // ROWS_PER_WORKER))
+    number = max(1, min(requested or MOST_WORKERS, cores, num_rows // ROWS_PER_WORKER))
+    if requested is not None and number < requested:
+        log.info(
+            "preprocessing_num_workers: %d of %d processes are used; there are %d cores, and a process is worth its "
+            "start from %d rows on.",
+            number,
+            requested,
+            cores,
+            ROWS_PER_WORKER,
+        )
+    return number
 
 
 def run_chunks(mix: RawRows, tokeniser: ChunkTokeniser, *, chunk_rows: int, workers: int) -> Iterator[ChunkResult]:

@@ -109,10 +109,12 @@ class Parts:
         return fit.policy
 
     def _sizes(self) -> StepSizes:
+        cutoff_len, samples = self.run.data.cutoff_len, samples_per_step(self.run.training, self.layout.dp)
+        if self.data.stream is not None:
+            return StepSizes(cutoff_len, cutoff_len * samples)
         lengths = None if self.data.train is None else self.data.train.lengths
         if lengths is None or not len(lengths):
-            return StepSizes(self.run.data.cutoff_len, self.run.data.cutoff_len)
-        samples = samples_per_step(self.run.training, self.layout.dp)
+            return StepSizes(cutoff_len, cutoff_len)
         return StepSizes(int(lengths.max()), int(lengths.mean() * samples))
 
     def _asked_recompute(self) -> bool | None:

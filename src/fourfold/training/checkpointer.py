@@ -77,7 +77,8 @@ class Checkpointer:
         """Put back the weights of the best evaluation, if its checkpoint is there (load_best_model_at_end)."""
         folder = self.output_dir / f"checkpoint-{self.state.best_step}"
         if self.state.best_step is None or not folder.is_dir():
-            log.warning("load_best_model_at_end: the best step was not saved; the last weights are kept.")
+            why = "there was no evaluation" if self.state.best_step is None else "the best step is not saved"
+            log.warning("load_best_model_at_end: %s, so the last weights are kept. Lower eval_steps.", why)
             return
         load_weights(self.module, folder)
         log.info("Loaded the best weights, of step %d (%.6g)", self.state.best_step, self.state.best_metric)
@@ -96,10 +97,22 @@ class Checkpointer:
         load_weights(self.module, folder)
         load_optimizer(self.optimizer, self.module, folder)
         schedule = json.loads((folder / _SCHEDULE).read_text(encoding="utf-8"))
-        self.scheduler.load_state_dict(schedule["scheduler"])
+        self._restore_schedule(schedule["scheduler"])
         if self.scaler is not None and "scaler" in schedule:
             self.scaler.load_state_dict(schedule["scaler"])
         log.info("Resumed from %s, step %d", folder, self.state.step)
+
+    def _restore_schedule(self, state: dict[str, Any]) -> None:
+        """Put the schedule's position back. Its rates are this run's: its length or height may have been changed."""
+        scheduler = self.scheduler
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.load_state_dict(state)
+            return
+        scheduler.load_state_dict({**state, "base_lrs": scheduler.base_lrs})
+        for group, base, share in zip(
+            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * share(scheduler.last_epoch)
 
 
 def _drop(value: object) -> None:

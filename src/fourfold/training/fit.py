@@ -13,8 +13,10 @@ from fourfold.base.log import get_logger
 from fourfold.base.units import format_count
 from fourfold.checkpoint.resume import find_checkpoint
 from fourfold.config.output import OutputConfig
+from fourfold.config.schema import Run
 from fourfold.config.training import TrainingConfig
-from fourfold.dataset.loader import SampleSource, StepLoader
+from fourfold.dataset.loader import Loader, StepLoader, StreamLoader
+from fourfold.dataset.prepare import name_eval
 from fourfold.models.groups import parameter_groups
 from fourfold.models.unwrap import base_model
 from fourfold.models.weights import save_model
@@ -24,7 +26,7 @@ from fourfold.training.assemble import Parts
 from fourfold.training.checkpointer import Checkpointer
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.loop import Loop, LoopSettings
-from fourfold.training.schedule import Budget, Cadence, cadence, make_scheduler, plan_steps
+from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
 
 log = get_logger(__name__)
@@ -32,23 +34,26 @@ log = get_logger(__name__)
 _OPTIMIZERS = "fourfold.training.optimizers"
 
 
-def fit(parts: Parts, source: SampleSource) -> dict[str, float]:
+def fit(parts: Parts) -> dict[str, float]:
     """Train to the end of the budget, and save the result into the run's folder.
 
     Returns:
         the figures of train_results.json.
+    Raises:
+        ConfigError: settings that the optimizer, the schedule or the evaluation does not have.
     """
     run, output_dir = parts.run, parts.output_dir
-    budget = plan_steps(run.training, len(source), parts.layout.dp)
-    facts = run_facts(parts, source, budget)
+    num_samples = 0 if parts.data.train is None else len(parts.data.train)
+    budget = plan_steps(run.training, num_samples, parts.layout.dp)
+    facts = run_facts(parts, num_samples, budget)
     resume = run.output.resume_from_checkpoint
     resumed = find_checkpoint(resume, output_dir) if resume else None
     state = TrainState() if resumed is None else TrainState.load(resumed, facts)
-    _announce(parts, budget, len(source), state)
+    _announce(parts, budget, num_samples, state)
     name = run.output.run_name or output_dir.name
     trackers = open_trackers(run.output.report_to, RunInfo(output_dir, name, budget.max_steps, state.step, run.flat()))
     try:
-        loop, checkpointer = build_loop(parts, source, budget, state, trackers, facts)
+        loop, checkpointer = build_loop(parts, budget, state, trackers, facts)
         if resumed is not None:
             checkpointer.restore(resumed)
         loop.fit()
@@ -78,12 +83,16 @@ def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:
     return figures
 
 
-def run_facts(parts: Parts, source: SampleSource, budget: Budget) -> dict[str, Any]:
-    """What a resumed run must find as it was, for its position in the data to mean the same."""
+def run_facts(parts: Parts, num_samples: int, budget: Budget) -> dict[str, Any]:
+    """What a resumed run must find as it was, for its position in the data to mean the same.
+
+    Args:
+        num_samples: samples of the training set, 0 for a stream.
+    """
     training = parts.run.training
     return {
         "samples_per_step": budget.samples_per_step,
-        "num_samples": len(source),
+        "num_samples": num_samples,
         "data": parts.data.fingerprint,
         "seed": training.seed,
         "data_seed": training.data_seed,
@@ -93,7 +102,6 @@ def run_facts(parts: Parts, source: SampleSource, budget: Budget) -> dict[str, A
 
 def build_loop(
     parts: Parts,
-    source: SampleSource,
     budget: Budget,
     state: TrainState,
     trackers: list[Tracker],
@@ -106,7 +114,6 @@ def build_loop(
     scheduler = make_scheduler(training, optimizer, budget)
     scaler = torch.amp.GradScaler(parts.device.type) if parts.precision.loss_scaling else None
     step, policy = parts.step(scaler), parts.policy
-    seed = training.seed if training.data_seed is None else training.data_seed
     checkpointer = Checkpointer(
         output_dir=parts.output_dir,
         module=parts.module,
@@ -127,7 +134,7 @@ def build_loop(
         settings=_settings(parts, budget),
         step=step,
         module=parts.module,
-        loader=StepLoader(source, budget.samples_per_step, seed=seed, shuffle=not training.disable_shuffling),
+        loader=_build_loader(parts, budget),
         policy=policy,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -141,24 +148,33 @@ def build_loop(
     return loop, checkpointer
 
 
+def _build_loader(parts: Parts, budget: Budget) -> Loader:
+    training, data = parts.run.training, parts.data
+    if data.stream is not None:
+        return StreamLoader(data.stream, budget.samples_per_step)
+    assert data.train is not None
+    seed = training.seed if training.data_seed is None else training.data_seed
+    return StepLoader(data.train, budget.samples_per_step, seed=seed, shuffle=not training.disable_shuffling)
+
+
 def _build_optimizer(parts: Parts, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     training = parts.run.training
     try:
         return registry.load(_OPTIMIZERS, training.optim, key="optim").build(groups, parts.module, parts.run)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"optim_args: {training.optim} does not take it ({error}). Check its settings.") from error
 
 
 def _settings(parts: Parts, budget: Budget) -> LoopSettings:
     training, output = parts.run.training, parts.run.output
-    metric = training.metric_for_best_model or "loss"
     logging = cadence(output.logging_strategy, output.logging_steps, budget)
     evaluation = cadence(training.eval_strategy, training.eval_steps or output.logging_steps, budget)
     return LoopSettings(
         max_steps=budget.max_steps,
         steps_per_epoch=budget.steps_per_epoch,
         max_grad_norm=training.max_grad_norm,
-        logging=Cadence(logging.every, logging.at_end, at_first=output.logging_first_step),
+        # the last step too, so that a run shorter than logging_steps shows a loss
+        logging=replace(logging, at_end=logging.every > 0, at_first=output.logging_first_step),
         evaluation=replace(evaluation, after=_delay(training, budget)),
         saving=cadence(output.save_strategy, output.save_steps, budget),
         evaluate_first=training.eval_on_start,
@@ -166,11 +182,45 @@ def _settings(parts: Parts, budget: Budget) -> LoopSettings:
         # Transformers' Trainer counts 6 operations per token and parameter outside the embeddings.
         flos_per_token=6.0 * base_model(parts.module).num_parameters(exclude_embeddings=True),
         early_stopping=training.early_stopping_steps,
-        metric=metric if metric.startswith("eval_") else f"eval_{metric}",
-        greater_is_better=not metric.endswith("loss")
-        if training.greater_is_better is None
-        else training.greater_is_better,
+        metric=_metric(parts) if _compares(parts.run) else None,
+        greater_is_better=_greater_is_better(training),
+        schedule_follows_metric=training.lr_scheduler_type in FOLLOW_METRIC,
     )
+
+
+def _compares(run: Run) -> bool:
+    """Whether anything hangs on which evaluation is the best."""
+    training, output = run.training, run.output
+    if training.eval_strategy == "no":
+        return False
+    asked = training.load_best_model_at_end or training.early_stopping_steps is not None
+    return (
+        asked
+        or training.lr_scheduler_type in FOLLOW_METRIC
+        or output.save_strategy == "best"
+        or training.metric_for_best_model is not None
+    )
+
+
+def _metric(parts: Parts) -> str:
+    """The figure that tells the best evaluation, as the evaluation names it.
+
+    Raises:
+        ConfigError: no evaluation set has it.
+    """
+    metric = parts.run.training.metric_for_best_model or "loss"
+    full = metric if metric.startswith("eval_") else f"eval_{metric}"
+    labels = [name_eval(name) for name in parts.data.eval]
+    if not any(full.startswith(f"{label}_") for label in labels):
+        choices = ", ".join(f"{label}_loss" for label in labels)
+        raise ConfigError(f"metric_for_best_model: evaluation gives no {full}. Name one that it gives: {choices}.")
+    return full
+
+
+def _greater_is_better(training: TrainingConfig) -> bool:
+    if training.greater_is_better is not None:
+        return training.greater_is_better
+    return not (training.metric_for_best_model or "loss").endswith("loss")
 
 
 def _delay(training: TrainingConfig, budget: Budget) -> int:
@@ -187,7 +237,7 @@ def _announce(parts: Parts, budget: Budget, num_samples: int, state: TrainState)
     epochs = f"Num epochs = {training.num_train_epochs:g}"
     lines = [
         "***** Running training *****",
-        f"  Num examples = {format_count(num_samples)}",
+        f"  Num examples = {format_count(num_samples) if num_samples else 'not known, streamed'}",
         f"  {epochs if training.max_steps <= 0 else f'Max steps = {training.max_steps}'}",
         f"  Samples per optimizer step = {budget.samples_per_step}, {how} in micro-batches of up to "
         f"{format_count(policy.max_tokens)} tokens",

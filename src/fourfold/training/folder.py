@@ -39,21 +39,18 @@ _PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safeten
 
 
 def claim(run: Run) -> Path:
-    """The run's folder, made if needed.
+    """The run's folder, made if needed; an earlier run is left in it until `begin_anew`.
 
     Raises:
         ConfigError: it already holds a run, and the config says neither to resume nor to overwrite it.
     """
     output = run.output
     folder = Path(output.output_dir or "")
-    holds_run = bool(list_checkpoints(folder)) or any((folder / name).exists() for name in _OWN_FILES)
-    if holds_run and not output.resume_from_checkpoint:
-        if not output.overwrite_output_dir:
-            raise ConfigError(
-                f"output_dir: {folder} already holds a run. Go on with it by resume_from_checkpoint=true, replace it "
-                "by overwrite_output_dir=true, or name another folder."
-            )
-        _clear(folder)
+    if _holds_run(folder) and not (output.resume_from_checkpoint or output.overwrite_output_dir):
+        raise ConfigError(
+            f"output_dir: {folder} already holds a run. Go on with it by resume_from_checkpoint=true, replace it "
+            "by overwrite_output_dir=true, or name another folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -62,8 +59,17 @@ def claim(run: Run) -> Path:
     return folder
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run left, and nothing else."""
+def _holds_run(folder: Path) -> bool:
+    return bool(list_checkpoints(folder)) or any((folder / name).exists() for name in _OWN_FILES)
+
+
+def begin_anew(folder: Path, run: Run) -> None:
+    """Remove what an earlier run left, and nothing else, if the config says to overwrite it.
+
+    To be called once everything is loaded: a config that does not work must not cost the earlier run.
+    """
+    if not run.output.overwrite_output_dir or not _holds_run(folder):
+        return
     log.info("overwrite_output_dir: the earlier run in %s is removed.", folder)
     for _, checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourfold.base.errors import RunInterruptedError
+from fourfold.base.errors import ConfigError, RunInterruptedError
 from fourfold.base.log import get_logger
 from fourfold.dataset.collate import CutPolicy, cut
-from fourfold.dataset.loader import StepLoader, StepSamples
+from fourfold.dataset.loader import Loader, StepSamples
 from fourfold.parallel.reduce import clip_gradients
 from fourfold.parallel.step import Step, StepResult
 from fourfold.trackers.interface import Tracker
@@ -41,7 +41,8 @@ class LoopSettings:
         early_stopping: evaluations without a better one after which the run ends; None for never.
         evaluate_first: evaluate before the first step, too.
         save_best: also save when an evaluation is the best so far.
-        metric, greater_is_better: what is best.
+        metric, greater_is_better: what is best; no metric if nothing hangs on it.
+        schedule_follows_metric: the schedule moves with the metric after each evaluation, not with the steps.
     """
 
     max_steps: int
@@ -54,8 +55,9 @@ class LoopSettings:
     early_stopping: int | None = None
     evaluate_first: bool = False
     save_best: bool = False
-    metric: str = "eval_loss"
+    metric: str | None = None
     greater_is_better: bool = False
+    schedule_follows_metric: bool = False
 
 
 class Window:
@@ -86,7 +88,7 @@ class Loop:
     settings: LoopSettings
     step: Step
     module: nn.Module
-    loader: StepLoader
+    loader: Loader
     policy: CutPolicy
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -133,8 +135,8 @@ class Loop:
             self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(parameters, self.settings.max_grad_norm)
         rate = self.optimizer.param_groups[0]["lr"]
-        if self._optimizer_step():
-            self._advance_scheduler()
+        if self._optimizer_step() and not self.settings.schedule_follows_metric:
+            self.scheduler.step()
         self._record(found, result, float(norm), float(rate))
 
     def _optimizer_step(self) -> bool:
@@ -146,10 +148,6 @@ class Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return self.scaler.get_scale() >= before
-
-    def _advance_scheduler(self) -> None:
-        if not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step()
 
     def _record(self, found: StepSamples, result: StepResult, norm: float, rate: float) -> None:
         state = self.state
@@ -208,15 +206,19 @@ class Loop:
     def _evaluate(self, evaluator: Evaluator) -> None:
         figures = evaluator.run() | {"epoch": self.state.epoch}
         self._window = Window()
-        metric = figures.get(self.settings.metric)
-        if metric is not None:
-            self._note_metric(metric)
         self._publish(figures)
+        name = self.settings.metric
+        if name is None:
+            return
+        if name not in figures:
+            given = ", ".join(key for key in figures if key != "epoch")
+            raise ConfigError(f"metric_for_best_model: evaluation gives no {name}. Name one that it gives: {given}.")
+        self._note_metric(figures[name])
 
     def _note_metric(self, metric: float) -> None:
         state, best = self.state, self.state.best_metric
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(metric)
+        if self.settings.schedule_follows_metric:
+            self.scheduler.step(metric)  # type: ignore[arg-type] - such schedules take the metric, not the epoch
         if best is None or (metric > best if self.settings.greater_is_better else metric < best):
             state.best_metric, state.best_step, state.evaluations_since_best = metric, state.step, 0
         else:

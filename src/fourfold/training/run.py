@@ -30,16 +30,16 @@ def train(run: Run) -> dict[str, Any]:
     training = run.training
     output_dir = folder.claim(run)
     parts = load_parts(run, output_dir)
+    _check_data(parts)
+    folder.begin_anew(output_dir, run)
     folder.record(output_dir, run, parts.data.fingerprints, parts.layout.as_dict())
     results: dict[str, Any] = {}
-    if training.do_train or not (training.do_eval or training.do_predict):
-        if parts.data.train is None:
-            raise ConfigError("dataset: nothing to train on. Name a data set of dataset_info.json.")
-        results |= _report(output_dir, "train", fit(parts, parts.data.train))
+    if _trains(run):
+        results |= _report(output_dir, "train", fit(parts))
         if run.output.plot_loss:
             for path in plot_losses(output_dir):
                 log.info("Figure saved at %s", path)
-    if training.do_eval or (training.do_train and training.eval_strategy != "no"):
+    if training.do_eval:
         results |= _report(output_dir, "eval", _evaluator(parts).run("eval"))
     if training.do_predict:
         figures = _evaluator(parts).run("predict")
@@ -49,9 +49,25 @@ def train(run: Run) -> dict[str, Any]:
     return results
 
 
+def _trains(run: Run) -> bool:
+    training = run.training
+    return training.do_train or not (training.do_eval or training.do_predict)
+
+
+def _check_data(parts: Parts) -> None:
+    """Refuse, before anything is computed, what saved data (tokenized_path) may lack.
+
+    Raises:
+        ConfigError: nothing to train or to evaluate on, though the config asks for it.
+    """
+    run, data = parts.run, parts.data
+    if _trains(run) and data.train is None and data.stream is None:
+        raise ConfigError("dataset: there is nothing to train on. Name a data set of dataset_info.json.")
+    if (run.training.do_eval or run.training.do_predict) and not data.eval:
+        raise ConfigError("eval_dataset: there is nothing to evaluate on. Name a data set, or set val_size.")
+
+
 def _evaluator(parts: Parts) -> Evaluator:
-    if not parts.data.eval:
-        raise ConfigError("eval_dataset: nothing to evaluate. Name a data set, or set val_size.")
     return Evaluator(
         parts.module, parts.step(), parts.data.eval, parts.policy, parts.run.training.per_device_eval_batch_size
     )

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import get_scheduler
 
+from fourfold.base.errors import ConfigError
 from fourfold.config.training import TrainingConfig
+
+FOLLOW_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that move with the evaluation's result; `make_scheduler` gives them no steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +61,25 @@ def samples_per_step(training: TrainingConfig, dp_size: int = 1) -> int:
 def make_scheduler(
     training: TrainingConfig, optimizer: torch.optim.Optimizer, budget: Budget
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Transformers' schedule of that name; stepping it once a step gives step 0 the first rate (0 under warm-up)."""
-    return get_scheduler(
-        training.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=budget.warmup_steps,
-        num_training_steps=budget.max_steps,
-        scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
-    )
+    """Transformers' schedule of that name; stepping it once a step gives step 0 the first rate (0 under warm-up).
+
+    Raises:
+        ConfigError: the schedule does not take `lr_scheduler_kwargs`.
+    """
+    given = dict(training.lr_scheduler_kwargs)
+    try:
+        return get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=budget.warmup_steps,
+            num_training_steps=budget.max_steps,
+            scheduler_specific_kwargs=given,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler_kwargs: {given} does not go with lr_scheduler_type: {training.lr_scheduler_type} ({error}). "
+            "Correct or remove it."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,3 +67,13 @@ def test_muon_when_matrices_and_vectors_uses_both_rules() -> None:
     assert model.get_input_embeddings().weight in optimizer.parts[1].param_groups[0]["params"]
     optimizer.param_groups[0]["lr"] = 0.5
     assert optimizer.parts[0].param_groups[0]["lr"] == 0.5
+
+
+def test_load_optimizer_when_a_setting_changed_keeps_the_new_one(tmp_path: Path) -> None:
+    model = _model()
+    optimizer = adamw_torch.build(_groups(model), model, load({"adam_beta2": 0.999}))
+    _step(model, optimizer, 0)
+    save_optimizer(optimizer, model, tmp_path)
+    other = adamw_torch.build(_groups(model), model, load({"adam_beta2": 0.95}))
+    load_optimizer(other, model, tmp_path)
+    assert [group["betas"] for group in other.param_groups] == [(0.9, 0.95)] * 2

@@ -33,6 +33,7 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
         ({"mask_history": True, "train_on_prompt": True}, "mask_history: true and train_on_prompt: true contradict"),
         ({"streaming": True, "max_samples": 5}, "max_samples: 5 does not work with streaming"),
         ({"streaming": True, "dataset": "a", "val_size": 0.1}, "val_size: 0.1 is a share, but a stream"),
+        ({"streaming": True, "save_strategy": "epoch"}, "save_strategy: epoch does not work with streaming"),
         ({"dataset": "a", "val_size": 0.1, "eval_dataset": "b"}, "val_size: 0.1 and eval_dataset: b contradict"),
         ({"dataset": "a", "val_size": 1.5}, "val_size: 1.5 is neither a share"),
         ({"val_size": 0.1}, "val_size: 0.1 holds out rows of dataset, which is not given"),

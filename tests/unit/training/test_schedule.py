@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fourfold.base.errors import ConfigError
 from fourfold.config.load import load
 from fourfold.training.schedule import Cadence, cadence, make_scheduler, plan_steps
 
@@ -70,3 +71,8 @@ def test_cadence_when_share_of_the_run_counts_steps() -> None:
     assert cadence("steps", 0.25, budget).every == 10
     assert cadence("epoch", 7, budget).every == budget.steps_per_epoch
     assert not cadence("no", 7, budget).due(7, last=True)
+
+
+def test_make_scheduler_when_it_does_not_take_a_setting_says_which() -> None:
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs: \{'pow': 2\} does not go with .*: polynomial"):
+        _rates(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"pow": 2})
