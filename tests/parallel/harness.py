@@ -24,7 +24,8 @@ from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
-from fourfold.parallel.reduce import clip_gradients, full
+from fourfold.parallel.reduce import clip_gradients
+from fourfold.parallel.sharded import full
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
 from tiny_models import tiny_model

@@ -7,6 +7,7 @@ grouping of parameters.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fourfold.base.errors import CheckpointError
+from fourfold.parallel.sharded import cut_alike, full
 
 TENSORS = "optimizer.safetensors"
 NUMBERS = "optimizer.json"
 _SEPARATOR = "|"
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Write `optimizer.safetensors` and `optimizer.json` into `folder`."""
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """An optimizer's state, whole and on the host.
+
+    Attributes:
+        tensors: `<parameter name>|<state name>` -> tensor.
+        content: what is written as JSON.
+    """
+
+    tensors: dict[str, Tensor]
+    content: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write `optimizer.safetensors` and `optimizer.json` into `folder`."""
+        save_file(self.tensors, folder / TENSORS)
+        (folder / NUMBERS).write_text(json.dumps(self.content), encoding="utf-8")
+
+
+def gather_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
+    """Collect the state of all parameters, sharded ones made whole; every rank must call."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -31,17 +51,15 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         name = names[parameter]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}{_SEPARATOR}{key}"] = value.detach().contiguous().clone()
+                tensors[f"{name}{_SEPARATOR}{key}"] = full(value.detach()).cpu().contiguous().clone()
             else:
                 numbers.setdefault(name, {})[key] = value
-    save_file(tensors, folder / TENSORS)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    content = {"numbers": numbers, "groups": groups, "class": type(optimizer).__name__}
-    (folder / NUMBERS).write_text(json.dumps(content), encoding="utf-8")
+    return OptimizerState(tensors, {"numbers": numbers, "groups": groups, "class": type(optimizer).__name__})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
-    """Restore in place what `save_optimizer` wrote; settings such as weight decay stay as the config has them.
+    """Restore in place what `gather_optimizer` collected; settings such as weight decay stay as the config has them.
 
     Raises:
         CheckpointError: another kind of optimizer, or a trained parameter without state.
@@ -67,7 +85,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
                 raise CheckpointError(f"{folder / TENSORS}: has state for {name}, which this model does not have.")
             parameter, value = parameters[name], file.get_tensor(entry)
             on_host = value.ndim == 0 and parameter in host_scalars
-            states.setdefault(parameter, {})[key] = value if on_host else value.to(parameter.device)
+            shaped = value.shape == parameter.shape
+            placed = value if on_host else cut_alike(value, parameter) if shaped else value.to(parameter.device)
+            states.setdefault(parameter, {})[key] = placed
     for name, entries in content["numbers"].items():
         states.setdefault(parameters[name], {}).update(entries)
     optimizer.state.clear()

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
+from fourfold.parallel.sharded import copy_whole
 
 log = get_logger(__name__)
 
@@ -70,7 +72,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         if not path.exists():
             raise CheckpointError(f"{path}: is missing; the checkpoint holds no adapter.")
-        unexpected = pissa.restore(model, load_file(path))
+        unexpected = _restore_adapter(model, load_file(path))
         if unexpected:
             raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
         return
@@ -83,10 +85,21 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         found = [name for name in names if name in saved]
         if not found:
             raise CheckpointError(f"{folder}: has no weights for {names[0]}.")
-        state[found[0]].copy_(saved[found[0]])
+        copy_whole(state[found[0]], saved[found[0]])
     unknown = saved.keys() - state.keys()
     if unknown:
         raise CheckpointError(f"{folder}: has weights that this model does not: {sorted(unknown)[:3]}.")
+
+
+def _restore_adapter(model: PeftModel, weights: dict[str, Tensor]) -> list[str]:
+    """Put adapter weights back, also into sharded parameters; returns the names that the adapter does not have."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return pissa.restore(model, weights)
+    # What PEFT would save is the parameters themselves, under the names of the file.
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in own.keys() & weights.keys():
+        copy_whole(own[name], weights[name])
+    return sorted(weights.keys() - own.keys())
 
 
 def _read_model(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:

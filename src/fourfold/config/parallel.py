@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from fourfold.config.key import Section, later
+from fourfold.config.key import Section, key, later
 
 _LAYOUTS = "layouts over several devices"
 
@@ -26,15 +26,15 @@ class ParallelConfig(Section):
         "recompute", "offload_activations",
     )  # fmt: skip
 
-    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "tp", "pp", "custom"] = _key(
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "tp", "pp", "custom"] = key(
         "auto", "How the work is split; auto takes the least sharding that fits. zero3 and fsdp are the same."
     )
-    nproc: int | None = _key(None, "Processes on this machine; default: one per visible GPU.", ge=1)
+    nproc: int | None = key(None, "Processes on this machine; default: one per visible GPU.", ge=1)
     memory: Literal["auto", "low"] = _key("auto", "low trades speed for the least memory.")
-    ddp_timeout: int = _key(1800, "Seconds after which a collective that does not end is an error.", ge=1)
+    ddp_timeout: int = key(1800, "Seconds after which a collective that does not end is an error.", ge=1)
 
-    dp_replicate: int | None = _key(None, "Data-parallel replicas.", ge=1)
-    dp_shard: int | None = _key(None, "Data-parallel ranks that share the weights (FSDP).", ge=1)
+    dp_replicate: int | None = key(None, "Data-parallel replicas.", ge=1)
+    dp_shard: int | None = key(None, "Data-parallel ranks that share the weights (FSDP).", ge=1)
     cp: int | None = _key(None, "Context-parallel ranks: each has a part of the sequence.", ge=1)
     tp: int | None = _key(None, "Tensor-parallel ranks: each has a part of every matrix.", ge=1)
     pp: int | None = _key(None, "Pipeline stages: each has a part of the layers.", ge=1)

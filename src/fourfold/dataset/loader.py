@@ -37,11 +37,13 @@ class StepSamples:
         step: number of the step, from 0.
         epoch: epoch it belongs to, from 0.
         samples: this data-parallel rank's samples, in order.
+        num_samples: samples of the step over all ranks.
     """
 
     step: int
     epoch: int
     samples: list[Sample]
+    num_samples: int
 
 
 class Loader(Protocol):
@@ -91,8 +93,9 @@ class StepLoader:
             epoch, within = divmod(step, self.steps_per_epoch)
             order = epoch_order(len(self.source), epoch, seed=self.seed, shuffle=self.shuffle)
             for first in range(within * self.samples_per_step, len(order), self.samples_per_step):
-                chosen = order[first : first + self.samples_per_step][self.rank :: self.num_ranks]
-                yield StepSamples(step, epoch, [self.source[int(i)] for i in chosen])
+                chosen = order[first : first + self.samples_per_step]
+                mine = chosen[self.rank :: self.num_ranks]
+                yield StepSamples(step, epoch, [self.source[int(i)] for i in mine], len(chosen))
                 step += 1
 
 
@@ -120,5 +123,5 @@ class StreamLoader:
             samples = self.stream.epoch(epoch)
             while chosen := list(islice(samples, self.samples_per_step)):
                 if step >= start:
-                    yield StepSamples(step, epoch, chosen[self.rank :: self.num_ranks])
+                    yield StepSamples(step, epoch, chosen[self.rank :: self.num_ranks], len(chosen))
                 step += 1

@@ -96,6 +96,12 @@ def load_model(
     return model.eval()
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the base model, without loading a weight."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(config), trust_remote_code=False).num_parameters()
+
+
 def _from_scratch(
     model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any], device: torch.device
 ) -> PreTrainedModel:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
+from fourfold.parallel.sharded import full
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -25,6 +29,7 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     base: BaseIdentity | None = None,
     dtype: torch.dtype | None = None,
+    state: dict[str, Tensor] | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
     """Write the adapter, or the whole model, and the tokenizer to `folder`, as safetensors.
@@ -32,14 +37,15 @@ def save_model(
     Args:
         base: what the adapter was trained on (`identify_base`), so that it is not used with another model.
         dtype: of the written weights of a whole model; None writes them as they are.
+        state: the weights, from `gather_weights`, where the model's own are sharded.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
-        _save_adapter(model, folder)
+        _save_adapter(model, folder, state)
         if base is not None:
             write_identity(folder, base)
     else:
-        _save_whole(model, folder, dtype, max_shard_size)
+        _save_whole(model, folder, dtype, state, max_shard_size)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
 
@@ -54,7 +60,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
+def _save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None) -> None:
     if pissa.is_pissa(model):
         weights, config = pissa.converted(model)
         config.inference_mode = True
@@ -63,16 +69,37 @@ def _save_adapter(model: PeftModel, folder: Path) -> None:
         return
     # Explicit, since "auto" looks for the base model's config on the hub to find out whether its vocabulary grew.
     with peft_noise_ignored():
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
 
 
-def _save_whole(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, max_shard_size: str) -> None:
-    state = None
+def gather_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
+    """The weights that `save_model` writes, whole and on the host, or None if nothing is sharded.
+
+    Every rank of a sharded model must call; they are all given the weights, one writes them.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    state = model.state_dict()
+    wanted = state.keys() if not isinstance(model, PeftModel) else adapter_names(model, state)
+    return {name: full(state[name]).cpu() for name in wanted}
+
+
+def adapter_names(model: PeftModel, state: Mapping[str, Tensor]) -> list[str]:
+    """Which entries of a state dict belong to the adapter or to modules that are trained with it."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [name for name in state if name in trained]
+
+
+def _save_whole(
+    model: PreTrainedModel,
+    folder: Path,
+    dtype: torch.dtype | None,
+    state: dict[str, Tensor] | None,
+    max_shard_size: str,
+) -> None:
     if dtype is not None:
-        state = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in model.state_dict().items()
-        }
+        own = model.state_dict() if state is None else state
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
     with bars_on_terminals_only():
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
     # As users of the saved model expect it: with the key-value cache on, and the written dtype.

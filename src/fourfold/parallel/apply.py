@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,13 @@ class Parallelized:
         runner: what is called for a forward pass: the model itself, or its wrapper.
         sync: steers the exchange of gradients.
         reducer: adds up losses and counts over ranks.
+        autocast: the context of a forward pass, where the split casts by itself; None leaves it to the caller.
     """
 
     runner: nn.Module
     sync: GradientSync
     reducer: Reducer
+    autocast: Callable[[], AbstractContextManager[object]] | None = None
 
 
 def parallelize(
@@ -50,7 +53,7 @@ def parallelize(
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
         sharded = shard(root, blocks, mesh.view(axes), zero=layout.zero, compute=compute)
         log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), layout.zero)
-        return Parallelized(root, FsdpSync(sharded, layout.zero), reducer)
+        return Parallelized(root, FsdpSync(sharded, layout.zero), reducer, nullcontext)
     if layout.dp_replicate > 1:
         wrapped = replicate(root, mesh.group(("dp_replicate",)))
         log.info("Replicated by DDP over %d ranks", layout.dp_replicate)

@@ -4,7 +4,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,9 @@ def replicate(module: nn.Module, group: dist.ProcessGroup | None) -> Distributed
     """Wrap a module that is the same on every rank of a group; gradients are summed, not averaged."""
     # torch 2.13 renamed the switch for sending buffers before every forward pass; 2.11 knows the old name only.
     names = inspect.signature(DistributedDataParallel).parameters
-    no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    no_buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False
+    }
     wrapped = DistributedDataParallel(
         module,
         process_group=group,
@@ -75,7 +77,10 @@ def replicate(module: nn.Module, group: dist.ProcessGroup | None) -> Distributed
         **no_buffers,
     )
 
-    def add_up(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def add_up(
+        state: object,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[Tensor]:
         work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
         assert work is not None
         return work.get_future().then(lambda future: future.value()[0])

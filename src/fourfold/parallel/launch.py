@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from fourfold.base.errors import FourfoldError
 from fourfold.base.log import get_logger
@@ -44,8 +45,41 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(work: Callable[[], None], num_workers: int) -> None:
-    """Run `work` in `num_workers` forked processes that form one job.
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """The processes of a job.
+
+    Attributes:
+        per_node: processes on each machine.
+        num_nodes, node_rank: machines, and which of them this is.
+        address, port: where rank 0 is met; port 0 takes a free one (on a single machine).
+    """
+
+    per_node: int = 1
+    num_nodes: int = 1
+    node_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole job."""
+        return self.per_node * self.num_nodes
+
+    def environment(self, local_rank: int, port: int) -> dict[str, str]:
+        """What PyTorch's rendezvous reads, for one process of this machine."""
+        return {
+            "RANK": str(self.node_rank * self.per_node + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.per_node),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(port),
+        }
+
+
+def launch(work: Callable[[], object], machines: Machines) -> None:
+    """Run `work` in this machine's processes of a job, forked from this one.
 
     Forking keeps what is imported and loaded; it must happen before the first use of a GPU.
 
@@ -53,16 +87,16 @@ def launch(work: Callable[[], None], num_workers: int) -> None:
         WorkerError: the first failure, with its rank.
     """
     context = multiprocessing.get_context("fork")
-    port = _free_port()
-    readers: dict[int, Connection] = {}
+    port = machines.port or _free_port()
+    readers: dict[int, Any] = {}
     processes: dict[int, BaseProcess] = {}
-    for rank in range(num_workers):
+    for local_rank in range(machines.per_node):
         reader, writer = context.Pipe(duplex=False)
-        environment = _environment(rank, num_workers, port)
-        process = context.Process(target=_run, args=(work, environment, writer), name=f"rank-{rank}")
+        environment = machines.environment(local_rank, port)
+        process = context.Process(target=_run, args=(work, environment, writer), name=f"rank-{environment['RANK']}")
         process.start()
         writer.close()
-        readers[rank], processes[rank] = reader, process
+        readers[local_rank], processes[local_rank] = reader, process
     previous = signal.signal(signal.SIGTERM, lambda number, frame: _signal_all(processes, signal.SIGTERM))
     interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the workers as well
     try:
@@ -75,24 +109,13 @@ def launch(work: Callable[[], None], num_workers: int) -> None:
         raise WorkerError(failure.message, failure.exit_code)
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _run(work: Callable[[], None], environment: dict[str, str], writer: Connection) -> None:
+def _run(work: Callable[[], object], environment: dict[str, str], writer: Any) -> None:
     os.environ.update(environment)
     rank = int(environment["RANK"])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -113,7 +136,7 @@ def _run(work: Callable[[], None], environment: dict[str, str], writer: Connecti
     os._exit(code)
 
 
-def _watch(processes: dict[int, BaseProcess], readers: dict[int, Connection]) -> _Failure | None:
+def _watch(processes: dict[int, BaseProcess], readers: dict[int, Any]) -> _Failure | None:
     """Wait for all to end well, or for the first that does not."""
     running = dict(processes)
     while running:
@@ -128,7 +151,7 @@ def _watch(processes: dict[int, BaseProcess], readers: dict[int, Connection]) ->
     return None
 
 
-def _failure_of(rank: int, code: int, reader: Connection) -> _Failure:
+def _failure_of(rank: int, code: int, reader: Any) -> _Failure:
     with suppress(EOFError):
         if reader.poll():
             found = reader.recv()

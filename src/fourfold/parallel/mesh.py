@@ -37,6 +37,11 @@ class Mesh:
         """This rank of the whole job."""
         return 0 if self.device_mesh is None else dist.get_rank()
 
+    def wait(self) -> None:
+        """Until every rank is here; on the host, so that no GPU is held."""
+        if self.device_mesh is not None:
+            dist.all_reduce(torch.zeros(1))  # a host tensor goes by gloo, whatever the device
+
     def index(self, axis: str) -> int:
         """This rank's place on one axis."""
         return 0 if self.device_mesh is None else self.device_mesh[axis].get_local_rank()
@@ -83,6 +88,11 @@ def start_process_group(device: torch.device, timeout_s: int) -> None:
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def stop_process_group() -> None:
+    """Leave the job."""
+    dist.destroy_process_group()
 
 
 def world_size_of_environment() -> int:

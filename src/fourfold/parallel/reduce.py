@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fourfold.parallel.sharded import full
+
 
 @dataclass(frozen=True, slots=True)
 class Reducer:
@@ -18,19 +20,17 @@ class Reducer:
     Attributes:
         group: the ranks whose losses add up (data- and context-parallel ones), None for one.
         world: all ranks of the job, None for one.
-        device: where sums travel.
     """
 
     group: dist.ProcessGroup | None = None
     world: dist.ProcessGroup | None = None
-    device: torch.device = torch.device("cpu")
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value summed over the group; every rank must give the same names."""
         if self.group is None:
             return dict(values)
         names = sorted(values)
-        # fp64: counts of tokens stay exact, and sums do not depend on the number of ranks in their last digits.
+        # On the host, by gloo. In fp64 counts stay exact, and sums hardly depend on the number of ranks.
         total = torch.tensor([values[name] for name in names], dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return dict(zip(names, total.tolist(), strict=True))
@@ -42,11 +42,6 @@ class Reducer:
         found = torch.tensor([value])
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.world)
         return int(found)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every rank of its mesh must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -100,5 +100,5 @@ def _mismatch(given: dict[str, int | None], product: int, world_size: int) -> st
     named = " x ".join(f"{name} {size}" for name, size in given.items() if size) or "no size"
     return (
         f"parallel: {named} make {product} ranks, but there are {world_size} processes. Start {product} "
-        f"(--nproc {product}), or choose sizes whose product divides {world_size}; strategy: fsdp or ddp takes the rest."
+        f"(--nproc {product}), or choose sizes whose product divides {world_size}; strategy fsdp or ddp takes the rest."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fourfold.base import registry
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
-from fourfold.dataset.collate import CutPolicy
+from fourfold.dataset.collate import CutPolicy, filler
 from fourfold.dataset.prepare import Prepared, prepare
 from fourfold.dataset.render import Renderer
 from fourfold.models.adapters import attach, identify_base
@@ -25,10 +25,13 @@ from fourfold.models.load import load_model
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.parameters import describe_parameters
-from fourfold.models.unwrap import TunedModel
+from fourfold.models.targets import decoder_blocks
+from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.interface import Objective
+from fourfold.parallel.apply import Parallelized, parallelize
+from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.step import Step
-from fourfold.planning.layout import Layout
+from fourfold.training.evaluate import Evaluator
 from fourfold.training.memory import StepSizes, enable_recompute, fit_to_memory
 from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
@@ -47,12 +50,14 @@ class Parts:
 
     Attributes:
         module: the model as it is trained and saved, possibly wrapped by PEFT.
+        model: the same as the step runs it.
+        mesh: this rank's place in the job.
+        split: how the model is spread over the mesh.
         base: which model an adapter is trained on; None for other tunings.
     """
 
     run: Run
     output_dir: Path
-    device: torch.device
     precision: Precision
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
@@ -60,28 +65,28 @@ class Parts:
     module: TunedModel
     objective: Objective
     noise: NoiseKeys
+    model: StepModel
+    mesh: Mesh
+    split: Parallelized
     base: BaseIdentity | None = None
-    layout: Layout = field(default_factory=Layout)
-
-    @property
-    def packed(self) -> bool:
-        """Whether rows are packed: the model can, and the config does not ask for another attention."""
-        return self.run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(self.module)
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
         return Step(
-            model=StepModel(
-                self.module,
-                packed=self.packed,
-                noise=self.noise,
-                balance_experts=bool(self.run.model.moe_aux_loss_coef),
-            ),
+            model=self.model,
             objective=self.objective,
-            device=self.device,
-            autocast=self.precision.autocast(self.device),
+            device=self.mesh.device,
+            autocast=self.split.autocast or self.precision.autocast(self.mesh.device),
+            filler=lambda: filler(self.policy),
             scale=None if scaler is None else scaler.scale,
+            sync=self.split.sync,
+            reducer=self.split.reducer,
         )
+
+    def evaluator(self) -> Evaluator:
+        """What evaluates the model on the evaluation sets."""
+        batch_size = self.run.training.per_device_eval_batch_size
+        return Evaluator(self.module, self.step(), self.data.eval, self.policy, batch_size, self.mesh)
 
     def begin_micro_batch(self, step: int, number: int) -> None:
         """Key all randomness of one micro-batch of one step."""
@@ -96,10 +101,10 @@ class Parts:
         """
         training = self.run.training
         tokens = training.per_device_train_batch_size * self.run.data.cutoff_len
-        if self.device.type == "cpu":
+        if self.mesh.device.type == "cpu":
             tokens = min(tokens, _CPU_TOKENS)
         allowed = CutPolicy(
-            packed=self.packed,
+            packed=self.model.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
         )
@@ -109,7 +114,7 @@ class Parts:
         return fit.policy
 
     def _sizes(self) -> StepSizes:
-        cutoff_len, samples = self.run.data.cutoff_len, samples_per_step(self.run.training, self.layout.dp)
+        cutoff_len, samples = self.run.data.cutoff_len, samples_per_step(self.run.training, self.mesh.layout.dp)
         if self.data.stream is not None:
             return StepSizes(cutoff_len, cutoff_len * samples)
         lengths = None if self.data.train is None else self.data.train.lengths
@@ -130,14 +135,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return token if isinstance(token, int) else 0
 
 
-def pick_device(run: Run) -> torch.device:
-    """The first CUDA device, or the CPU when there is none or `use_cpu` says so."""
-    if torch.cuda.is_available() and not run.training.use_cpu:
-        return torch.device("cuda", 0)
-    return torch.device("cpu")
-
-
-def load_parts(run: Run, output_dir: Path) -> Parts:
+def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
     """Load tokenizer, then data, then model: what can be wrong with a file is found before the weights are read."""
     training = run.training
     seed_everything(training.seed, deterministic=training.full_determinism)
@@ -146,18 +144,37 @@ def load_parts(run: Run, output_dir: Path) -> Parts:
     objective: Objective = registry.load(_OBJECTIVES, training.stage, key="stage").build(run)
     tokenizer, renderer = load_renderer(run)
     data = prepare(run, tokenizer, renderer)
-    device = pick_device(run)
     precision = resolve(run)
-    log.info("Device: %s, compute dtype: %s", device, str(precision.compute).removeprefix("torch."))
+    log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
+    module = _load_module(run, precision, mesh.device, tokenizer)
+    noise = NoiseKeys(training.seed)
+    key_dropout(module, noise)
+    if training.neftune_noise_alpha:
+        add_neftune(module, noise, training.neftune_noise_alpha)
+    model = StepModel(
+        module,
+        packed=run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
+        noise=noise,
+        balance_experts=bool(run.model.moe_aux_loss_coef),
+    )
+    inner = base_model(module)
+    mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
+    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)
+    model.runner = split.runner
+    base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
+    return Parts(
+        run, output_dir, precision, tokenizer, renderer, data, module, objective, noise, model, mesh, split, base
+    )
+
+
+def _load_module(
+    run: Run, precision: Precision, device: torch.device, tokenizer: PreTrainedTokenizerBase
+) -> TunedModel:
+    """The model with its adapters, on the device, ready to be trained."""
     model = load_model(run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len)
     if run.model.enable_liger_kernel:
         apply_liger(model)
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
     use_short_forward(module)
-    noise = NoiseKeys(training.seed)
-    key_dropout(module, noise)
-    if training.neftune_noise_alpha:
-        add_neftune(module, noise, training.neftune_noise_alpha)
-    base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
-    return Parts(run, output_dir, device, precision, tokenizer, renderer, data, module, objective, noise, base)
+    return module

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import prune, write_folder
-from fourfold.checkpoint.optimizer import NUMBERS, load_optimizer, save_optimizer
+from fourfold.checkpoint.optimizer import NUMBERS, OptimizerState, gather_optimizer, load_optimizer
 from fourfold.checkpoint.resume import load_weights
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.unwrap import TunedModel
-from fourfold.models.weights import save_model
+from fourfold.models.weights import gather_weights, save_model
+from fourfold.parallel.mesh import Mesh
 from fourfold.training.state import TrainState
 
 log = get_logger(__name__)
@@ -31,6 +34,7 @@ class Checkpointer:
     """Writes `checkpoint-<step>` folders of a run and reads them back.
 
     Attributes:
+        mesh: all ranks gather, the first one writes.
         base: which model an adapter is trained on; written beside it.
         facts: what a resumed run must find as it was (see TrainState.load).
         only_model: leave out what resuming needs (`save_only_model`).
@@ -45,6 +49,7 @@ class Checkpointer:
     scaler: torch.amp.GradScaler | None
     state: TrainState
     facts: Mapping[str, Any]
+    mesh: Mesh
     base: BaseIdentity | None = None
     only_model: bool = False
     limit: int | None = None
@@ -56,18 +61,30 @@ class Checkpointer:
             CheckpointError: the disk is full; earlier checkpoints are untouched.
         """
         target = self.output_dir / f"checkpoint-{self.state.step}"
-        write_folder(target, self._write)
-        best = self.state.best_step
-        prune(self.output_dir, self.limit, None if best is None else self.output_dir / f"checkpoint-{best}")
-        log.info("Saved %s", target)
+        weights = gather_weights(self.module)
+        optimizer = None if self.only_model else gather_optimizer(self.optimizer, self.module)
+        if self.mesh.rank == 0:
+            write_folder(target, partial(self._write, weights, optimizer))
+            best = self.state.best_step
+            prune(self.output_dir, self.limit, None if best is None else self.output_dir / f"checkpoint-{best}")
+            log.info("Saved %s", target)
+        self.mesh.wait()
         return target
 
-    def _write(self, folder: Path) -> None:
-        save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base)
+    def save_result(self) -> None:
+        """Write weights and state into the run's folder itself."""
+        weights = gather_weights(self.module)
+        if self.mesh.rank == 0:
+            save_model(self.module, self.output_dir, tokenizer=self.tokenizer, base=self.base, state=weights)
+            self.state.save(self.output_dir, dict(self.facts))
+        self.mesh.wait()
+
+    def _write(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState | None, folder: Path) -> None:
+        save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base, state=weights)
         self.state.save(folder, dict(self.facts))
-        if self.only_model:
+        if optimizer is None:
             return
-        save_optimizer(self.optimizer, self.module, folder)
+        optimizer.write(folder)
         schedule: dict[str, Any] = {"scheduler": self.scheduler.state_dict()}
         if self.scaler is not None:
             schedule["scaler"] = self.scaler.state_dict()

@@ -10,6 +10,7 @@ from torch import nn
 
 from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.dataset.loader import SampleSource
+from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.step import Step
 
 
@@ -19,7 +20,8 @@ class Evaluator:
 
     Attributes:
         sets: data sets by name; the name "" gives plain `eval_loss`, others `eval_<name>_loss`.
-        batch_size: samples of one forward pass at most.
+        batch_size: samples of one forward pass of a rank at most.
+        mesh: data-parallel ranks share the samples.
     """
 
     module: nn.Module
@@ -27,6 +29,7 @@ class Evaluator:
     sets: Mapping[str, SampleSource]
     policy: CutPolicy
     batch_size: int
+    mesh: Mesh
 
     def run(self, prefix: str = "eval") -> dict[str, float]:
         """Figures of all sets: loss (over all their tokens, not a mean of batch means), metrics, runtime."""
@@ -47,8 +50,10 @@ class Evaluator:
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         terms: set[str] = set()
-        for first in range(0, len(source), self.batch_size):
-            samples = [source[i] for i in range(first, min(first + self.batch_size, len(source)))]
+        ranks = self.mesh.layout.dp
+        for first in range(0, len(source), self.batch_size * ranks):
+            indices = range(first, min(first + self.batch_size * ranks, len(source)))[self.mesh.dp_rank :: ranks]
+            samples = [source[i] for i in indices]
             result = self.step.forward(cut(samples, self.policy))
             terms |= result.terms.keys()
             for key, value in {**result.terms, **result.metrics}.items():

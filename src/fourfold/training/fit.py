@@ -19,12 +19,10 @@ from fourfold.dataset.loader import Loader, StepLoader, StreamLoader
 from fourfold.dataset.prepare import name_eval
 from fourfold.models.groups import parameter_groups
 from fourfold.models.unwrap import base_model
-from fourfold.models.weights import save_model
 from fourfold.trackers.interface import RunInfo, Tracker, open_trackers
 from fourfold.trackers.reports.results import speed
 from fourfold.training.assemble import Parts
 from fourfold.training.checkpointer import Checkpointer
-from fourfold.training.evaluate import Evaluator
 from fourfold.training.loop import Loop, LoopSettings
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
@@ -44,14 +42,15 @@ def fit(parts: Parts) -> dict[str, float]:
     """
     run, output_dir = parts.run, parts.output_dir
     num_samples = 0 if parts.data.train is None else len(parts.data.train)
-    budget = plan_steps(run.training, num_samples, parts.layout.dp)
+    budget = plan_steps(run.training, num_samples, parts.mesh.layout.dp)
     facts = run_facts(parts, num_samples, budget)
     resume = run.output.resume_from_checkpoint
     resumed = find_checkpoint(resume, output_dir) if resume else None
     state = TrainState() if resumed is None else TrainState.load(resumed, facts)
     _announce(parts, budget, num_samples, state)
     name = run.output.run_name or output_dir.name
-    trackers = open_trackers(run.output.report_to, RunInfo(output_dir, name, budget.max_steps, state.step, run.flat()))
+    info = RunInfo(output_dir, name, budget.max_steps, state.step, run.flat())
+    trackers = open_trackers(run.output.report_to, info) if parts.mesh.rank == 0 else []
     try:
         loop, checkpointer = build_loop(parts, budget, state, trackers, facts)
         if resumed is not None:
@@ -62,8 +61,7 @@ def fit(parts: Parts) -> dict[str, float]:
     finally:
         for tracker in trackers:
             tracker.finish()
-    save_model(parts.module, output_dir, tokenizer=parts.tokenizer, base=parts.base)
-    state.save(output_dir, facts)
+    checkpointer.save_result()
     return {
         "epoch": state.epoch,
         "total_flos": state.total_flos,
@@ -112,7 +110,7 @@ def build_loop(
     groups = parameter_groups(parts.module, training, run.tuning)
     optimizer = _build_optimizer(parts, groups)
     scheduler = make_scheduler(training, optimizer, budget)
-    scaler = torch.amp.GradScaler(parts.device.type) if parts.precision.loss_scaling else None
+    scaler = torch.amp.GradScaler(parts.mesh.device.type) if parts.precision.loss_scaling else None
     step, policy = parts.step(scaler), parts.policy
     checkpointer = Checkpointer(
         output_dir=parts.output_dir,
@@ -123,13 +121,14 @@ def build_loop(
         scaler=scaler,
         state=state,
         facts=facts,
+        mesh=parts.mesh,
         base=parts.base,
         only_model=output.save_only_model,
         limit=output.save_total_limit,
     )
     evaluator = None
     if parts.data.eval:
-        evaluator = Evaluator(parts.module, step, parts.data.eval, policy, training.per_device_eval_batch_size)
+        evaluator = parts.evaluator()
     loop = Loop(
         settings=_settings(parts, budget),
         step=step,
@@ -149,12 +148,19 @@ def build_loop(
 
 
 def _build_loader(parts: Parts, budget: Budget) -> Loader:
-    training, data = parts.run.training, parts.data
+    training, data, mesh = parts.run.training, parts.data, parts.mesh
     if data.stream is not None:
-        return StreamLoader(data.stream, budget.samples_per_step)
+        return StreamLoader(data.stream, budget.samples_per_step, rank=mesh.dp_rank, num_ranks=mesh.layout.dp)
     assert data.train is not None
     seed = training.seed if training.data_seed is None else training.data_seed
-    return StepLoader(data.train, budget.samples_per_step, seed=seed, shuffle=not training.disable_shuffling)
+    return StepLoader(
+        data.train,
+        budget.samples_per_step,
+        seed=seed,
+        shuffle=not training.disable_shuffling,
+        rank=mesh.dp_rank,
+        num_ranks=mesh.layout.dp,
+    )
 
 
 def _build_optimizer(parts: Parts, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -112,13 +112,15 @@ class Loop:
         if self.settings.evaluate_first and self.evaluator is not None and self.state.step == 0:
             self._evaluate(self.evaluator)
         with StopRequest() as stop:
+            reducer = self.step.reducer
             for found in self.loader.steps(self.state.step):
                 if self._finished():
                     break
                 started = time.perf_counter()
                 self._train_step(found, parameters)
                 self.state.train_runtime_s += time.perf_counter() - started
-                self._after_step(stop)
+                # A signal may reach ranks at different steps; they leave together, after the same one.
+                self._after_step(reducer.largest(stop.signal_number or 0))
 
     def _finished(self) -> bool:
         return self.state.step >= self.settings.max_steps or self._lost_patience()
@@ -153,7 +155,7 @@ class Loop:
         state = self.state
         state.step = found.step + 1
         state.epoch = state.step / self.settings.steps_per_epoch
-        state.num_samples += len(found.samples)
+        state.num_samples += found.num_samples
         state.num_tokens += result.num_tokens
         state.total_flos += self.settings.flos_per_token * result.num_tokens
         state.loss_sum += result.loss
@@ -165,18 +167,18 @@ class Loop:
         for tracker in self.trackers:
             tracker.advance(state.step)
 
-    def _after_step(self, stop: StopRequest) -> None:
+    def _after_step(self, signal_number: int) -> None:
         settings, step = self.settings, self.state.step
         last = step >= settings.max_steps
         if settings.logging.due(step, last=last):
             self._log()
         if self.evaluator is not None and settings.evaluation.due(step, last=last):
             self._evaluate(self.evaluator)
-        if stop.signal_number is not None:
+        if signal_number:
             raise RunInterruptedError(
                 f"Stopped at step {step} of {settings.max_steps}; saved as {self.save()}. "
                 "Go on with resume_from_checkpoint=true.",
-                stop.signal_number,
+                signal_number,
             )
         if self._lost_patience() and not last:
             log.info("Early stopping at step %d: %s has not improved lately.", step, settings.metric)

@@ -6,14 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.base.errors import ConfigError
-from fourfold.base.log import get_logger
+from fourfold.base.log import get_logger, setup_logging
 from fourfold.config.schema import Run
+from fourfold.dataset.prepare import prepare
+from fourfold.models.inference import load_renderer
+from fourfold.parallel.launch import is_worker, launch
+from fourfold.parallel.mesh import (
+    Mesh,
+    build_mesh,
+    local_device,
+    single,
+    start_process_group,
+    stop_process_group,
+    world_size_of_environment,
+)
 from fourfold.trackers.reports.plot import plot_losses
-from fourfold.trackers.reports.results import Split, format_results, write_results
+from fourfold.trackers.reports.results import Split, format_results, read_results, write_results
 from fourfold.training import folder
 from fourfold.training.assemble import Parts, load_parts
-from fourfold.training.evaluate import Evaluator
 from fourfold.training.fit import fit
+from fourfold.training.machines import choose_layout, machines_of
 from fourfold.training.predict import generate_predictions
 
 log = get_logger(__name__)
@@ -22,30 +34,70 @@ log = get_logger(__name__)
 def train(run: Run) -> dict[str, Any]:
     """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say; none of them means to train.
 
+    With several devices, or `nproc`, a worker is started for each; under a launcher such as torchrun this process is
+    one of its workers.
+
     Returns:
         the figures of all_results.json.
     Raises:
         FourfoldError: whatever is the user's to settle.
     """
-    training = run.training
+    if is_worker():
+        return _work_in_job(run, None)
+    machines = machines_of(run)
+    if machines.world_size == 1:
+        return _work(run, folder.claim(run), single(local_device(run.training.use_cpu)))
+    layout = choose_layout(run, machines.world_size)
     output_dir = folder.claim(run)
-    parts = load_parts(run, output_dir)
+    # Here and not in the workers, so that they find the data tokenised and any fault of it is told once.
+    tokenizer, renderer = load_renderer(run)
+    prepare(run, tokenizer, renderer)
+    log.info("Starting %d workers: %s", machines.per_node, layout.describe())
+    launch(lambda: _work_in_job(run, output_dir), machines)
+    return read_results(output_dir)
+
+
+def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
+    """The part of one rank.
+
+    Args:
+        output_dir: already claimed by whoever started the workers; None if nobody has.
+    """
+    device = local_device(run.training.use_cpu)
+    setup_logging()
+    start_process_group(device, run.parallel.ddp_timeout)
+    mesh = build_mesh(choose_layout(run, world_size_of_environment()), device)
+    if output_dir is None and mesh.rank == 0:
+        folder.claim(run)
+    mesh.wait()
+    try:
+        return _work(run, Path(run.output.output_dir or ""), mesh)
+    finally:
+        stop_process_group()
+
+
+def _work(run: Run, output_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    parts = load_parts(run, output_dir, mesh)
     _check_data(parts)
-    folder.begin_anew(output_dir, run)
-    folder.record(output_dir, run, parts.data.fingerprints, parts.layout.as_dict())
+    first = mesh.rank == 0
+    if first:
+        folder.begin_anew(output_dir, run)
+        folder.record(output_dir, run, parts.data.fingerprints, mesh.layout.as_dict())
+    mesh.wait()
     results: dict[str, Any] = {}
+    training = run.training
     if _trains(run):
-        results |= _report(output_dir, "train", fit(parts))
-        if run.output.plot_loss:
+        results |= _report(parts, "train", fit(parts))
+        if run.output.plot_loss and first:
             for path in plot_losses(output_dir):
                 log.info("Figure saved at %s", path)
     if training.do_eval:
-        results |= _report(output_dir, "eval", _evaluator(parts).run("eval"))
+        results |= _report(parts, "eval", parts.evaluator().run("eval"))
     if training.do_predict:
-        figures = _evaluator(parts).run("predict")
+        figures = parts.evaluator().run("predict")
         if training.predict_with_generate:
             figures |= generate_predictions(parts)
-        results |= _report(output_dir, "predict", figures)
+        results |= _report(parts, "predict", figures)
     return results
 
 
@@ -67,14 +119,9 @@ def _check_data(parts: Parts) -> None:
         raise ConfigError("eval_dataset: there is nothing to evaluate on. Name a data set, or set val_size.")
 
 
-def _evaluator(parts: Parts) -> Evaluator:
-    return Evaluator(
-        parts.module, parts.step(), parts.data.eval, parts.policy, parts.run.training.per_device_eval_batch_size
-    )
-
-
-def _report(output_dir: Path, split: Split, figures: dict[str, float]) -> dict[str, float]:
-    write_results(output_dir, split, figures)
+def _report(parts: Parts, split: Split, figures: dict[str, float]) -> dict[str, float]:
+    if parts.mesh.rank == 0:
+        write_results(parts.output_dir, split, figures)
     for line in format_results(split, figures).splitlines():
         log.info(line)
     return figures

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
-from fourfold.checkpoint.optimizer import load_optimizer, save_optimizer
+from fourfold.checkpoint.optimizer import gather_optimizer, load_optimizer
 from fourfold.config.load import load
 from fourfold.training.optimizers import adafactor, adamw_torch, muon, sgd
 from tiny_models import tiny_model
@@ -41,7 +41,7 @@ def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: 
     optimizer = kind.build(_groups(model), model, run)
     for seed in range(3):
         _step(model, optimizer, seed)
-    save_optimizer(optimizer, model, tmp_path)
+    gather_optimizer(optimizer, model).write(tmp_path)
     resumed = _model()
     resumed.load_state_dict(model.state_dict())
     other = kind.build(_groups(resumed), resumed, run)
@@ -55,7 +55,7 @@ def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: 
 
 def test_load_optimizer_when_another_kind_says_so(tmp_path: Path) -> None:
     run, model = load({}), _model()
-    save_optimizer(sgd.build(_groups(model), model, run), model, tmp_path)
+    gather_optimizer(sgd.build(_groups(model), model, run), model).write(tmp_path)
     with pytest.raises(CheckpointError, match="holds the state of SGD, this run uses AdamW"):
         load_optimizer(adamw_torch.build(_groups(model), model, run), model, tmp_path)
 
@@ -73,7 +73,7 @@ def test_load_optimizer_when_a_setting_changed_keeps_the_new_one(tmp_path: Path)
     model = _model()
     optimizer = adamw_torch.build(_groups(model), model, load({"adam_beta2": 0.999}))
     _step(model, optimizer, 0)
-    save_optimizer(optimizer, model, tmp_path)
+    gather_optimizer(optimizer, model).write(tmp_path)
     other = adamw_torch.build(_groups(model), model, load({"adam_beta2": 0.95}))
     load_optimizer(other, model, tmp_path)
     assert [group["betas"] for group in other.param_groups] == [(0.9, 0.95)] * 2

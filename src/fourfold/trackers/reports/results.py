@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fourfold.base.units import format_duration
 
@@ -31,10 +31,14 @@ def write_results(output_dir: Path, split: Split, figures: Mapping[str, float]) 
     """
     path = output_dir / f"{split}_results.json"
     _write(path, figures)
-    merged = output_dir / "all_results.json"
-    earlier = json.loads(merged.read_text(encoding="utf-8")) if merged.exists() else {}
-    _write(merged, earlier | dict(figures))
+    _write(output_dir / "all_results.json", read_results(output_dir) | dict(figures))
     return path
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """The figures of `all_results.json`; empty if there is none."""
+    path = output_dir / "all_results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def format_results(split: Split, figures: Mapping[str, float]) -> str:

@@ -1,0 +1,101 @@
+"""Which machines and processes a run uses, and how it is split over them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fourfold.base.errors import PlanError
+from fourfold.config.schema import Run
+from fourfold.models.load import count_parameters, load_config
+from fourfold.parallel.launch import Machines
+from fourfold.planning.axes import ModelFacts, check_layout
+from fourfold.planning.layout import Layout, resolve_layout
+
+_SHARE = 0.6
+"""Of a device's memory, what weights, gradients and optimizer state of a replica may take; the rest is activations'."""
+_BYTES_FULL = 16
+"""fp32 weights, gradients and Adam's two moments of a trained parameter."""
+
+
+def machines_of(run: Run) -> Machines:
+    """The processes of a run: `nproc` or one a visible GPU here, and as many on each of NNODES machines.
+
+    NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT are read as LLaMA-Factory's launcher reads them.
+    """
+    env = os.environ
+    gpus = 0 if run.training.use_cpu else torch.cuda.device_count()
+    per_node = run.parallel.nproc or int(env.get("NPROC_PER_NODE", 0)) or max(gpus, 1)
+    if gpus and per_node > gpus:
+        raise PlanError(f"nproc: {per_node} processes need as many GPUs, and {gpus} are visible. Use at most {gpus}.")
+    return Machines(
+        per_node=per_node,
+        num_nodes=int(env.get("NNODES", 1)),
+        node_rank=int(env.get("NODE_RANK", 0)),
+        address=env.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(env.get("MASTER_PORT", 0)),
+    )
+
+
+def choose_layout(run: Run, world_size: int) -> Layout:
+    """The layout of a run on so many ranks.
+
+    Raises:
+        PlanError: every problem of it with the model, the optimizer and the precision.
+    """
+    layout = resolve_layout(run.parallel, world_size)
+    if run.parallel.strategy == "auto" and layout.dp_replicate == world_size > 1 and not _replica_fits(run):
+        layout = Layout(dp_shard=world_size)
+    problems = [*check_layout(layout, _facts(run)), *_not_yet(run, layout)]
+    if problems:
+        raise PlanError("\n".join(problems))
+    return layout
+
+
+def _facts(run: Run) -> ModelFacts:
+    config = load_config(run.model).get_text_config()
+    entries = config.to_dict()
+    heads = config.num_attention_heads
+    experts = next(
+        (entries[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if entries.get(key)), 0
+    )
+    return ModelFacts(
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=entries.get("num_key_value_heads") or heads,
+        intermediate=entries.get("intermediate_size") or 4 * config.hidden_size,
+        experts=experts,
+    )
+
+
+def _replica_fits(run: Run) -> bool:
+    """Whether one device holds the whole training state; a CPU's memory is not judged."""
+    if run.training.use_cpu or not torch.cuda.is_available():
+        return True
+    weights = 4.5 / 8 if run.model.quantization_bit == 4 else 2
+    per_parameter = _BYTES_FULL if run.tuning.finetuning_type == "full" else weights
+    total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return count_parameters(run.model) * per_parameter <= _SHARE * total
+
+
+def _not_yet(run: Run, layout: Layout) -> list[str]:
+    """What this version cannot split."""
+    problems = [
+        f"parallel.{axis}: {size} is not supported by this version. Use dp_replicate and dp_shard."
+        for axis, size in layout.as_dict().items()
+        if axis in ("cp", "tp", "pp", "ep") and size > 1
+    ]
+    if layout.dp_shard > 1:
+        if run.training.optim not in ("adamw_torch", "sgd"):
+            problems.append(
+                f"optim: {run.training.optim} does not work on sharded parameters. Use adamw_torch or sgd, or "
+                "strategy: ddp."
+            )
+        if run.training.fp16:
+            problems.append("fp16: loss scaling does not work on sharded gradients. Use bf16: true.")
+        if run.tuning.pissa_init:
+            problems.append("pissa_init: does not work with sharded adapters. Use strategy: ddp.")
+    if layout.world_size > 1 and run.training.predict_with_generate:
+        problems.append("predict_with_generate: needs one process. Predict in a run of its own with nproc: 1.")
+    return problems
