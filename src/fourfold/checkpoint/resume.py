@@ -78,10 +78,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         return
     assert isinstance(model, PreTrainedModel)
     state, saved = model.state_dict(), _read_model(model, folder)
-    groups: dict[int, list[str]] = {}  # tied weights are one tensor under several names, saved under one of them
-    for name, tensor in state.items():
-        groups.setdefault(tensor.data_ptr(), []).append(name)
-    for names in groups.values():
+    tied: dict[int, list[str]] = {}  # one parameter under several names is saved under one of them
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    groups = [*tied.values(), *([name] for name in state.keys() - {name for names in tied.values() for name in names})]
+    for names in groups:
         found = [name for name in names if name in saved]
         if not found:
             raise CheckpointError(f"{folder}: has no weights for {names[0]}.")

@@ -75,6 +75,8 @@ class Machines:
             "LOCAL_WORLD_SIZE": str(self.per_node),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(port),
+            # Threads do not survive a fork; the workers' data is tokenised already.
+            "TOKENIZERS_PARALLELISM": "false",
         }
 
 

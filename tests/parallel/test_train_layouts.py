@@ -1,0 +1,159 @@
+"""Whole runs over several processes: the same losses, checkpoints that resume under any other layout, and failures."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny_model
+from training_runs import config, losses, run, write_dataset
+
+from fourfold.base.errors import PlanError
+from fourfold.checkpoint.folder import list_checkpoints, verify, write_folder
+from fourfold.config.load import load
+from fourfold.parallel.launch import WorkerError
+from fourfold.training.run import train
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "ddp2": {"nproc": 2, "strategy": "ddp"},
+    "zero1-2": {"nproc": 2, "strategy": "zero1"},
+    "zero2-4": {"nproc": 4, "strategy": "zero2"},
+    "fsdp3": {"nproc": 3, "strategy": "fsdp"},
+    "hsdp4": {"nproc": 4, "strategy": "hsdp"},
+}
+TUNINGS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.1},
+    "full": {"finetuning_type": "full", "learning_rate": 1e-3, "lora_dropout": 0.0},
+}
+_FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny qwen3, whose embeddings are tied."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data sets."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder)
+    return folder
+
+
+def _settings(tuning: str, layout: str) -> dict[str, Any]:
+    # 22 samples in steps of 4: with 3 or 4 ranks the last step of an epoch leaves some without a sample.
+    return {"global_batch_size": 4, "max_steps": 9, "val_size": 2, **TUNINGS[tuning], **LAYOUTS[layout]}
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """A whole run under each layout, with checkpoints at steps 3, 6 and 9."""
+    root, folders = tmp_path_factory.mktemp("runs"), {}
+    for tuning in TUNINGS:
+        for layout in LAYOUTS:
+            folders[tuning, layout] = root / f"{tuning}-{layout}"
+            run(model, data, folders[tuning, layout], **_settings(tuning, layout))
+    return folders
+
+
+@pytest.mark.parametrize("tuning", sorted(TUNINGS))
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"one"}))
+def test_run_when_split_logs_the_losses_of_one_process(
+    tuning: str, layout: str, finished: dict[tuple[str, str], Path]
+) -> None:
+    assert losses(finished[tuning, layout]) == pytest.approx(losses(finished[tuning, "one"]), abs=1e-5)
+
+
+def _pairs() -> list[Any]:
+    """Every pair of layouts and tuning; those beyond a cover (from and to one process) are for the grid."""
+    pairs = []
+    for before in sorted(LAYOUTS):
+        for after in sorted(LAYOUTS):
+            for tuning in sorted(TUNINGS):
+                covered = ("one" in (before, after)) == (tuning == "full") and before != after
+                pairs.append(pytest.param(before, after, tuning, marks=() if covered else pytest.mark.grid))
+    return pairs
+
+
+@pytest.mark.parametrize(("before", "after", "tuning"), _pairs())
+def test_resume_when_under_another_layout_goes_on_as_if_never_stopped(
+    before: str, after: str, tuning: str, model: Path, data: Path, finished: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[tuning, before], folder)
+    shutil.rmtree(folder / "checkpoint-9")
+    run(model, data, folder, resume_from_checkpoint=True, **_settings(tuning, after))
+    assert losses(folder) == pytest.approx(losses(finished[tuning, "one"]), abs=1e-5)
+
+
+def test_resume_when_the_optimizer_state_is_emptied_differs(
+    model: Path, data: Path, finished: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """The control: the test above would notice a resume that loses the moments."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished["full", "fsdp3"], folder)
+    shutil.rmtree(folder / "checkpoint-9")
+    newest = folder / "checkpoint-6"
+
+    def without_moments(target: Path) -> None:
+        shutil.copytree(newest, target, dirs_exist_ok=True)
+        path = target / "optimizer.safetensors"
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
+
+    write_folder(newest, without_moments)
+    run(model, data, folder, resume_from_checkpoint=True, **_settings("full", "ddp2"))
+    assert losses(folder) != pytest.approx(losses(finished["full", "one"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 3])
+def test_run_when_a_worker_is_killed_ends_and_resumes_exactly(
+    victim: int, model: Path, data: Path, finished: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    settings = {**_settings("full", "hsdp4"), "save_steps": 1}
+    cfg = config(model, data, tmp_path, **settings)
+    parent = _FORK.Process(target=_expect_worker_error, args=(cfg,))
+    parent.start()
+    deadline = time.monotonic() + 60
+    while not (list_checkpoints(tmp_path)) and time.monotonic() < deadline and parent.is_alive():
+        time.sleep(0.01)
+    workers = psutil.Process(parent.pid).children()
+    assert len(workers) == 4
+    os.kill(workers[victim].pid, signal.SIGKILL)
+    started = time.monotonic()
+    parent.join(60)
+    assert parent.exitcode == 7
+    assert time.monotonic() - started < 30
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    verify(list_checkpoints(tmp_path)[-1][1])
+    run(model, data, tmp_path, resume_from_checkpoint=True, **settings)
+    assert losses(tmp_path) == pytest.approx(losses(finished["full", "one"]), abs=1e-5)
+
+
+def _expect_worker_error(cfg: dict[str, Any]) -> None:
+    try:
+        train(load(cfg, verb="train"))
+    except WorkerError as error:
+        os._exit(7 if "was killed by SIGKILL" in str(error) else 8)
+    os._exit(9)
+
+
+def test_run_when_sizes_do_not_multiply_says_what_would(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"dp_shard 4 make 4 ranks, but there are 2 processes.*--nproc 4"):
+        run(model, data, tmp_path, nproc=2, parallel={"dp_shard": 4})
+
+
+def test_run_when_a_worker_raises_shows_it_once(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="lora_target"):
+        run(model, data, tmp_path, nproc=2, lora_target="nothing_like_it")
