@@ -70,16 +70,19 @@ class Parts:
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
-        return Step(
-            model=StepModel(
+        autocast = self.precision.autocast(self.device)
+        with autocast():  # the model is tried out when it is wrapped, and its masters may be wider than the rest
+            model = StepModel(
                 self.module,
                 packed=self.packed,
                 noise=self.noise,
                 balance_experts=bool(self.run.model.moe_aux_loss_coef),
-            ),
+            )
+        return Step(
+            model=model,
             objective=self.objective,
             device=self.device,
-            autocast=self.precision.autocast(self.device),
+            autocast=autocast,
             scale=None if scaler is None else scaler.scale,
         )
 
