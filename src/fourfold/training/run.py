@@ -8,6 +8,7 @@ from typing import Any
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
+from fourfold.trackers.interface import check_installed
 from fourfold.trackers.reports.plot import plot_losses
 from fourfold.trackers.reports.results import Split, format_results, write_results
 from fourfold.training import folder
@@ -20,7 +21,7 @@ log = get_logger(__name__)
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say; none of them means to train.
+    """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say.
 
     Returns:
         the figures of all_results.json.
@@ -29,12 +30,13 @@ def train(run: Run) -> dict[str, Any]:
     """
     training = run.training
     output_dir = folder.claim(run)
+    check_installed(run.output.report_to)
     parts = load_parts(run, output_dir)
     _check_data(parts)
     folder.begin_anew(output_dir, run)
     folder.record(output_dir, run, parts.data.fingerprints, parts.layout.as_dict())
     results: dict[str, Any] = {}
-    if _trains(run):
+    if training.do_train:
         results |= _report(output_dir, "train", fit(parts))
         if run.output.plot_loss:
             for path in plot_losses(output_dir):
@@ -49,11 +51,6 @@ def train(run: Run) -> dict[str, Any]:
     return results
 
 
-def _trains(run: Run) -> bool:
-    training = run.training
-    return training.do_train or not (training.do_eval or training.do_predict)
-
-
 def _check_data(parts: Parts) -> None:
     """Refuse, before anything is computed, what saved data (tokenized_path) may lack.
 
@@ -61,7 +58,7 @@ def _check_data(parts: Parts) -> None:
         ConfigError: nothing to train or to evaluate on, though the config asks for it.
     """
     run, data = parts.run, parts.data
-    if _trains(run) and data.train is None and data.stream is None:
+    if run.training.do_train and data.train is None and data.stream is None:
         raise ConfigError("dataset: there is nothing to train on. Name a data set of dataset_info.json.")
     if (run.training.do_eval or run.training.do_predict) and not data.eval:
         raise ConfigError("eval_dataset: there is nothing to evaluate on. Name a data set, or set val_size.")
