@@ -73,8 +73,7 @@ def _train(args: argparse.Namespace, work: Path, precision: str, model: Path, da
     file, result = work / f"{precision}.json", args.out / f"sft_nf4_{precision}.json"
     file.write_text(json.dumps(config), encoding="utf-8")
     command = [sys.executable, str(Path(__file__).with_name("gpu_sft_nf4.py")), str(file), str(result)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, *(["--profile"] if args.profile else [])], env=env, check=False)
+    done = subprocess.run([*command, *(["--profile"] if args.profile else [])], check=False)
     if done.returncode != 0:
         print(f"sft_nf4 {precision}: FAILED with exit status {done.returncode}", flush=True)
         return False

@@ -28,9 +28,9 @@ def run_suite(out: Path, tests: tuple[str, ...], *, on_gpu: bool, workers: int, 
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     if workers:
         command[3:3] = ["-n", str(workers)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if not on_gpu:
-        env["CUDA_VISIBLE_DEVICES"] = ""
+        env["CUDA_VISIBLE_DEVICES"] = "-1"
     with log.open("w", encoding="utf-8") as output:
         try:
             status = subprocess.run(
@@ -39,11 +39,6 @@ def run_suite(out: Path, tests: tuple[str, ...], *, on_gpu: bool, workers: int, 
         except subprocess.TimeoutExpired:
             status = None
     return {"device": name, "exit_status": status, **_counts(report)}
-
-
-def _python_path() -> str:
-    given = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(ROOT / "src"), *([given] if given else [])])
 
 
 def _counts(report: Path) -> dict[str, Any]:
