@@ -7,6 +7,7 @@ from typing import Any
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
+from fourfold.checkpoint.folder import full_disk_told
 from fourfold.config.schema import Run
 from fourfold.trackers.interface import check_installed
 from fourfold.trackers.reports.plot import plot_losses
@@ -28,11 +29,17 @@ def train(run: Run) -> dict[str, Any]:
     Raises:
         FourfoldError: whatever is the user's to settle.
     """
-    training = run.training
     output_dir = folder.claim(run)
     check_installed(run.output.report_to)
     parts = load_parts(run, output_dir)
     _check_data(parts)
+    with full_disk_told(output_dir):
+        return _work(parts)
+
+
+def _work(parts: Parts) -> dict[str, Any]:
+    """What `train` does once everything is loaded."""
+    run, output_dir, training = parts.run, parts.output_dir, parts.run.training
     folder.begin_anew(output_dir, run)
     folder.record(output_dir, run, parts.data.fingerprints, parts.layout.as_dict())
     results: dict[str, Any] = {}
