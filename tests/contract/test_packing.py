@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.parallel.step import Step
+from tiny_models import FAMILIES, tiny_model
 
 _LENGTHS = (7, 31, 2, 18)
 
@@ -52,7 +53,7 @@ def test_gradient_when_packed_or_padded_or_cut_is_the_same(family: str) -> None:
             TokenLoss(),
             torch.device("cpu"),
             nullcontext,
-            lambda: filler(policy),
+            partial(filler, policy),
         )
         result = step.forward_backward(cut(_samples(model.config.vocab_size), policy))
         grads = [p.grad for p in model.parameters() if p.grad is not None]

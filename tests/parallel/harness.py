@@ -99,9 +99,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
     inner = base_model(module)
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
     model.runner = split.runner
-    step = Step(
-        model, TokenLoss(), _CPU, nullcontext, lambda: filler(policy), sync=split.sync, reducer=split.reducer
-    )
+    step = Step(model, TokenLoss(), _CPU, nullcontext, lambda: filler(policy), sync=split.sync, reducer=split.reducer)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     losses, norms, gradients = [], [], {}

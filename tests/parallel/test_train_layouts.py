@@ -14,14 +14,14 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
-from training_runs import config, losses, run, write_dataset
 
 from fourfold.base.errors import PlanError
 from fourfold.checkpoint.folder import list_checkpoints, verify, write_folder
 from fourfold.config.load import load
 from fourfold.parallel.launch import WorkerError
 from fourfold.training.run import train
+from tiny_models import save_tiny_model
+from training_runs import config, losses, run, write_dataset
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -108,7 +108,7 @@ def test_resume_when_the_optimizer_state_is_emptied_differs(
     newest = folder / "checkpoint-6"
 
     def without_moments(target: Path) -> None:
-        shutil.copytree(newest, target, dirs_exist_ok=True)
+        shutil.copytree(newest, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
         path = target / "optimizer.safetensors"
         save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
 

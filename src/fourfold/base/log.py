@@ -25,14 +25,17 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class _RankFilter(logging.Filter):
-    def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
+    """Reads the rank for every line: a worker is forked with the handlers of the process that starts it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        rank, several = _rank(), os.environ.get("WORLD_SIZE", "1") != "1"
         loud = record.levelno >= logging.WARNING
-        record.rank_prefix = f"[rank {self.rank}] " if loud and self.world_size > 1 else ""
-        return loud or self.rank == 0
+        record.rank_prefix = f"[rank {rank}] " if loud and several else ""
+        return loud or rank == 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 class _Formatter(logging.Formatter):
@@ -60,7 +63,6 @@ def setup_logging(*, verbose: bool = False, file: Path | None = None) -> None:
     """
     for name in _HUSHED:
         logging.getLogger(name).setLevel(logging.ERROR)
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     root = logging.getLogger(_ROOT)
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -68,9 +70,9 @@ def setup_logging(*, verbose: bool = False, file: Path | None = None) -> None:
     root.setLevel(logging.DEBUG if verbose else logging.INFO)
     root.propagate = False
     handlers: list[logging.Handler] = [_StderrHandler()]
-    if file is not None and rank == 0:
+    if file is not None and _rank() == 0:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:
-        handler.addFilter(_RankFilter(rank, world_size))
+        handler.addFilter(_RankFilter())
         handler.setFormatter(_Formatter("%(message)s"))
         root.addHandler(handler)

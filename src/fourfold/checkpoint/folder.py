@@ -11,18 +11,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
-from fourfold.base.errors import CheckpointError
+from fourfold.base.errors import CheckpointError, FourfoldError
 from fourfold.base.units import format_bytes
 from fourfold.version import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _READ_BYTES = 1 << 22
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def digest(path: Path) -> str:
@@ -76,6 +78,26 @@ def write_folder(
         raise CheckpointError(message) from error
 
 
+@contextmanager
+def full_disk_told(folder: Path, *, key: str = "output_dir", when_full: str = RESUME_ADVICE) -> Iterator[None]:
+    """Tell a full disk in one line, whatever was being written to `folder`.
+
+    Args:
+        key, when_full: as `write_folder` has them.
+    Raises:
+        CheckpointError: in place of the system's or a library's error.
+    """
+    try:
+        yield
+    except FourfoldError:
+        raise
+    except Exception as error:
+        problem = _problem_of_disk(error)
+        if problem is None or problem.errno not in _FULL:
+            raise
+        raise CheckpointError(_cannot_write(folder, problem, key, when_full)) from error
+
+
 def _problem_of_disk(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error
@@ -84,7 +106,7 @@ def _problem_of_disk(error: BaseException) -> OSError | None:
 
 
 def _cannot_write(target: Path, error: OSError, key: str, when_full: str) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         existing = next((p for p in (target.parent, *target.parents) if p.exists()), Path("/"))
         free = format_bytes(shutil.disk_usage(existing).free)
         return f"{target}: the disk is full while saving ({free} free). {when_full}"
@@ -92,7 +114,7 @@ def _cannot_write(target: Path, error: OSError, key: str, when_full: str) -> str
 
 
 def _write_manifest(folder: Path) -> None:
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "xxh3": digest(p)} for p in files}
     content = json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=1)
     (folder / MANIFEST).write_text(content, encoding="utf-8")

@@ -119,7 +119,7 @@ class _Loader:
     def _chosen(self, key: Key, value: Any, attribute: str, values: dict[str, Any]) -> bool:
         """Put `value` into `values`, renamed if need be; False if it is not among the key's choices."""
         if tuple in key.kind.types and isinstance(value, str):
-            value = [part.strip() for part in value.split(",")]
+            value = [part.strip() for part in value.split(",") if part.strip()]
         if isinstance(value, list | tuple):
             values[attribute] = [self._choice(key, part) for part in value]
         else:

@@ -255,6 +255,12 @@ def _needs_dataset(run: Run) -> Iterator[str]:
         yield "dataset: is not given, but do_train is true. Name one or more data sets of dataset_info.json."
 
 
+def _has_work(run: Run) -> Iterator[str]:
+    training = run.training
+    if not (training.do_train or training.do_eval or training.do_predict):
+        yield "do_train: is false, and neither do_eval nor do_predict is true. Set the one that is meant."
+
+
 def _needs_any_dataset(run: Run) -> Iterator[str]:
     if not (run.data.dataset or run.data.eval_dataset or run.data.tokenized_path):
         yield "dataset: is not given. Name one or more data sets of dataset_info.json."
@@ -331,6 +337,7 @@ _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
     "train": (
         _needs_model,
         _needs_output,
+        _has_work,
         _needs_dataset,
         _needs_eval_data,
         _stream_length,

@@ -77,7 +77,7 @@ def _load(
         )
     except _FAILURES as error:
         raise DataError(
-            f"data set {entry.name!r} cannot be loaded from the hub: {error} Check hf_hub_url, subset, split and the "
-            "network; or download it and name it with file_name.",
+            f"data set {entry.name!r} cannot be loaded from the hub ({str(error).rstrip('.')}). Check hf_hub_url, "
+            "subset, split and the network; or download it and name it with file_name.",
             file=entry.location,
         ) from error

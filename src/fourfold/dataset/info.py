@@ -169,7 +169,7 @@ def parse_entry(name: str, raw: Any, base: Path) -> DatasetEntry:
         raise ConfigError(f"{where}: must be a mapping, not {raw!r}.")
     for unknown in [k for k in raw if k not in (*_SETTINGS, *_SOURCES)]:
         close = registry.nearest(unknown, [*_SETTINGS, *_SOURCES], limit=1)
-        log.warning("%s: %r is not a setting%s.", where, unknown, f"; did you mean {close[0]}?" if close else "")
+        log.warning("%s: %r is not a setting.%s", where, unknown, f" Did you mean {close[0]}?" if close else "")
     source, location = _source(where, raw, base)
     formatting = raw.get("formatting", "alpaca")
     if formatting not in (valid := registry.names(FORMATS_PACKAGE)):

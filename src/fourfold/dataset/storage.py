@@ -30,7 +30,7 @@ import pyarrow.ipc
 
 from fourfold.base.errors import DataError
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.encode import EncodedRow
+from fourfold.dataset.encoded import EncodedRow
 
 DATA_FILE, META_FILE = "samples.arrow", "meta.json"
 STORAGE_VERSION = 1

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from fourfold.base import registry
 from fourfold.base.errors import DataError
-from fourfold.dataset.encode import ROLES, EncodedRow, Encoder
+from fourfold.dataset.encode import Encoder
+from fourfold.dataset.encoded import ROLES, EncodedRow
 from fourfold.dataset.fields import show
 from fourfold.dataset.formats.interface import BadRow, BrokenTurns, Parse
 from fourfold.dataset.info import FORMATS_PACKAGE, DatasetEntry

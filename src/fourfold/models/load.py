@@ -24,7 +24,7 @@ from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
 from fourfold.models.patches import bars_on_terminals_only
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
-from fourfold.models.vocabulary import grows_vocabulary, resize_vocabulary
+from fourfold.models.vocabulary import check_special_tokens, grows_vocabulary, resize_vocabulary
 
 log = get_logger(__name__)
 
@@ -71,11 +71,13 @@ def load_model(
 
     Args:
         dtype: of the weights that are not quantised, and of the computation with those that are.
-        tokenizer: needed where the config adds tokens or resizes the vocabulary, so that each has a row.
+        tokenizer: needed where the config adds tokens or resizes the vocabulary, so that each has a row; if given,
+            the tokens that end and pad a sequence must have one.
         seq_len: see `load_config`.
         attention: Transformers' name of the attention implementation; overrides `flash_attn`.
     Raises:
         ModelError: the model cannot be loaded as asked; the message names it and the reason.
+        ConfigError: settings that do not fit the model.
     """
     name = model_name(config)
     model_config = load_config(config, seq_len=seq_len)
@@ -92,6 +94,8 @@ def load_model(
         if tokenizer is None:
             raise TypeError("load_model needs the tokenizer where the config adds tokens to it")
         resize_vocabulary(model, tokenizer, config)
+    if tokenizer is not None:
+        check_special_tokens(model, tokenizer)
     settle_quantized(model)
     return model.eval()
 

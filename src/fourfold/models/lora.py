@@ -53,7 +53,7 @@ class LoraLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out]."""
         adapter = self._plain_adapter(kwargs)
-        if adapter is None:
+        if adapter is None or not self._same_dtype(x, adapter):
             return super().forward(x, *args, **kwargs)
         lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
         scale, dropout = self.scaling[adapter], self.lora_dropout[adapter]
@@ -77,6 +77,14 @@ class LoraLinear(PeftLinear):
         adapter = self.active_adapters[0]
         plain = adapter in self.lora_A and adapter not in self.lora_variant and not self.lora_bias[adapter]
         return adapter if plain else None
+
+    def _same_dtype(self, x: Tensor, adapter: str) -> bool:
+        """Whether the products can be taken as they stand; where nothing casts, PEFT casts what is not of one dtype."""
+        if torch.is_autocast_enabled(x.device.type):
+            return True
+        weight = self.lora_A[adapter].weight
+        assert isinstance(weight, Tensor)
+        return x.dtype == weight.dtype
 
 
 def _mergeable(x: Tensor, base: nn.Linear, a: Tensor) -> bool:

@@ -71,6 +71,23 @@ def resize_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         _start_from_descriptions(weight, tokenizer, descriptions, old, noisy=noisy)
 
 
+def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a token that ends or pads a sequence and has no row: a template of another model may have added it.
+
+    Raises:
+        ConfigError: names the token.
+    """
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    ends = ((tokenizer.eos_token, tokenizer.eos_token_id), (tokenizer.pad_token, tokenizer.pad_token_id))
+    for token, index in ends:
+        if isinstance(index, int) and index >= rows:
+            raise ConfigError(
+                f"template: needs the token {token}, but this model's embedding has no row for it ({rows} rows, the "
+                f"token is number {index}). Use the template of this model (auto takes its own), or add a row with "
+                "resize_vocab: true."
+            )
+
+
 def _distinct_weights(layers: list[nn.Module]) -> list[Tensor]:
     """The weights [vocabulary, hidden size] of embedding and head, once if they are tied."""
     weights = {layer.get_parameter("weight").data_ptr(): layer.get_parameter("weight").data for layer in layers}

@@ -88,6 +88,23 @@ def open_trackers(names: Sequence[str], info: RunInfo) -> list[Tracker]:
     return trackers
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse trackers whose package is missing; to be called before anything large is loaded.
+
+    Raises:
+        ConfigError: unknown name or missing package.
+    """
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        package = registry.load(_PACKAGE, name, key="report_to").PACKAGE
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"report_to: {name} needs the package {package}, which is not installed. Install it with "
+                f"`pip install {package}`, or leave it out of report_to."
+            )
+
+
 def _chosen(names: Sequence[str]) -> list[str]:
     chosen: dict[str, None] = {}
     for name in names:

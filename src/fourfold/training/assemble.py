@@ -151,12 +151,13 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
         add_neftune(module, noise, training.neftune_noise_alpha)
-    model = StepModel(
-        module,
-        packed=run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
-        noise=noise,
-        balance_experts=bool(run.model.moe_aux_loss_coef),
-    )
+    with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
+        model = StepModel(
+            module,
+            packed=run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
+            noise=noise,
+            balance_experts=bool(run.model.moe_aux_loss_coef),
+        )
     inner = base_model(module)
     mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)

@@ -24,17 +24,17 @@ CONFIG = "fourfold_config.yaml"
 VERSIONS = "versions.json"
 DATASETS = "datasets.json"
 
-_OWN_FILES = (
+_PROGRESS = (
     "trainer_log.jsonl",
     "trainer_state.json",
     "train_results.json",
     "eval_results.json",
     "predict_results.json",
     "all_results.json",
-    CONFIG,
-    VERSIONS,
-    DATASETS,
 )
+"""Files that show, unless they are empty, that a run did something; a run that failed before has left none."""
+
+_OWN_FILES = (*_PROGRESS, CONFIG, VERSIONS, DATASETS)
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "numpy")
 
 
@@ -60,7 +60,8 @@ def claim(run: Run) -> Path:
 
 
 def _holds_run(folder: Path) -> bool:
-    return bool(list_checkpoints(folder)) or any((folder / name).exists() for name in _OWN_FILES)
+    files = (folder / name for name in _PROGRESS)
+    return bool(list_checkpoints(folder)) or any(file.exists() and file.stat().st_size for file in files)
 
 
 def begin_anew(folder: Path, run: Run) -> None:

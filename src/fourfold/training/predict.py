@@ -39,7 +39,8 @@ def generate_predictions(parts: Parts) -> dict[str, float]:
     start, count = time.perf_counter(), 0
     path = parts.output_dir / FILE
     engine = HuggingFaceEngine(parts.module, parts.tokenizer, parts.renderer.stop_token_ids)
-    with attention_for_generation(base_model(parts.module)), path.open("w", encoding="utf-8") as file:
+    autocast = parts.precision.autocast(parts.mesh.device)
+    with autocast(), attention_for_generation(base_model(parts.module)), path.open("w", encoding="utf-8") as file:
         for source in parts.data.eval.values():
             for line in _answers(parts, engine, source):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

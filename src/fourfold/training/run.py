@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.base.errors import ConfigError
-from fourfold.base.log import get_logger, setup_logging
+from fourfold.base.log import get_logger
+from fourfold.checkpoint.folder import full_disk_told
 from fourfold.config.schema import Run
 from fourfold.dataset.prepare import prepare
 from fourfold.models.inference import load_renderer
@@ -20,6 +21,7 @@ from fourfold.parallel.mesh import (
     stop_process_group,
     world_size_of_environment,
 )
+from fourfold.trackers.interface import check_installed
 from fourfold.trackers.reports.plot import plot_losses
 from fourfold.trackers.reports.results import Split, format_results, read_results, write_results
 from fourfold.training import folder
@@ -32,7 +34,7 @@ log = get_logger(__name__)
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say; none of them means to train.
+    """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say.
 
     With several devices, or `nproc`, a worker is started for each; under a launcher such as torchrun this process is
     one of its workers.
@@ -42,6 +44,7 @@ def train(run: Run) -> dict[str, Any]:
     Raises:
         FourfoldError: whatever is the user's to settle.
     """
+    check_installed(run.output.report_to)
     if is_worker():
         return _work_in_job(run, None)
     machines = machines_of(run)
@@ -64,7 +67,6 @@ def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
         output_dir: already claimed by whoever started the workers; None if nobody has.
     """
     device = local_device(run.training.use_cpu)
-    setup_logging()
     start_process_group(device, run.parallel.ddp_timeout)
     mesh = build_mesh(choose_layout(run, world_size_of_environment()), device)
     if output_dir is None and mesh.rank == 0:
@@ -77,8 +79,15 @@ def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
 
 
 def _work(run: Run, output_dir: Path, mesh: Mesh) -> dict[str, Any]:
+    """Everything that follows once this rank knows its place."""
     parts = load_parts(run, output_dir, mesh)
     _check_data(parts)
+    with full_disk_told(output_dir):
+        return _verbs(parts)
+
+
+def _verbs(parts: Parts) -> dict[str, Any]:
+    run, output_dir, mesh = parts.run, parts.output_dir, parts.mesh
     first = mesh.rank == 0
     if first:
         folder.begin_anew(output_dir, run)
@@ -86,7 +95,7 @@ def _work(run: Run, output_dir: Path, mesh: Mesh) -> dict[str, Any]:
     mesh.wait()
     results: dict[str, Any] = {}
     training = run.training
-    if _trains(run):
+    if training.do_train:
         results |= _report(parts, "train", fit(parts))
         if run.output.plot_loss and first:
             for path in plot_losses(output_dir):
@@ -101,11 +110,6 @@ def _work(run: Run, output_dir: Path, mesh: Mesh) -> dict[str, Any]:
     return results
 
 
-def _trains(run: Run) -> bool:
-    training = run.training
-    return training.do_train or not (training.do_eval or training.do_predict)
-
-
 def _check_data(parts: Parts) -> None:
     """Refuse, before anything is computed, what saved data (tokenized_path) may lack.
 
@@ -113,7 +117,7 @@ def _check_data(parts: Parts) -> None:
         ConfigError: nothing to train or to evaluate on, though the config asks for it.
     """
     run, data = parts.run, parts.data
-    if _trains(run) and data.train is None and data.stream is None:
+    if run.training.do_train and data.train is None and data.stream is None:
         raise ConfigError("dataset: there is nothing to train on. Name a data set of dataset_info.json.")
     if (run.training.do_eval or run.training.do_predict) and not data.eval:
         raise ConfigError("eval_dataset: there is nothing to evaluate on. Name a data set, or set val_size.")

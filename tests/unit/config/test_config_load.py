@@ -271,3 +271,8 @@ def test_load_when_a_later_key_is_given_notes_it() -> None:
     assert load({"pref_beta": 0.2}).notes == (
         "pref_beta: 0.2 is accepted but without effect yet; it comes with the stages rm, dpo, kto and ppo",
     )
+
+
+def test_load_when_a_list_has_empty_parts_leaves_them_out() -> None:
+    assert load({}, ["dataset="]).data.dataset == ()
+    assert load({}, ["dataset=a,,b,"]).data.dataset == ("a", "b")

@@ -95,6 +95,7 @@ TRAINABLE = {"model_name_or_path": "m", "output_dir": "o", "dataset": "d", "do_t
         ("train", {"model_name_or_path": None}, "model_name_or_path: is not given"),
         ("train", {"output_dir": None}, "output_dir: is not given"),
         ("train", {"dataset": None}, "dataset: is not given, but do_train is true"),
+        ("train", {"do_train": False}, "do_train: is false, and neither do_eval nor do_predict is true"),
         ("train", {"streaming": True}, "max_steps: is needed with streaming"),
         ("train", {"eval_strategy": "steps"}, "eval_strategy: steps needs data to evaluate on"),
         ("train", {"do_eval": True}, "do_eval: true needs data to evaluate on"),

@@ -14,7 +14,8 @@ from byte_tokenizer import make_byte_tokenizer
 from data_folder import make_run, write_set
 from fourfold.base.errors import ConfigError, DataError
 from fourfold.dataset.batch import IGNORE_INDEX, Example
-from fourfold.dataset.encode import EncodedRow, Encoder, EncodeSettings, Tokens, share_length
+from fourfold.dataset.encode import Encoder, EncodeSettings, share_length
+from fourfold.dataset.encoded import EncodedRow, Tokens
 from fourfold.dataset.prepare import prepare
 from fourfold.dataset.render import Renderer
 from fourfold.dataset.rows import Message, Row

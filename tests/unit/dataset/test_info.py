@@ -68,7 +68,7 @@ def test_parse_entry_when_it_cannot_be_used_says_why(raw: Any, message: str) -> 
 
 def test_parse_entry_when_a_setting_is_unknown_warns(caplog: pytest.LogCaptureFixture) -> None:
     entry(formating="sharegpt")
-    assert "'formating' is not a setting; did you mean formatting?" in caplog.text
+    assert "'formating' is not a setting. Did you mean formatting?" in caplog.text
 
 
 def test_find_entries_when_names_are_unknown_lists_them_with_the_nearest() -> None:

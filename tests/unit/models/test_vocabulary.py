@@ -75,3 +75,13 @@ def test_lora_with_a_grown_vocabulary_trains_embedding_and_head(tmp_path: Path, 
     attach(model, config, TuningConfig(), trainable=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora" not in name}
     assert {name.split(".modules_to_save")[0].split(".")[-1] for name in trained} == expected
+
+
+def test_load_model_when_the_end_token_has_no_row_says_what_to_do(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    config = ModelConfig(model_name_or_path=str(tmp_path))
+    tokenizer = load_tokenizer(config)
+    tokenizer.add_tokens([f"<new{i}>" for i in range(40)])
+    tokenizer.add_special_tokens({"eos_token": "<|eot_id|>"})
+    with pytest.raises(ConfigError, match=r"template: needs the token <\|eot_id\|>.*384 rows.*resize_vocab: true"):
+        load_model(config, dtype=torch.float32, device=CPU, tokenizer=tokenizer)
