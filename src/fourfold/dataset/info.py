@@ -125,9 +125,9 @@ def load_info(dataset_dir: str | Path | Mapping[str, Any]) -> tuple[Mapping[str,
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise DataError(f"bad JSON in line {error.lineno}: {error.msg}.", file=str(path)) from error
+        raise DataError(f"bad JSON in line {error.lineno}: {error.msg}. Correct this line.", file=str(path)) from error
     if not isinstance(info, dict):
-        raise DataError("must be a mapping of data set names to entries.", file=str(path))
+        raise DataError("must be a mapping of data set names to entries. docs/data.md shows one.", file=str(path))
     return info, path.parent
 
 

@@ -37,7 +37,9 @@ class _Window:
         try:
             self.text += self._decoder.decode(chunk, final=self.at_end)
         except UnicodeDecodeError as error:
-            raise DataError(f"is not UTF-8 text ({error.reason}).", file=str(self._path)) from error
+            raise DataError(
+                f"is not UTF-8 text ({error.reason}). Save the file as UTF-8.", file=str(self._path)
+            ) from error
 
     def drop(self, num_chars: int, num_bytes: int) -> None:
         """Forget the first `num_chars` characters, which are `num_bytes` bytes."""
@@ -48,7 +50,7 @@ class _Window:
     def fail(self, message: str, position: int) -> DataError:
         """The error for character `position` of the window."""
         line = self._start_line + self.text.count("\n", 0, position)
-        return DataError(f"bad JSON in line {line}: {message}.", file=str(self._path))
+        return DataError(f"bad JSON in line {line}: {message}. Correct this line.", file=str(self._path))
 
 
 def _num_bytes(text: str) -> int:

@@ -79,10 +79,14 @@ class JsonReader:
             return json.loads(data[start:stop].decode("utf-8"))
         except json.JSONDecodeError as error:
             line = data[:start].count(b"\n") + error.lineno
-            raise DataError(f"bad JSON in line {line}: {error.msg}.", file=str(self._path)) from error
+            raise DataError(
+                f"bad JSON in line {line}: {error.msg}. Correct this line.", file=str(self._path)
+            ) from error
         except UnicodeDecodeError as error:
             line = data[:start].count(b"\n") + 1
-            raise DataError(f"line {line} is not UTF-8 text ({error.reason}).", file=str(self._path)) from error
+            raise DataError(
+                f"line {line} is not UTF-8 text ({error.reason}). Save the file as UTF-8.", file=str(self._path)
+            ) from error
 
 
 def _line_spans(path: Path) -> np.ndarray:
@@ -112,7 +116,7 @@ class TextReader:
         try:
             self._lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
-            raise DataError(f"is not UTF-8 text ({error.reason}).", file=str(path)) from error
+            raise DataError(f"is not UTF-8 text ({error.reason}). Save the file as UTF-8.", file=str(path)) from error
         if self._lines[-1] == "":
             self._lines.pop()
 
@@ -230,7 +234,9 @@ def open_file(path: Path) -> RowReader:
     try:
         return _READERS[kind](path)
     except pa.ArrowInvalid as error:
-        raise DataError(f"is not a valid {kind} file: {error}", file=str(path)) from error
+        raise DataError(
+            f"is not a valid {kind} file ({str(error).strip()}). Correct or replace it.", file=str(path)
+        ) from error
 
 
 def stream_file(path: Path) -> Iterator[Any]:
@@ -249,7 +255,9 @@ def _stream_lines(path: Path) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"bad JSON in line {number}: {error.msg}.", file=str(path)) from error
+                    raise DataError(
+                        f"bad JSON in line {number}: {error.msg}. Correct this line.", file=str(path)
+                    ) from error
 
 
 def _stream_reader(reader: RowReader) -> Iterator[Any]:

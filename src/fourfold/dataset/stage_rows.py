@@ -48,6 +48,11 @@ def check_stage(entry: DatasetEntry, stage: str) -> None:
         raise ConfigError(f"{where} has no tags, which kto needs. Its entry must name the column `kto_tag`.")
     if kind == "chat" and entry.columns.kto_tag is not None:
         raise ConfigError(f"{where} holds answers tagged good or bad, which {stage} does not train on. Use stage kto.")
+    if kind == "chat" and entry.formatting == "alpaca" and entry.columns.response is None:
+        raise ConfigError(
+            f"{where} names no column for its response, which {stage} needs. Add `response` to its entry's columns, "
+            "or use stage pt."
+        )
     if kind != "text" and entry.formatting == "text":
         raise ConfigError(f"{where} holds plain text, which {stage} does not train on. Use stage pt.")
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import MODEL, is_gguf, missing
@@ -57,11 +59,11 @@ def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
     Args:
         what: what is being loaded, e.g. "the tokenizer".
     Raises:
-        ModelError: in place of OSError, ValueError, ImportError and KeyError.
+        ModelError: in place of OSError, ValueError, ImportError, KeyError and the errors of damaged weights.
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(name).expanduser().exists():
             advice = "Check that the folder is complete."
