@@ -15,35 +15,34 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-_MERGE_TOKENS = 64
-"""From so many tokens on, adding s B A to W costs less than two thin products and two passes over the output."""
 
+class _LowRank(torch.autograd.Function):
+    """y = x W^T + s (x A^T) B^T for a frozen W, the thin products added in place.
 
-class _Merged(torch.autograd.Function):
-    """y = x (W + s B A)^T, with W + s B A made anew in the backward pass instead of being kept.
-
-    Adding r in*out products to W is r / T of the main product's work for T tokens, and it saves reading and writing
-    the [T, out] output twice more. In low precision the sum would lose the small update, so it is for fp32 only.
-
-    With G = dL/dy:  dL/dx = G (W + s B A);  dL/dA = s (G B)^T x;  dL/dB = s G^T (x A^T).
+    Only x and the thin l = x A^T are kept. With G = dL/dy and l' = G B:
+    dL/dx = G W + s l' A;  dL/dA = s l'^T x;  dL/dB = s G^T l.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        """x [T, in], weight [out, in], bias [out] or None, a [r, in], b [out, r] -> [T, out]."""
-        ctx.save_for_backward(x, weight, a, b)
+        """x [T, in], weight [out, in], bias [out] or None in one dtype; a [r, in], b [out, r] -> [T, out]."""
+        low = x @ a.T.to(x.dtype)
+        ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
-        return F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        return F.linear(x, weight, bias).addmm_(low, b.T.to(x.dtype), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """grad [T, out]; the base weight and bias are frozen."""
-        x, weight, a, b = ctx.saved_tensors
-        grad_x = grad @ torch.addmm(weight, b, a, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
-        grad_a = torch.mm((grad @ b).T, x).mul_(ctx.scale)
-        grad_b = torch.mm(grad.T, x @ a.T).mul_(ctx.scale)
+        x, weight, a, b, low = ctx.saved_tensors
+        low_grad = grad @ b.to(grad.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, weight).addmm_(low_grad, a.to(grad.dtype), alpha=ctx.scale)
+        grad_a = torch.mm(low_grad.T, x).mul_(ctx.scale).to(a.dtype)
+        grad_b = torch.mm(grad.T, low).mul_(ctx.scale).to(b.dtype)
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -62,8 +61,9 @@ class LoraLinear(PeftLinear):
         a, b = lora_a.weight, lora_b.weight
         flat = x.reshape(-1, x.shape[-1])
         no_dropout = isinstance(dropout, nn.Identity) or not self.training
-        if no_dropout and _mergeable(flat, base, a):
-            out = _Merged.apply(flat, base.weight, base.bias, a, b, scale)
+        compute = _compute_dtype(x)
+        if no_dropout and _is_frozen(base) and base.weight.dtype == compute:
+            out = _LowRank.apply(flat.to(compute), base.weight, base.bias, a, b, scale)
         else:
             low = F.linear(flat if no_dropout else dropout(flat), a)
             out = torch.addmm(F.linear(flat, base.weight, base.bias), low, b.T, alpha=scale)
@@ -87,11 +87,16 @@ class LoraLinear(PeftLinear):
         return x.dtype == weight.dtype
 
 
-def _mergeable(x: Tensor, base: nn.Linear, a: Tensor) -> bool:
-    same_dtype = x.dtype == base.weight.dtype == a.dtype == torch.float32
-    plain = type(base.weight) is nn.Parameter and not base.weight.requires_grad
-    on_cpu = not x.is_cuda and not torch.is_autocast_enabled("cpu")
-    return same_dtype and plain and on_cpu and x.shape[0] >= _MERGE_TOKENS
+def _is_frozen(base: nn.Linear) -> bool:
+    """Whether the base is a plain weight without a gradient."""
+    trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    return type(base.weight) is nn.Parameter and not trained
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of a product with x, or x's own dtype without it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def use_short_forward(model: nn.Module) -> int:

@@ -30,6 +30,14 @@ def peft_noise_ignored() -> Iterator[None]:
 
 
 @contextmanager
+def recompute_noise_ignored() -> Iterator[None]:
+    """Transformers 5.24 renamed what turns recompute on; ends when 5.17, which has only the old name, is not met."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+        yield
+
+
+@contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
     """Show the progress bars of Transformers (loading and writing weights) on a terminal, not in a file or a pipe."""
     if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():

@@ -175,6 +175,11 @@ def _load_module(
     model = load_model(run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len)
     if run.model.enable_liger_kernel:
         apply_liger(model)
+    if run.model.moe_aux_loss_coef and "output_router_logits" not in model.config.to_dict():
+        log.warning(
+            "moe_aux_loss_coef: this %s model has no experts to balance, so it has no effect. Remove it.",
+            model.config.model_type,
+        )
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
     use_short_forward(module)

@@ -75,7 +75,7 @@ def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:
     """What include_num_input_tokens_seen and include_effective_tokens_per_second add to the results."""
     figures: dict[str, float] = {}
     if output.include_num_input_tokens_seen not in (False, "no"):
-        figures["num_input_tokens_seen"] = float(state.num_tokens)
+        figures["num_input_tokens_seen"] = state.num_tokens
     if output.include_effective_tokens_per_second:
         figures["effective_tokens_per_sec"] = state.num_tokens / max(state.train_runtime_s, 1e-9)
     return figures

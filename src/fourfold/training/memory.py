@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_bytes, format_count
 from fourfold.dataset.collate import CutPolicy
+from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.loss import CHUNK_TOKENS
 
@@ -132,4 +133,5 @@ def fit_to_memory(
 def enable_recompute(module: TunedModel) -> None:
     """Recompute every decoder layer's activations in the backward pass."""
     model = base_model(module)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with recompute_noise_ignored():
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

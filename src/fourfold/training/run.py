@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def _verbs(parts: Parts) -> dict[str, Any]:
     training = run.training
     if training.do_train:
         results |= _report(parts, "train", fit(parts))
+        log.info(_what_next(run, output_dir))
         if run.output.plot_loss and first:
             for path in plot_losses(output_dir):
                 log.info("Figure saved at %s", path)
@@ -108,6 +110,19 @@ def _verbs(parts: Parts) -> dict[str, Any]:
             figures |= generate_predictions(parts)
         results |= _report(parts, "predict", figures)
     return results
+
+
+def _what_next(run: Run, output_dir: Path) -> str:
+    """Where the result is, and the command that talks to it."""
+    trained = str(output_dir)
+    keys = {"model_name_or_path": run.model.model_name_or_path or "", "template": run.data.template}
+    kind = "Model"
+    if run.tuning.finetuning_type == "lora":
+        kind, keys["adapter_name_or_path"] = "Adapter", trained
+    else:
+        keys["model_name_or_path"] = trained
+    words = " ".join(f"{key}={shlex.quote(value)}" for key, value in keys.items())
+    return f"{kind} saved in {trained}. To talk to it: fourfold chat {words}"
 
 
 def _check_data(parts: Parts) -> None:
