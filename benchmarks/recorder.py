@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fourfold.config.schema import Run
+from fourfold.parallel.mesh import local_device, single
 from fourfold.trackers.interface import Tracker
 from fourfold.training import folder
 from fourfold.training.assemble import Parts, load_parts
@@ -57,10 +58,10 @@ def prepare(run: Run, turn: Callable[[], None] = lambda: None) -> Prepared:
     Args:
         turn: called before each step, outside the measured time.
     """
-    parts = load_parts(run, folder.claim(run))
+    parts = load_parts(run, folder.claim(run), single(local_device(run.training.use_cpu)))
     assert parts.data.train is not None, "the config names a data set"
     num_samples = len(parts.data.train)
-    budget = plan_steps(run.training, num_samples, parts.layout.dp)
+    budget = plan_steps(run.training, num_samples, parts.mesh.layout.dp)
     state, clock = TrainState(), StepClock(turn)
     tracker = ClockTracker(state, clock, budget.max_steps)
     loop, _ = build_loop(parts, budget, state, [tracker], run_facts(parts, num_samples, budget))
