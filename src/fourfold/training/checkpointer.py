@@ -37,6 +37,7 @@ class Checkpointer:
         mesh: all ranks gather, the first one writes.
         base: which model an adapter is trained on; written beside it.
         facts: what a resumed run must find as it was (see TrainState.load).
+        settings: what else trainer_state.json tells of the run (see TrainState.save).
         only_model: leave out what resuming needs (`save_only_model`).
         limit: checkpoints to keep (`save_total_limit`); the best one always stays.
     """
@@ -49,6 +50,7 @@ class Checkpointer:
     scaler: torch.amp.GradScaler | None
     state: TrainState
     facts: Mapping[str, Any]
+    settings: Mapping[str, Any]
     mesh: Mesh
     base: BaseIdentity | None = None
     only_model: bool = False
@@ -76,12 +78,12 @@ class Checkpointer:
         weights = gather_weights(self.module)
         if self.mesh.rank == 0:
             save_model(self.module, self.output_dir, tokenizer=self.tokenizer, base=self.base, state=weights)
-            self.state.save(self.output_dir, dict(self.facts))
+            self.state.save(self.output_dir, self.facts, self.settings)
         self.mesh.wait()
 
     def _write(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState | None, folder: Path) -> None:
         save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base, state=weights)
-        self.state.save(folder, dict(self.facts))
+        self.state.save(folder, self.facts, self.settings)
         if optimizer is None:
             return
         optimizer.write(folder)

@@ -98,6 +98,19 @@ def run_facts(parts: Parts, num_samples: int, budget: Budget) -> dict[str, Any]:
     }
 
 
+def _shown_settings(parts: Parts, budget: Budget) -> dict[str, Any]:
+    """The settings that Transformers' users find in trainer_state.json."""
+    training, output = parts.run.training, parts.run.output
+    return {
+        "max_steps": budget.max_steps,
+        "num_train_epochs": budget.num_epochs,
+        "train_batch_size": training.per_device_train_batch_size,
+        "logging_steps": output.logging_steps,
+        "eval_steps": training.eval_steps,
+        "save_steps": output.save_steps,
+    }
+
+
 def build_loop(
     parts: Parts,
     budget: Budget,
@@ -121,6 +134,7 @@ def build_loop(
         scaler=scaler,
         state=state,
         facts=facts,
+        settings=_shown_settings(parts, budget),
         mesh=parts.mesh,
         base=parts.base,
         only_model=output.save_only_model,

@@ -118,7 +118,9 @@ def _what_next(run: Run, output_dir: Path) -> str:
     keys = {"model_name_or_path": run.model.model_name_or_path or "", "template": run.data.template}
     kind = "Model"
     if run.tuning.finetuning_type == "lora":
-        kind, keys["adapter_name_or_path"] = "Adapter", trained
+        given = run.model.adapter_name_or_path
+        below = given if run.tuning.create_new_adapter else given[:-1]
+        kind, keys["adapter_name_or_path"] = "Adapter", ",".join((*below, trained))
     else:
         keys["model_name_or_path"] = trained
     words = " ".join(f"{key}={shlex.quote(value)}" for key, value in keys.items())

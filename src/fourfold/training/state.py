@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,12 @@ class TrainState:
     evaluations_since_best: int = 0
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, folder: Path, facts: dict[str, Any]) -> None:
+    def save(self, folder: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Write trainer_state.json: the fields that Transformers' users read, and Fourfold's own beside them.
 
         Args:
             facts: constants of the run that a resume must find unchanged.
+            settings: further fields that Transformers' users read, e.g. max_steps; a resume may change them.
         """
         best = None if self.best_step is None else f"checkpoint-{self.best_step}"
         content = {
@@ -61,8 +63,8 @@ class TrainState:
             "num_input_tokens_seen": self.num_tokens,
             "total_flos": self.total_flos,
             "log_history": self.log_history,
-            **{key: facts[key] for key in ("max_steps", "num_train_epochs", "train_batch_size") if key in facts},
-            "fourfold": {"state": {k: v for k, v in asdict(self).items() if k != "log_history"}, "facts": facts},
+            **settings,
+            "fourfold": {"state": {k: v for k, v in asdict(self).items() if k != "log_history"}, "facts": dict(facts)},
         }
         (folder / FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
