@@ -129,8 +129,11 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def alone(case: Case) -> Curve:
-    """The reference: one process, no process group."""
-    return train(case, single(_CPU))
+    """The reference: one process, no process group.
+
+    A forked one, too: where there is a GPU, autograd's threads do not survive a fork of the process that has used it.
+    """
+    return run_ranks(1, lambda: train(case, single(_CPU)))[0]
 
 
 def under(case: Case, layout: Layout) -> list[Curve]:

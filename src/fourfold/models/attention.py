@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "fourfold"
@@ -31,13 +31,18 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
+def caps_scores(config: PreTrainedConfig) -> bool:
+    """Whether attention scores are soft-capped (gemma 2); Transformers 5.17's `sdpa` leaves that out without a word."""
+    return bool(getattr(config, "attn_logit_softcapping", None))
+
+
 @contextmanager
 def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
     """Within it, a model that runs packed attention has Transformers' own again, which knows caches and masks."""
     if model.config._attn_implementation != NAME:
         yield
         return
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not caps_scores(model.config) else "eager")
     try:
         yield
     finally:

@@ -97,6 +97,8 @@ class StepModel:
         if self.packed:
             attention.register()
             self._inner.set_attn_implementation(attention.NAME)
+        elif attention.caps_scores(self._inner.config):
+            self._inner.set_attn_implementation("eager")
         self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
         if not self._head_is_right():
             log.info("The head of %s is not a plain one; its full logits are used.", type(self._inner).__name__)

@@ -20,6 +20,7 @@ from transformers import (
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
+from fourfold.models.attention import caps_scores
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
 from fourfold.models.patches import bars_on_terminals_only
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
@@ -85,7 +86,8 @@ def load_model(
     model_config.name_or_path = name
     if config.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with %s may run on this machine.", name)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention or _ATTENTION[config.flash_attn]}
+    attention = attention or _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if config.train_from_scratch:
         model = _from_scratch(model_config, config, options, device)
     else:
