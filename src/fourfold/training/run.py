@@ -98,10 +98,10 @@ def _verbs(parts: Parts) -> dict[str, Any]:
     training = run.training
     if training.do_train:
         results |= _report(parts, "train", fit(parts))
-        log.info(_what_next(run, output_dir))
         if run.output.plot_loss and first:
             for path in plot_losses(output_dir):
                 log.info("Figure saved at %s", path)
+        log.info(_what_next(run, output_dir))
     if training.do_eval:
         results |= _report(parts, "eval", parts.evaluator().run("eval"))
     if training.do_predict:
