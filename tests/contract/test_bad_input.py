@@ -62,7 +62,7 @@ def test_train_when_the_config_file_is_wrong_is_refused_before_heavy_imports(tmp
         ("cutoff_len=12.5", "cutoff_len: 12.5 is not valid. Use an integer of at least 1."),
         ("cutoff_len=true", "cutoff_len: true is not valid. Use an integer of at least 1."),
         ("learning_rate=fast", "learning_rate: 'fast' is not valid. Use a number above 0."),
-        ("seed=[1]", "seed: '1' is not valid. Use an integer of at least 0."),
+        ("seed=[1]", "seed: '1' is not valid. Use an integer of at least 0 and below"),
         ("dataset_vars=5", "dataset_vars: 5 is not valid. Use a mapping."),
         # out of range
         ("learning_rate=-1", "learning_rate: -1 is out of range. Use a number above 0."),
@@ -72,6 +72,9 @@ def test_train_when_the_config_file_is_wrong_is_refused_before_heavy_imports(tmp
         ("warmup_ratio=1.5", "warmup_ratio: 1.5 is out of range. Use a number of at least 0 and at most 1."),
         ("lora_dropout=1", "lora_dropout: 1 is out of range. Use a number of at least 0 and below 1."),
         ("lora_rank=0", "lora_rank: 0 is out of range. Use an integer of at least 1."),
+        ("seed=99999999999", "seed: 99999999999 is out of range. Use an integer of at least 0 and below 4294967296."),
+        ("output_dir=", "output_dir: is not given. Give a folder for the adapter or model, checkpoints and logs."),
+        ("model_name_or_path=", "model_name_or_path: is not given. Give a hub id, a folder or a .gguf file."),
         ("save_total_limit=0", "save_total_limit: 0 is out of range. Use an integer of at least 1 or null."),
         # names from a list
         ("template=smolm2", "template: 'smolm2' is not known. Did you mean smollm2"),
@@ -167,6 +170,10 @@ def test_train_when_the_config_file_is_bad_names_the_line(
 @pytest.mark.parametrize(
     ("added", "expected"),
     [
+        (
+            "lora_target=all,q_proj",
+            "lora_target: all takes every linear layer, so q_proj adds nothing. Keep one of the",
+        ),
         ("lora_target=qq_proj", "lora_target: qq_proj matches nothing in this llama model. Did you mean"),
         (
             "additional_target=nothing",

@@ -337,6 +337,12 @@ def test_train_when_memory_is_to_be_saved_recomputes_with_the_same_loss(
     assert log_rows(out, "loss") == log_rows(tmp_path / "kept", "loss")
 
 
+def test_train_when_the_loss_is_lost_says_so_once(train: Train) -> None:
+    err = train("max_steps=4", "learning_rate=1e30", "optim=sgd", "max_grad_norm=0", "lr_scheduler_type=constant").err
+    assert err.count("warning: loss: is nan at step 2. Lower learning_rate, or look at the data.") == 1
+    assert err.count("warning: ") == 1
+
+
 def test_train_when_a_setting_has_no_effect_on_this_model_says_so(train: Train) -> None:
     err = train("moe_aux_loss_coef=0.1", "enable_liger_kernel=true").err
     assert "warning: moe_aux_loss_coef: this llama model has no experts to balance, so it has no effect." in err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from fourfold.config.key import CommaFloats, CommaList, Folder, Options, Section, Status, key, later
+from fourfold.config.key import CommaFloats, CommaList, Folder, LocalPath, Options, Section, Status, key, later
 
 
 class DataConfig(Section):
@@ -15,7 +15,7 @@ class DataConfig(Section):
 
     dataset: CommaList = key((), "Data sets to train on: names in dataset_info.json, comma-separated.")
     eval_dataset: CommaList = key((), "Data sets to evaluate on, comma-separated.")
-    dataset_dir: str | Mapping[str, Any] = key(
+    dataset_dir: LocalPath | Mapping[str, Any] = key(
         "data",
         "Folder with dataset_info.json; ONLINE for hub ids; REMOTE:repo; or the entries themselves as a mapping.",
     )
@@ -78,6 +78,6 @@ class DataConfig(Section):
     preprocessing_num_workers: int | None = key(
         None, "Processes that tokenise; default: as many as cores, at most 16.", group="Preprocessing", ge=1
     )
-    tokenized_path: str | None = key(
+    tokenized_path: LocalPath | None = key(
         None, "Folder to load tokenised data from, or to save it to if it is not there.", group="Preprocessing"
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from fourfold.config.yaml12 import parse_yaml
@@ -173,6 +174,18 @@ def _mapping(value: Any) -> Any:
 
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """Names, given as a list or as a string with commas."""
+
+
+def _expanded(path: str) -> str:
+    """A path with the home folder in place of a leading `~`, which no shell replaces in a config file."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+LocalPath = Annotated[str, AfterValidator(_expanded)]
+"""A path of this machine, or a hub id."""
+
+PathList = Annotated[tuple[LocalPath, ...], BeforeValidator(_split)]
+"""Paths or hub ids, given as a list or as a string with commas."""
 
 CommaFloats = Annotated[tuple[float, ...], BeforeValidator(_split_or_single)]
 """Numbers, given as a list, as a string with commas, or as a single one."""

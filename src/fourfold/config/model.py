@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fourfold.config.key import CommaList, Section, Status, key, later
+from fourfold.config.key import CommaList, LocalPath, PathList, Section, Status, key, later
 
 _BNB_ONLY = "Weights are quantised by bitsandbytes at load time. Use quantization_method: bnb, or load a checkpoint "
 _GPTQ = _BNB_ONLY + "that is not quantised."
@@ -15,10 +15,10 @@ class ModelConfig(Section):
 
     title: ClassVar[str] = "Model"
 
-    model_name_or_path: str | None = key(None, "Hub id, local folder, or .gguf file of the base model.")
-    adapter_name_or_path: CommaList = key((), "Adapter folders or hub ids to start from, comma-separated.")
+    model_name_or_path: LocalPath | None = key(None, "Hub id, local folder, or .gguf file of the base model.")
+    adapter_name_or_path: PathList = key((), "Adapter folders or hub ids to start from, comma-separated.")
     adapter_folder: str | None = key(None, "Folder within adapter_name_or_path that holds the adapter.")
-    cache_dir: str | None = key(None, "Where models and data sets from a hub are stored.")
+    cache_dir: LocalPath | None = key(None, "Where models and data sets from a hub are stored.")
     model_revision: str = key("main", "Branch, tag or commit of the model on its hub.")
     hf_hub_token: str | None = key(None, "Token for the Hugging Face hub.", secret=True)
     trust_remote_code: bool = key(False, "Run Python code that comes with the model. Only for authors that you trust.")
@@ -47,7 +47,7 @@ class ModelConfig(Section):
     split_special_tokens: bool = key(False, "Tokenise special tokens that occur in text as text.", group="Tokenizer")
     add_tokens: CommaList = key((), "Tokens to add, comma-separated.", group="Tokenizer")
     add_special_tokens: CommaList = key((), "Special tokens to add, comma-separated.", group="Tokenizer")
-    new_special_tokens_config: str | None = key(
+    new_special_tokens_config: LocalPath | None = key(
         None, "YAML file that maps new special tokens to descriptions of them.", group="Tokenizer"
     )
     init_special_tokens: Literal["noise_init", "desc_init", "desc_init_w_noise"] = key(

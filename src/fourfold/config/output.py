@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fourfold.config.key import CommaList, Count, Folder, Section, key, later
+from fourfold.config.key import CommaList, Count, Folder, LocalPath, Section, key, later
 from fourfold.version import SCHEMA_VERSION
 
 
@@ -13,9 +13,9 @@ class OutputConfig(Section):
 
     title: ClassVar[str] = "Output"
 
-    output_dir: str | None = key(None, "The run's folder: adapter or model, checkpoints, logs, config.")
+    output_dir: LocalPath | None = key(None, "The run's folder: adapter or model, checkpoints, logs, config.")
     overwrite_output_dir: bool = key(False, "Begin anew in a folder that already holds a run.")
-    resume_from_checkpoint: bool | str | None = key(
+    resume_from_checkpoint: bool | LocalPath | None = key(
         None, "Checkpoint folder to go on from, or true for the newest in output_dir."
     )
     save_strategy: Literal["steps", "epoch", "best", "no"] = key(
@@ -55,7 +55,9 @@ class OutputConfig(Section):
     swanlab_run_name: str | None = key(None, "SwanLab: name of the run; default: run_name.", group="Trackers")
     swanlab_mode: Literal["cloud", "local"] = key("cloud", "SwanLab: where figures are kept.", group="Trackers")
     swanlab_api_key: str | None = key(None, "SwanLab: key of the account.", group="Trackers", secret=True)
-    swanlab_logdir: str | None = key(None, "SwanLab: folder of its logs; default: in output_dir.", group="Trackers")
+    swanlab_logdir: LocalPath | None = key(
+        None, "SwanLab: folder of its logs; default: in output_dir.", group="Trackers"
+    )
     swanlab_lark_webhook_url: str | None = later(
         None, "SwanLab: address that is told of the end of a run.", "notifications", group="Trackers", secret=True
     )

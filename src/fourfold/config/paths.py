@@ -48,7 +48,7 @@ def missing(name: str, key: str) -> str | None:
 
 def _model_problems(run: Run, verb: Verb) -> Iterator[str]:
     name = run.model.model_name_or_path
-    if name is None:
+    if not name:
         return
     path = Path(name).expanduser()
     if problem := missing(name, MODEL):

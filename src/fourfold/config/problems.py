@@ -52,4 +52,4 @@ def shown(key: Key, value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:g}"
+    return str(int(value)) if value == int(value) else f"{value:g}"

@@ -234,17 +234,17 @@ def _schedule(run: Run) -> Iterator[str]:
 
 
 def _needs_model(run: Run) -> Iterator[str]:
-    if run.model.model_name_or_path is None:
+    if not run.model.model_name_or_path:
         yield "model_name_or_path: is not given. Give a hub id, a folder or a .gguf file."
 
 
 def _needs_output(run: Run) -> Iterator[str]:
-    if run.output.output_dir is None:
+    if not run.output.output_dir:
         yield "output_dir: is not given. Give a folder for the adapter or model, checkpoints and logs."
 
 
 def _needs_export_dir(run: Run) -> Iterator[str]:
-    if run.export.export_dir is None:
+    if not run.export.export_dir:
         yield "export_dir: is not given. Give a folder for the merged model."
 
 

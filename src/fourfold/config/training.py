@@ -45,8 +45,8 @@ class TrainingConfig(Section):
         None, "Most tokens of one forward pass; a step is cut to it. The loss does not depend on it.", ge=1
     )
     disable_shuffling: bool = key(False, "Train the rows in the order of the file.")
-    seed: int = key(42, "Seed of weights, data order and dropout.", ge=0)
-    data_seed: int | None = key(None, "Seed of the data order; default: seed.", ge=0)
+    seed: int = key(42, "Seed of weights, data order and dropout.", ge=0, lt=2**32)
+    data_seed: int | None = key(None, "Seed of the data order; default: seed.", ge=0, lt=2**32)
     full_determinism: bool = key(False, "Use deterministic kernels only; slower.")
     neftune_noise_alpha: float | None = key(None, "NEFTune: noise on the input embeddings; 5 is usual.", ge=0)
     compute_accuracy: bool = key(False, "Report token accuracy when evaluating.")

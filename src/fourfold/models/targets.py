@@ -61,6 +61,10 @@ def lora_targets(model: PreTrainedModel, wanted: Sequence[str]) -> LoraTargets:
     """
     linear, experts = linear_kinds(model), expert_kinds(model)
     if ALL in wanted:
+        if others := [want for want in wanted if want != ALL]:
+            raise ConfigError(
+                f"lora_target: all takes every linear layer, so {', '.join(others)} adds nothing. Keep one of the two."
+            )
         return LoraTargets(tuple(linear), tuple(experts))
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -139,6 +140,10 @@ class Loop:
         rate = self.optimizer.param_groups[0]["lr"]
         if self._optimizer_step() and not self.settings.schedule_follows_metric:
             self.scheduler.step()
+        if math.isfinite(self.state.loss_sum) and not math.isfinite(result.loss):
+            log.warning(
+                "loss: is %s at step %d. Lower learning_rate, or look at the data.", result.loss, found.step + 1
+            )
         self._record(found, result, float(norm), float(rate))
 
     def _optimizer_step(self) -> bool:
@@ -221,7 +226,8 @@ class Loop:
         state, best = self.state, self.state.best_metric
         if self.settings.schedule_follows_metric:
             self.scheduler.step(metric)  # type: ignore[arg-type] - such schedules take the metric, not the epoch
-        if best is None or (metric > best if self.settings.greater_is_better else metric < best):
+        better = best is None or (metric > best if self.settings.greater_is_better else metric < best)
+        if better and not math.isnan(metric):
             state.best_metric, state.best_step, state.evaluations_since_best = metric, state.step, 0
         else:
             state.evaluations_since_best += 1

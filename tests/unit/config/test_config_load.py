@@ -156,9 +156,9 @@ def test_load_when_many_keys_are_wrong_reports_all_at_once() -> None:
         ({"learning_rate": "abc"}, "learning_rate: 'abc' is not valid. Use a number above 0."),
         ({"lora_dropout": 1}, "lora_dropout: 1 is out of range. Use a number of at least 0 and below 1."),
         ({"cutoff_len": 1.5}, "cutoff_len: 1.5 is not valid. Use an integer of at least 1."),
-        ({"seed": True}, "seed: true is not valid. Use an integer of at least 0."),
+        ({"seed": True}, "seed: true is not valid. Use an integer of at least 0 and below 4294967296."),
         ({"learning_rate": float("inf")}, "learning_rate: inf is not valid. Use a number above 0."),
-        ({"seed": None}, "seed: null is not valid. Use an integer of at least 0."),
+        ({"seed": None}, "seed: null is not valid. Use an integer of at least 0 and below 4294967296."),
         ({"fp16": 3}, "fp16: 3 is not valid. Use true or false."),
         ({"parallel": {"tpp": 2}}, "parallel.tpp: there is no such key. Did you mean parallel.tp"),
         ({"parallel": 2}, "parallel: 2 is not a mapping."),
@@ -276,3 +276,12 @@ def test_load_when_a_later_key_is_given_notes_it() -> None:
 def test_load_when_a_list_has_empty_parts_leaves_them_out() -> None:
     assert load({}, ["dataset="]).data.dataset == ()
     assert load({}, ["dataset=a,,b,"]).data.dataset == ("a", "b")
+
+
+def test_load_when_a_path_begins_with_the_home_folder_expands_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    keys = {"model_name_or_path": "~/m", "adapter_name_or_path": "~/a,b/c", "dataset_dir": "~/d", "output_dir": "~/o"}
+    run = load(keys)
+    assert (run.model.model_name_or_path, run.data.dataset_dir) == ("/home/someone/m", "/home/someone/d")
+    assert run.model.adapter_name_or_path == ("/home/someone/a", "b/c")
+    assert run.output.output_dir == "/home/someone/o"
