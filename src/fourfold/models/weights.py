@@ -20,6 +20,7 @@ from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.parallel.sharded import full
 
 _ADAPTER_FILE = "adapter_model.safetensors"
+_README = "README.md"
 
 
 def save_model(
@@ -67,9 +68,13 @@ def _save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | Non
         save_file({name: tensor.cpu() for name, tensor in weights.items()}, folder / _ADAPTER_FILE, {"format": "pt"})
         config.save_pretrained(str(folder))
         return
+    readme = folder / _README
+    theirs = readme.read_bytes() if readme.exists() else None
     # Explicit, since "auto" looks for the base model's config on the hub to find out whether its vocabulary grew.
     with peft_noise_ignored():
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    if theirs is not None:  # PEFT writes its card into a page that is there already, whoever wrote that
+        readme.write_bytes(theirs)
 
 
 def gather_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
