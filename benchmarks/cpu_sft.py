@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="other sets of the dataset folder, separated by commas")
     parser.add_argument("--dataset-dir", help="another folder with a dataset_info.json")
     parser.add_argument("--model", help="another path of the model")
+    parser.add_argument("--micro-batch-tokens", type=int, help="Fourfold's micro_batch_tokens; default: its own choice")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks" / "cpu_sft.json")
     args = parser.parse_args()
     names = args.peers.split(",")
@@ -158,6 +159,7 @@ def main() -> None:
         parser.error(f"--peers: {', '.join(unknown)} is none. Use {', '.join(PEERS)}.")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     given = {"dataset": args.dataset, "dataset_dir": args.dataset_dir, "model_name_or_path": args.model}
+    given["micro_batch_tokens"] = args.micro_batch_tokens
     work = Path(tempfile.mkdtemp(prefix="fourfold-"))
     config = {**CONFIG, "max_steps": args.steps, "output_dir": str(work / "unused")}
     plan = Plan(config | {key: value for key, value in given.items() if value}, work, args.steps, args.threads)

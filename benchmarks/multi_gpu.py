@@ -155,7 +155,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Llama-3 tokenizer")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of one run at most")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/benchmarks")))
+    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of these layouts, separated by commas")
     args = parser.parse_args()
+    for name in LAYOUTS.keys() - set(args.layouts.split(",")):
+        del LAYOUTS[name]
     gpus = torch.cuda.device_count() or 2
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "multi_gpu.json"

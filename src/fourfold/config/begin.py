@@ -22,10 +22,15 @@ def begin(source: Source | None, overrides: Sequence[str] | Mapping[str, Any], v
     """
     run = load(source, overrides, verb=verb)
     check_paths(run, verb)
+    begin_logging(run)
+    for note in run.notes:
+        log.info("%s", note)
+    return run
+
+
+def begin_logging(run: Run) -> None:
+    """Set logging up as `log_level` says."""
     level = run.output.log_level
     setup_logging(verbose=level in ("debug", "detail"))
     if level in ("warning", "error", "critical"):
         get_logger("fourfold").setLevel(level.upper())
-    for note in run.notes:
-        log.info("%s", note)
-    return run

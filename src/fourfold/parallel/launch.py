@@ -1,4 +1,4 @@
-"""Workers: one process a rank on this machine, started after the heavy imports, watched until all have ended.
+"""Workers: one process a rank on this machine, watched until all have ended.
 
 A worker that fails ends the others: the first error is shown once, with its rank, and nothing is left running.
 """
@@ -80,15 +80,17 @@ class Machines:
         }
 
 
-def launch(work: Callable[[], object], machines: Machines) -> None:
-    """Run `work` in this machine's processes of a job, forked from this one.
+def launch(work: Callable[[], object], machines: Machines, *, on_gpus: bool) -> None:
+    """Run `work` in this machine's processes of a job.
 
-    Forking keeps what is imported and loaded; it must happen before the first use of a GPU.
-
+    Args:
+        work: what each of them does; it must be picklable (a function of a module, with its arguments).
+        on_gpus: start fresh interpreters, since CUDA does not survive a fork of a process that has so much as asked
+            for it, as libraries do when they are imported. Otherwise fork, which keeps what is imported.
     Raises:
         WorkerError: the first failure, with its rank.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("spawn" if on_gpus else "fork")
     port = machines.port or _free_port()
     readers: dict[int, Any] = {}
     processes: dict[int, BaseProcess] = {}

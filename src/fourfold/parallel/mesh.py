@@ -83,6 +83,10 @@ def start_process_group(device: torch.device, timeout_s: int) -> None:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # Processes share the cores; a forked one must also not go on with the thread pool of its parent.
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(share, 1))))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=timeout_s),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import full_disk_told
+from fourfold.config.begin import begin_logging
 from fourfold.config.schema import Run
 from fourfold.dataset.prepare import prepare
 from fourfold.models.inference import load_renderer
@@ -57,7 +59,7 @@ def train(run: Run) -> dict[str, Any]:
     tokenizer, renderer = load_renderer(run)
     prepare(run, tokenizer, renderer)
     log.info("Starting %d workers: %s", machines.per_node, layout.describe())
-    launch(lambda: _work_in_job(run, output_dir), machines)
+    launch(partial(_work_in_job, run, output_dir), machines, on_gpus=local_device(run.training.use_cpu).type == "cuda")
     return read_results(output_dir)
 
 
@@ -67,6 +69,7 @@ def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
     Args:
         output_dir: already claimed by whoever started the workers; None if nobody has.
     """
+    begin_logging(run)  # a fresh interpreter has none yet
     device = local_device(run.training.use_cpu)
     start_process_group(device, run.parallel.ddp_timeout)
     mesh = build_mesh(choose_layout(run, world_size_of_environment()), device)

@@ -115,8 +115,11 @@ def test_env_when_packages_are_missing_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_clear_errors_when_interrupted_leaves_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    # a shell starts background jobs, perhaps this one, with the signal ignored
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(session.typer.Exit) as caught, session.clear_errors():
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, previous)
     assert caught.value.exit_code == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
