@@ -137,7 +137,12 @@ class StepModel:
         )
         if self._head is None:
             return Outputs(outputs.logits, lambda logits: logits)
-        return Outputs(outputs.last_hidden_state, self._head, self._router_loss(outputs))
+        router_loss = self._router_loss(outputs)
+        return Outputs(outputs.last_hidden_state, self._head, router_loss, head_is_frozen=self._head_is_frozen())
+
+    def _head_is_frozen(self) -> bool:
+        head = self._inner.get_output_embeddings()
+        return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
     def _router_loss(self, outputs: BaseModelOutput) -> Tensor | None:
         """E * sum_i f_i P_i over all layers' experts (arXiv:2101.03961), by Transformers' function.

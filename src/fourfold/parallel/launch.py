@@ -80,17 +80,18 @@ class Machines:
         }
 
 
-def launch(work: Callable[[], object], machines: Machines, *, on_gpus: bool) -> None:
+def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> None:
     """Run `work` in this machine's processes of a job.
 
     Args:
         work: what each of them does; it must be picklable (a function of a module, with its arguments).
-        on_gpus: start fresh interpreters, since CUDA does not survive a fork of a process that has so much as asked
-            for it, as libraries do when they are imported. Otherwise fork, which keeps what is imported.
+        fresh: start new interpreters instead of forking this one, which would keep what is imported. CUDA does not
+            survive a fork of a process that has so much as asked for it, as libraries do when they are imported, nor
+            does OpenMP once this process has computed with several threads.
     Raises:
         WorkerError: the first failure, with its rank.
     """
-    context: Any = multiprocessing.get_context("spawn" if on_gpus else "fork")
+    context: Any = multiprocessing.get_context("spawn" if fresh else "fork")
     port = machines.port or _free_port()
     readers: dict[int, Any] = {}
     processes: dict[int, BaseProcess] = {}

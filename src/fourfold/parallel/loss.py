@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,10 @@ from fourfold.dataset.batch import IGNORE_INDEX
 
 CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time."""
+_CPU_CHUNK_TOKENS = 256
+"""The same on a CPU, where more bring no speed, and memory that stays small is used again."""
+_HALF_SCALE = 1024.0
+"""Factor on gradients that are made in fp16 before the loss's own is known, against underflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,13 @@ class Outputs:
         head: maps hidden states [..., hidden size] to logits [..., vocabulary], with the family's scaling or
             soft-capping applied.
         router_loss: scalar load-balancing loss of a mixture-of-experts model (not yet scaled), or None.
+        head_is_frozen: whether nothing in the head is trained.
     """
 
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
     router_loss: Tensor | None = None
+    head_is_frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +66,67 @@ def _score_chunk(
     return F.cross_entropy(logits, targets, reduction="none"), correct
 
 
+class _FrozenHeadScores(torch.autograd.Function):
+    """Scores under a head that is not trained, with the gradient made beside them, so that no logits are kept.
+
+    Each nll_i depends on its own hidden state h_i alone, so with g_i = dL/dnll_i:  dL/dh_i = g_i * dnll_i/dh_i.
+    The second factor is found while the chunk's logits exist; the backward pass only multiplies.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: Callable[[Tensor], Tensor],
+        with_correct: bool,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [N, hidden size], targets [N] -> nll [N] and correct [N], or empty."""
+        ctx.factor = _HALF_SCALE if hidden.dtype == torch.float16 else 1.0
+        pieces: list[tuple[Tensor, Tensor]] = []
+        slopes: list[Tensor] = []
+        for chunk, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+            with torch.enable_grad():
+                leaf = chunk.detach().requires_grad_()
+                nll, correct = _score_chunk(leaf, wanted, head, with_correct)
+            slopes += torch.autograd.grad(nll.sum() * ctx.factor, leaf)
+            pieces.append((nll.detach(), correct))
+        ctx.save_for_backward(torch.cat(slopes))
+        nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+        ctx.mark_non_differentiable(correct)
+        return nll, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad [N]."""
+        (slopes,) = ctx.saved_tensors
+        return ((grad / ctx.factor)[:, None] * slopes).to(slopes.dtype), None, None, None, None
+
+
 def score_tokens(
-    outputs: Outputs, targets: Tensor, *, with_correct: bool = False, chunk_tokens: int = CHUNK_TOKENS
+    outputs: Outputs, targets: Tensor, *, with_correct: bool = False, chunk_tokens: int | None = None
 ) -> TokenScores:
     """Score every trained position, in fp32.
 
-    Logits are made for trained positions only, `chunk_tokens` at a time. With more than one chunk each is recomputed
-    in the backward pass, so memory is bounded by one chunk of logits.
+    Logits are made for trained positions only, `chunk_tokens` at a time, and memory is bounded by one chunk of them:
+    under a frozen head none are kept for the backward pass; under a trained one, with more than one chunk, each chunk
+    is recomputed there.
 
     Args:
         targets: [B, S] int64 with IGNORE_INDEX where nothing is trained.
         with_correct: also tell whether each target is the likeliest token.
+        chunk_tokens: None for the device's own.
     """
+    if chunk_tokens is None:
+        chunk_tokens = _CPU_CHUNK_TOKENS if targets.device.type == "cpu" else CHUNK_TOKENS
     flat_targets = targets.reshape(-1)
     positions = torch.nonzero(flat_targets != IGNORE_INDEX).squeeze(-1)
     hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions)
     wanted = flat_targets.index_select(0, positions)
-    if positions.numel() <= chunk_tokens:
+    if outputs.head_is_frozen and hidden.requires_grad and positions.numel():
+        nll, correct = _FrozenHeadScores.apply(hidden, wanted, outputs.head, with_correct, chunk_tokens)  # type: ignore[misc]
+    elif positions.numel() <= chunk_tokens:
         nll, correct = _score_chunk(hidden, wanted, outputs.head, with_correct)
     else:
         pieces = [

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import full_disk_told
@@ -59,7 +61,8 @@ def train(run: Run) -> dict[str, Any]:
     tokenizer, renderer = load_renderer(run)
     prepare(run, tokenizer, renderer)
     log.info("Starting %d workers: %s", machines.per_node, layout.describe())
-    launch(partial(_work_in_job, run, output_dir), machines, on_gpus=local_device(run.training.use_cpu).type == "cuda")
+    fresh = local_device(run.training.use_cpu).type == "cuda" or torch.get_num_threads() > 1
+    launch(partial(_work_in_job, run, output_dir), machines, fresh=fresh)
     return read_results(output_dir)
 
 
