@@ -90,7 +90,7 @@ class _FrozenHeadScores(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
                 nll, correct = _score_chunk(leaf, wanted, head, with_correct)
-            slopes += torch.autograd.grad(nll.sum() * ctx.factor, leaf)
+                slopes += torch.autograd.grad(nll.sum() * ctx.factor, leaf)
             pieces.append((nll.detach(), correct))
         ctx.save_for_backward(torch.cat(slopes))
         nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
