@@ -12,8 +12,8 @@ from pathlib import Path
 
 import fourfold
 from fourfold.base.errors import FourfoldError
+from fourfold.base.log import setup_logging
 from fourfold.config.load import load
-from fourfold.serve.infer import answer
 
 CONFIG = Path("examples/quickstart.yaml")
 QUESTIONS = ["Who are you?", "Who made you?"]
@@ -21,11 +21,14 @@ QUESTIONS = ["Who are you?", "Who made you?"]
 
 def ask(**overrides: object) -> list[str]:
     """The answers of the model, greedy, so that they can be told apart."""
+    from fourfold.serve.infer import answer  # after the log is set up: libraries speak while they are imported
+
     return answer(load(CONFIG, {"do_sample": False, "max_new_tokens": 48, **overrides}, verb="chat"), QUESTIONS)
 
 
 def main() -> None:
     """Run the demo."""
+    setup_logging()
     start = time.perf_counter()
     before = ask()
     results = fourfold.train(CONFIG, overwrite_output_dir=True)

@@ -61,23 +61,49 @@ def _examples(samples: Sequence[Sample]) -> Iterator[tuple[Example, int, int]]:
 
 
 def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
-    """First-fit decreasing by length, the samples of a group in their original order; never splits a sample."""
-    order = sorted(range(len(samples)), key=lambda i: (-len(samples[i]), i))
-    groups: list[list[int]] = []
-    for i in order:
-        for group in groups:
-            if policy.max_samples is not None and len(group) >= policy.max_samples:
-                continue
-            if _size([samples[j] for j in [*group, i]], policy) <= policy.max_tokens:
-                group.append(i)
-                break
+    """As few groups as first-fit finds, as even as that number allows: memory follows the largest.
+
+    The samples of a group stay in their original order, and no sample is split.
+    """
+    lengths = [[len(example) for example in sample.sequences.values()] for sample in samples]
+    groups = _first_fit(lengths, policy, policy.max_tokens)
+    low, high = 1, policy.max_tokens
+    while len(groups) > 1 and low < high:
+        middle = (low + high) // 2
+        evener = _first_fit(lengths, policy, middle)
+        if len(evener) <= len(groups):
+            groups, high = evener, middle
         else:
-            groups.append([i])
+            low = middle + 1
     return [[samples[i] for i in sorted(group)] for group in sorted(groups, key=min)]
 
 
-def _size(samples: Sequence[Sample], policy: CutPolicy) -> int:
-    lengths = [len(example) for example, _, _ in _examples(samples)]
+def _first_fit(lengths: Sequence[Sequence[int]], policy: CutPolicy, max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing.
+
+    Args:
+        lengths: of the sequences of each sample.
+        max_tokens: as the policy's, in its place.
+    Returns:
+        the numbers of each group's samples.
+    """
+    groups: list[list[int]] = []
+    sequences: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i)):
+        for group, held in zip(groups, sequences, strict=True):
+            full = policy.max_samples is not None and len(group) >= policy.max_samples
+            if not full and _size([*held, *lengths[i]], policy) <= max_tokens:
+                group.append(i)
+                held += lengths[i]
+                break
+        else:
+            groups.append([i])
+            sequences.append(list(lengths[i]))
+    return groups
+
+
+def _size(lengths: Sequence[int], policy: CutPolicy) -> int:
+    """Positions that sequences of these lengths take together."""
     return sum(lengths) if policy.packed else max(lengths) * len(lengths)
 
 

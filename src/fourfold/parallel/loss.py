@@ -19,7 +19,7 @@ from fourfold.dataset.batch import IGNORE_INDEX
 
 CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time."""
-_CPU_CHUNK_TOKENS = 256
+_CPU_CHUNK_TOKENS = 128
 """The same on a CPU, where more bring no speed, and memory that stays small is used again."""
 _HALF_SCALE = 1024.0
 """Factor on gradients that are made in fp16 before the loss's own is known, against underflow."""

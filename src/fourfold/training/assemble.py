@@ -40,8 +40,8 @@ from fourfold.training.schedule import samples_per_step
 log = get_logger(__name__)
 
 _OBJECTIVES = "fourfold.objectives"
-_CPU_TOKENS = 1024
-"""Positions of a micro-batch on a CPU: enough to fill its matrix units, small enough to stay in its caches."""
+_CPU_TOKENS = (256, 512)
+"""Positions of a micro-batch on a CPU: fewer are slower, more are no faster."""
 
 
 @dataclass
@@ -99,16 +99,18 @@ class Parts:
 
         Decided once, and activations are recomputed from then on if it takes that.
         """
-        training = self.run.training
+        training, sizes = self.run.training, self._sizes()
         tokens = training.per_device_train_batch_size * self.run.data.cutoff_len
         if self.mesh.device.type == "cpu":
-            tokens = min(tokens, _CPU_TOKENS)
+            # What the user's own micro-batch takes at its longest: no more memory than it was meant to need.
+            fewest, most = _CPU_TOKENS
+            tokens = min(max(training.per_device_train_batch_size * sizes.longest, fewest), most)
         allowed = CutPolicy(
             packed=self.model.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
         )
-        fit = fit_to_memory(allowed, self.module, self._sizes(), self.precision.compute, self._asked_recompute())
+        fit = fit_to_memory(allowed, self.module, sizes, self.precision.compute, self._asked_recompute())
         if fit.recompute:
             enable_recompute(self.module)
         return fit.policy

@@ -58,3 +58,10 @@ def test_cut_when_a_group_has_several_sequences_never_splits_it() -> None:
     pair = Sample({"chosen": Example([1] * 6, [1] * 6), "rejected": Example([2] * 6, [2] * 6)}, 3)
     [batch] = cut([pair], CutPolicy(packed=True, max_tokens=8))
     assert batch.samples == ((3, 0), (3, 1))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cut_when_several_are_needed_makes_them_even(packed: bool) -> None:
+    samples = [_sample(i, 10) for i in range(9)]
+    batches = cut(samples, CutPolicy(packed=packed, max_tokens=45))
+    assert [len(batch.samples) for batch in batches] == [3, 3, 3]
