@@ -24,7 +24,6 @@ from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
-from fourfold.parallel.reduce import clip_gradients
 from fourfold.parallel.sharded import full
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
@@ -94,12 +93,22 @@ def make_steps(vocab_size: int) -> list[list[Sample]]:
 def train(case: Case, mesh: Mesh) -> Curve:
     """Five AdamW steps, each with the samples that belong to this data-parallel rank."""
     module = make_model(case)
-    policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens)
     model = StepModel(module, packed=case.packed)
     inner = base_model(module)
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
     model.runner = split.runner
-    step = Step(model, TokenLoss(), _CPU, nullcontext, lambda: filler(policy), sync=split.sync, reducer=split.reducer)
+    policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple)
+    step = Step(
+        model,
+        TokenLoss(),
+        _CPU,
+        nullcontext,
+        lambda: filler(policy),
+        sync=split.sync,
+        reducer=split.reducer,
+        localize=split.localize,
+        finish=split.finish,
+    )
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     losses, norms, gradients = [], [], {}
@@ -110,7 +119,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
         if number == 0:
             found = ((name, p.grad) for name, p in module.named_parameters() if p.requires_grad)
             gradients = {name: full(grad).clone() for name, grad in found if grad is not None}
-        norms.append(float(clip_gradients(parameters, 1.0)))
+        norms.append(float(split.clip(parameters, 1.0)))
         optimizer.step()
     return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer))
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Sample
 
@@ -24,12 +27,14 @@ class CutPolicy:
         max_tokens: positions of a micro-batch, padding included; a single longer sample still makes one.
         max_samples: samples of a micro-batch; None for no limit but `max_tokens`.
         pad_token_id: fills padded positions.
+        multiple: the positions of a row are made a multiple of this, so that ranks can share them evenly.
     """
 
     packed: bool
     max_tokens: int
     max_samples: int | None = None
     pad_token_id: int = 0
+    multiple: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,40 @@ def _size(lengths: Sequence[int], policy: CutPolicy) -> int:
 def cut(samples: Sequence[Sample], policy: CutPolicy) -> list[Batch]:
     """The micro-batches of one step, on the host, in a fixed order."""
     build = _packed_batch if policy.packed else _padded_batch
-    return [build(group, policy) for group in _group(samples, policy)]
+    batches = [build(group, policy) for group in _group(samples, policy)]
+    return [
+        widen(batch, -(-batch.input_ids.shape[1] // policy.multiple) * policy.multiple, policy) for batch in batches
+    ]
+
+
+def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
+    """The same batch with rows of `width` positions; what is added trains nothing and counts for nothing.
+
+    A packed row gets one more document, which belongs to no sample (its entry of `samples` is (0, 0)).
+    """
+    missing = width - batch.input_ids.shape[1]
+    if missing == 0:
+        return batch
+    pad = partial(F.pad, pad=(0, missing))
+    positions = torch.arange(missing).expand(batch.position_ids.shape[0], -1)
+    if batch.cu_seqlens is None:
+        positions = positions + batch.position_ids[:, -1:] + 1
+        added: dict[str, Any] = {"document_ids": pad(batch.document_ids, value=-1)}
+    else:
+        added = {
+            "document_ids": pad(batch.document_ids, value=len(batch.lengths)),
+            "cu_seqlens": torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([width])]),
+            "lengths": (*batch.lengths, missing),
+            "samples": (*batch.samples, (0, 0)),
+        }
+    return replace(
+        batch,
+        input_ids=pad(batch.input_ids, value=policy.pad_token_id),
+        targets=pad(batch.targets, value=IGNORE_INDEX),
+        weights=pad(batch.weights),
+        position_ids=torch.cat([batch.position_ids, positions], dim=1),
+        **added,
+    )
 
 
 def filler(policy: CutPolicy) -> Batch:

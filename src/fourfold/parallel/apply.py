@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourfold.base.log import get_logger
+from fourfold.dataset.batch import Batch
 from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
-from fourfold.parallel.reduce import Reducer
+from fourfold.parallel.reduce import Reducer, clip_gradients
+from fourfold.parallel.shares import Shares
+from fourfold.parallel.step import nothing, whole
+from fourfold.planning.layout import Layout
 
 log = get_logger(__name__)
 
@@ -27,18 +32,28 @@ class Parallelized:
         sync: steers the exchange of gradients.
         reducer: adds up losses and counts over ranks.
         autocast: the context of a forward pass, where the split casts by itself; None leaves it to the caller.
+        shares: which parameters are parts of larger ones.
+        localize: a micro-batch on the device -> the part of it that this rank computes.
+        finish: completes the gradients after the last backward pass of a step.
+        clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
+        multiple: the positions of a micro-batch's rows must be a multiple of this.
     """
 
     runner: nn.Module
-    sync: GradientSync
-    reducer: Reducer
+    sync: GradientSync = field(default_factory=NoSync)
+    reducer: Reducer = field(default_factory=Reducer)
     autocast: Callable[[], AbstractContextManager[object]] | None = None
+    shares: Shares = field(default_factory=Shares)
+    localize: Callable[[Batch], Batch] = whole
+    finish: Callable[[], None] = nothing
+    clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
+    multiple: int = 1
 
 
 def parallelize(
     root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, *, compute: torch.dtype | None
 ) -> Parallelized:
-    """Split a model, in place.
+    """Split a model, in place: pipeline stages, experts, matrices, then data parallelism around what is left.
 
     Args:
         root: the module whose forward pass is called.
@@ -47,15 +62,28 @@ def parallelize(
     """
     layout = mesh.layout
     if mesh.device_mesh is None:
-        return Parallelized(root, NoSync(), Reducer())
-    reducer = Reducer(mesh.group(("dp_replicate", "dp_shard")), torch.distributed.group.WORLD)
+        return Parallelized(root)
+    shares = Shares()
+    split = Parallelized(
+        root, shares=shares, reducer=Reducer(mesh.group(("dp_replicate", "dp_shard")), torch.distributed.group.WORLD)
+    )
+    if layout.tp * layout.pp * layout.ep > 1:
+        split = replace(split, finish=partial(shares.add_up_gradients, root), clip=partial(_clip, root, shares, layout))
     if layout.dp_shard > 1:
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
         sharded = shard(root, blocks, mesh.view(axes), zero=layout.zero, compute=compute)
         log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), layout.zero)
-        return Parallelized(root, FsdpSync(sharded, layout.zero), reducer, nullcontext)
+        return replace(split, sync=FsdpSync(sharded, layout.zero), autocast=nullcontext)
     if layout.dp_replicate > 1:
         wrapped = replicate(root, mesh.group(("dp_replicate",)))
         log.info("Replicated by DDP over %d ranks", layout.dp_replicate)
-        return Parallelized(wrapped, DdpSync(wrapped), reducer)
-    return Parallelized(root, NoSync(), reducer)
+        return replace(split, runner=wrapped, sync=DdpSync(wrapped))
+    return split
+
+
+def _clip(
+    root: nn.Module, shares: Shares, layout: Layout, parameters: Sequence[nn.Parameter], max_norm: float
+) -> Tensor:
+    """Clip by the norm over all ranks, though each holds another part of the model."""
+    ranks = layout.world_size // layout.pp
+    return clip_gradients(parameters, max_norm, shares=shares.by_parameter(root), ranks_per_stage=ranks)

@@ -46,6 +46,10 @@ class Mesh:
         """This rank's place on one axis."""
         return 0 if self.device_mesh is None else self.device_mesh[axis].get_local_rank()
 
+    def size(self, axis: str) -> int:
+        """Ranks on one axis."""
+        return int(getattr(self.layout, axis))
+
     @property
     def dp_rank(self) -> int:
         """This rank's place among the data-parallel ranks, in the order of samples."""

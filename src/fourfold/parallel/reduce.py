@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fourfold.parallel.sharded import full
+from fourfold.parallel.shares import Share, local
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +47,62 @@ class Reducer:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    *,
+    shares: Mapping[nn.Parameter, Share] | None = None,
+    ranks_per_stage: int = 1,
+) -> Tensor:
     """Scale gradients in place so that their global 2-norm is at most `max_norm`; 0 leaves them alone.
 
+    Args:
+        shares: of parameters that are cut by tensor, expert or pipeline parallelism; None where there is none of it.
+        ranks_per_stage: ranks of the job divided by its pipeline stages.
     Returns:
         the norm before clipping, over all ranks, scalar fp32.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    held = [p for p in parameters if p.grad is not None]
+    grads = [p.grad for p in held if p.grad is not None]
+    if shares is not None:
+        norm = _norm_of_shares(held, shares, ranks_per_stage)
+    elif grads:
+        norm = full(nn.utils.get_total_norm(grads))
+    else:
         return torch.zeros(())
-    norm = full(nn.utils.get_total_norm(grads))
-    if max_norm > 0:
+    if max_norm > 0 and grads:
         # The same factor as torch's clip_grad_norm_, so that curves are comparable to the last digit.
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         scale = factor.item() if isinstance(grads[0], DTensor) else factor
         for grad in grads:
             grad.mul_(scale)
     return norm
+
+
+def _norm_of_shares(
+    parameters: Sequence[nn.Parameter], shares: Mapping[nn.Parameter, Share], ranks_per_stage: int
+) -> Tensor:
+    """The norm over all ranks, each entry counted once though several ranks may hold it."""
+    squares: list[Tensor] = []
+    weights: list[float] = []
+    for parameter in parameters:
+        assert parameter.grad is not None
+        share = shares.get(parameter)
+        parts, stages = (1, 1) if share is None else (share.parts, share.stages)
+        squares.append(torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float32).square())
+        weights.append(parts * _fsdp_parts(parameter) / (ranks_per_stage * stages))
+    # fp64 on the host: the weights are fractions, and the sum must hardly depend on the number of ranks.
+    total = torch.zeros(1, dtype=torch.float64)
+    if squares:
+        total += torch.stack(squares).double().cpu() @ torch.tensor(weights, dtype=torch.float64)
+    dist.all_reduce(total)
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return total.sqrt().float().squeeze(0).to(device)
+
+
+def _fsdp_parts(parameter: nn.Parameter) -> int:
+    """Into how many different parts FSDP cuts a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if placement.is_shard())

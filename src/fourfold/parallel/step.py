@@ -49,6 +49,15 @@ class StepResult:
         return sum(self.terms.values())
 
 
+def whole(batch: Batch) -> Batch:
+    """A micro-batch that this rank computes alone."""
+    return batch
+
+
+def nothing() -> None:
+    """Gradients are complete after the last backward pass."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Runs a model on the micro-batches of one optimizer step.
@@ -62,6 +71,8 @@ class Step:
         scale: factor on the loss before backward (the gradient scaler's under fp16), None for 1.
         sync: when gradients travel between data-parallel ranks.
         reducer: adds up over ranks.
+        localize: a micro-batch on the device -> the part of it that this rank computes.
+        finish: completes the gradients after the last backward pass of a step.
     """
 
     model: Callable[[Batch], Outputs]
@@ -72,6 +83,8 @@ class Step:
     scale: Callable[[Tensor], Tensor] | None = None
     sync: GradientSync = field(default_factory=NoSync)
     reducer: Reducer = field(default_factory=Reducer)
+    localize: Callable[[Batch], Batch] = whole
+    finish: Callable[[], None] = nothing
 
     def forward_backward(
         self,
@@ -90,13 +103,14 @@ class Step:
         for number, batch in enumerate(batches):
             if before is not None:
                 before(number)
-            on_device = batch.to(self.device)
+            on_device = self.localize(batch.to(self.device))
             with self.sync.micro_batch(last=number == len(batches) - 1):
                 with self.autocast():
                     found = self.objective.loss(self.model(on_device), on_device)
                 loss = torch.stack([_quotient(term, denominators) for term in found.terms.values()]).sum()
                 (loss if self.scale is None else self.scale(loss)).backward()
             sums.add(found)
+        self.finish()
         return self._result(sums, denominators, batches)
 
     @torch.no_grad()
@@ -105,7 +119,7 @@ class Step:
         batches, denominators = self._prepare(batches)
         sums = _Sums()
         for batch in batches:
-            on_device = batch.to(self.device)
+            on_device = self.localize(batch.to(self.device))
             with self.autocast():
                 sums.add(self.objective.loss(self.model(on_device), on_device))
         return self._result(sums, denominators, batches)

@@ -99,6 +99,6 @@ EXPERT_AXIS = Axis("ep", "the experts", "tokens to their experts and back, twice
 
 def check_layout(layout: Layout, facts: ModelFacts) -> list[str]:
     """Every problem of a layout with a model, one message each, with the sizes that would work."""
-    sizes = layout.as_dict()
+    sizes = layout.sizes()
     axes = (*AXES, EXPERT_AXIS)
     return [problem for axis in axes if sizes[axis.name] > 1 for problem in axis.rule(sizes[axis.name], facts)]

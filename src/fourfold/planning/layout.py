@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from fourfold.base.errors import PlanError
 from fourfold.config.parallel import ParallelConfig
+
+_SIZES = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,12 @@ class Layout:
         ep: ranks that share the experts (of the data-parallel ranks).
         zero: what dp_shard keeps whole between its uses: 3 nothing, 2 weights during a step, 1 weights and
             gradients during a step.
+        sequence_parallel: tp ranks also share the positions between attention and MLP.
+        loss_parallel: tp ranks share the vocabulary of the loss; False gathers the logits.
+        cp_method: how cp ranks see each other's keys and values.
+        pp_schedule: order of work in the pipeline.
+        pp_microbatches: micro-batches of a step in the pipeline at least; 0 for as many as it needs.
+        pp_layers: layers of each stage, first to last; empty for an even split.
     """
 
     dp_replicate: int = 1
@@ -30,6 +39,12 @@ class Layout:
     pp: int = 1
     ep: int = 1
     zero: int = 3
+    sequence_parallel: bool = True
+    loss_parallel: bool = True
+    cp_method: Literal["allgather", "ulysses", "ring"] = "allgather"
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = "1f1b"
+    pp_microbatches: int = 0
+    pp_layers: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -41,13 +56,17 @@ class Layout:
         """Data-parallel ranks: those that see different samples."""
         return self.dp_replicate * self.dp_shard
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """For logs and checkpoints."""
         return asdict(self)
 
+    def sizes(self) -> dict[str, int]:
+        """Ranks on each axis, `ep` too."""
+        return {name: getattr(self, name) for name in _SIZES}
+
     def describe(self) -> str:
         """The axes larger than one, e.g. `dp_shard 4 x tp 2`; `one process` if there is none."""
-        sizes = {name: size for name, size in self.as_dict().items() if name != "zero" and size > 1}
+        sizes = {name: size for name, size in self.sizes().items() if size > 1}
         text = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "one process"
         return f"{text}, zero stage {self.zero}" if self.dp_shard > 1 and self.zero < 3 else text
 
@@ -83,7 +102,17 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
                 raise PlanError(f"strategy: hsdp needs an even number of ranks, and {rest} are left. Use fsdp.")
             sizes["dp_replicate"], rest = 2, rest // 2
         sizes[axis] *= rest
-    return Layout(**sizes, ep=config.ep or 1, zero=_ZERO.get(strategy, 3))
+    return Layout(
+        **sizes,
+        ep=config.ep or 1,
+        zero=_ZERO.get(strategy, 3),
+        sequence_parallel=config.sequence_parallel is not False,
+        loss_parallel=config.loss_parallel is not False,
+        cp_method=config.cp_method,
+        pp_schedule=config.pp_schedule,
+        pp_microbatches=config.pp_microbatches or 0,
+        pp_layers=config.pp_layers_per_stage or (),
+    )
 
 
 def _free_axis(strategy: str, given: dict[str, int | None]) -> str | None:

@@ -81,6 +81,8 @@ class Parts:
             scale=None if scaler is None else scaler.scale,
             sync=self.split.sync,
             reducer=self.split.reducer,
+            localize=self.split.localize,
+            finish=self.split.finish,
         )
 
     def evaluator(self) -> Evaluator:
@@ -109,6 +111,7 @@ class Parts:
             packed=self.model.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
+            multiple=self.split.multiple,
         )
         fit = fit_to_memory(allowed, self.module, sizes, self.precision.compute, self._asked_recompute())
         if fit.recompute:

@@ -157,6 +157,7 @@ def build_loop(
         begin_micro_batch=parts.begin_micro_batch,
         scaler=scaler,
         evaluator=evaluator,
+        clip=parts.split.clip,
     )
     return loop, checkpointer
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourfold.base.errors import ConfigError, RunInterruptedError
 from fourfold.base.log import get_logger
@@ -84,6 +84,7 @@ class Loop:
         begin_micro_batch: called with step and number before each micro-batch; keys the randomness.
         scaler: scales the loss under fp16.
         evaluator: evaluates, or None.
+        clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
     """
 
     settings: LoopSettings
@@ -99,6 +100,7 @@ class Loop:
     begin_micro_batch: Callable[[int, int], None]
     scaler: torch.amp.GradScaler | None = None
     evaluator: Evaluator | None = None
+    clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
     _figures: dict[str, float] = field(default_factory=dict)
     _window: Window = field(default_factory=Window)
 
@@ -136,7 +138,7 @@ class Loop:
         result = self.step.forward_backward(batches, before=partial(self.begin_micro_batch, found.step))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(parameters, self.settings.max_grad_norm)
+        norm = self.clip(parameters, self.settings.max_grad_norm)
         rate = self.optimizer.param_groups[0]["lr"]
         if self._optimizer_step() and not self.settings.schedule_follows_metric:
             self.scheduler.step()

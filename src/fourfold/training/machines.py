@@ -83,7 +83,7 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     """What this version cannot split."""
     problems = [
         f"parallel.{axis}: {size} is not supported by this version. Use dp_replicate and dp_shard."
-        for axis, size in layout.as_dict().items()
+        for axis, size in layout.sizes().items()
         if axis in ("cp", "tp", "pp", "ep") and size > 1
     ]
     if layout.dp_shard > 1:

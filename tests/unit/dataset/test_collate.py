@@ -65,3 +65,19 @@ def test_cut_when_several_are_needed_makes_them_even(packed: bool) -> None:
     samples = [_sample(i, 10) for i in range(9)]
     batches = cut(samples, CutPolicy(packed=packed, max_tokens=45))
     assert [len(batch.samples) for batch in batches] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_cut_when_rows_are_shared_makes_their_length_a_multiple(packed: bool) -> None:
+    plain, widened = (cut([_sample(0, 5), _sample(1, 4)], CutPolicy(packed, 100, multiple=m))[0] for m in (1, 8))
+    width = plain.input_ids.shape[1]
+    assert widened.input_ids.shape[1] == (16 if packed else 8)
+    assert torch.equal(widened.input_ids[:, :width], plain.input_ids)
+    assert (widened.targets[:, width:] == IGNORE_INDEX).all()
+    assert widened.num_tokens == plain.num_tokens == 9
+    assert widened.num_targets == plain.num_targets
+    if packed:
+        assert widened.lengths == (*plain.lengths, 7)
+        assert widened.cu_seqlens is not None
+        assert int(widened.cu_seqlens[-1]) == 16
+        assert len(widened.samples) == len(widened.lengths)
