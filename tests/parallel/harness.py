@@ -8,9 +8,10 @@ import pickle
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
@@ -20,11 +21,12 @@ from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel
 from fourfold.models.patches import peft_noise_ignored
-from fourfold.models.targets import decoder_blocks
+from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
 from fourfold.parallel.sharded import full
+from fourfold.parallel.shares import Share
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
 from tiny_models import tiny_model
@@ -43,6 +45,9 @@ class Case:
         tuning: full or lora.
         packed: rows packed end to end, or padded.
         max_tokens: positions of a micro-batch; small ones give several micro-batches a step.
+        targets: what gets an adapter, as `lora_target` names it; everything if empty.
+        router: weight of the experts' load-balancing loss.
+        bias_router: make every token choose the first half of the experts (deepseek_v3).
     """
 
     family: str = "llama"
@@ -50,26 +55,60 @@ class Case:
     packed: bool = True
     max_tokens: int = 64
     overrides: tuple[tuple[str, Any], ...] = ()
+    targets: tuple[str, ...] = ()
+    router: float = 0.0
+    bias_router: bool = False
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run did: losses and gradient norms of each step, gradients of the first, bytes held at the end."""
+    """What a run did: losses and gradient norms of each step, gradients of the first, bytes held at the end.
+
+    `shares` tells, by name, of which whole parameter a gradient is a part, where it is one.
+    """
 
     losses: list[float]
     norms: list[float]
     gradients: dict[str, torch.Tensor]
     local_numel: int
     state_numel: int
+    shares: dict[str, Share] = field(default_factory=dict)
+
+
+def assert_same(curve: Curve, reference: Curve, *, loss: float = 1e-5) -> None:
+    """Losses within `loss` at every step, norms within 1e-3 relative, first gradients within 1e-6 of their largest.
+
+    Of gradients that are parts of larger ones, the same part of the reference is compared.
+    """
+    assert len(curve.losses) == STEPS
+    assert curve.losses == pytest.approx(reference.losses, abs=loss)
+    assert curve.norms == pytest.approx(reference.norms, rel=1e-3)
+    largest = max(float(grad.abs().max()) for grad in reference.gradients.values())
+    assert curve.gradients.keys() == reference.gradients.keys()
+    for name, whole in reference.gradients.items():
+        grad = curve.shares[name].take(whole) if name in curve.shares else whole
+        assert float((curve.gradients[name] - grad).abs().max()) <= 1e-6 * largest, name
 
 
 def make_model(case: Case) -> TunedModel:
     """The model of a case; the same weights in every process."""
     model = tiny_model(case.family, **dict(case.overrides)).train()
+    if case.bias_router:
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias[: len(bias) // 2] = 10.0
     if case.tuning == "full":
         return model
     torch.manual_seed(7)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    targets = lora_targets(model, case.targets or ("all",))
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters) or None,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     with peft_noise_ignored():
         return get_peft_model(model, config)
 
@@ -93,14 +132,14 @@ def make_steps(vocab_size: int) -> list[list[Sample]]:
 def train(case: Case, mesh: Mesh) -> Curve:
     """Five AdamW steps, each with the samples that belong to this data-parallel rank."""
     module = make_model(case)
-    model = StepModel(module, packed=case.packed)
+    model = StepModel(module, packed=case.packed, balance_experts=case.router > 0)
     inner = base_model(module)
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
     model.runner = split.runner
     policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple)
     step = Step(
         model,
-        TokenLoss(),
+        TokenLoss(router_coefficient=case.router),
         _CPU,
         nullcontext,
         lambda: filler(policy),
@@ -121,7 +160,9 @@ def train(case: Case, mesh: Mesh) -> Curve:
             gradients = {name: full(grad).clone() for name, grad in found if grad is not None}
         norms.append(float(split.clip(parameters, 1.0)))
         optimizer.step()
-    return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer))
+    noted = split.shares.by_parameter(inner)
+    shares = {name: replace(noted[p], sum_over=None) for name, p in module.named_parameters() if p in noted}
+    return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer), shares)
 
 
 def _numel(parameters: Any) -> int:

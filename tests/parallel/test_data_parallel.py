@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import STEPS, Case, Curve, alone, under
+from harness import Case, Curve, alone, assert_same, under
 
 from fourfold.planning.layout import Layout
 
@@ -24,17 +24,6 @@ CASES = {
     "llama-lora-padded": Case(tuning="lora", packed=False),
     "qwen3-full-tied": Case(family="qwen3"),
 }
-
-
-def assert_same(curve: Curve, reference: Curve) -> None:
-    """Losses within 1e-5 at every step, norms within 1e-3 relative, first gradients within 1e-6 of their largest."""
-    assert len(curve.losses) == STEPS
-    assert curve.losses == pytest.approx(reference.losses, abs=1e-5)
-    assert curve.norms == pytest.approx(reference.norms, rel=1e-3)
-    largest = max(float(grad.abs().max()) for grad in reference.gradients.values())
-    assert curve.gradients.keys() == reference.gradients.keys()
-    for name, grad in reference.gradients.items():
-        assert float((curve.gradients[name] - grad).abs().max()) <= 1e-6 * largest, name
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
+from fourfold.parallel.expert import split_experts
 from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
@@ -69,9 +70,21 @@ def parallelize(
     )
     if layout.tp * layout.pp * layout.ep > 1:
         split = replace(split, finish=partial(shares.add_up_gradients, root), clip=partial(_clip, root, shares, layout))
+    experts: list[nn.Module] = []
+    if layout.ep > 1:
+        experts = split_experts(root, mesh, shares)
+        log.info("Cut the experts of %d layers over %d ranks", len(experts), layout.ep)
     if layout.dp_shard > 1:
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-        sharded = shard(root, blocks, mesh.view(axes), zero=layout.zero, compute=compute)
+        sharded = shard(
+            root,
+            blocks,
+            mesh.view(axes),
+            zero=layout.zero,
+            compute=compute,
+            apart=experts,
+            apart_mesh=None if mesh.expert_mesh is None else mesh.expert_mesh[axes],
+        )
         log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), layout.zero)
         return replace(split, sync=FsdpSync(sharded, layout.zero), autocast=nullcontext)
     if layout.dp_replicate > 1:

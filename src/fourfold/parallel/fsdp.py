@@ -15,7 +15,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def shard(
-    root: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, zero: int, compute: torch.dtype | None
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    zero: int,
+    compute: torch.dtype | None,
+    apart: Sequence[nn.Module] = (),
+    apart_mesh: DeviceMesh | None = None,
 ) -> FSDPModule:
     """Shard a model's parameters, in place, over a mesh.
 
@@ -25,8 +32,12 @@ def shard(
         mesh: [dp_shard] or [dp_replicate, dp_shard].
         zero: 3 frees gathered weights after each forward pass, 1 and 2 keep them.
         compute: dtype of gathered weights and of the computation; None for that of the parameters.
+        apart: modules of the blocks that fewer ranks hold alike (a part of the experts), which are their own units.
+        apart_mesh: those ranks, [dp_shard] or [dp_replicate, dp_shard].
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
+    for module in apart:
+        fully_shard(module, mesh=apart_mesh, reshard_after_forward=zero == 3, mp_policy=policy)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
     sharded = fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)

@@ -15,6 +15,7 @@ from fourfold.planning.axes import AXES
 from fourfold.planning.layout import Layout
 
 _NAMES = tuple(axis.name for axis in AXES)
+_EXPERT_NAMES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,14 @@ class Mesh:
 
     Attributes:
         device_mesh: axes named and ordered as in planning.axes; None for one process without a process group.
+        expert_mesh: the same ranks, those of dp_shard x cp regrouped: [pp, dp_replicate, dp_shard, ep, tp], where
+            dp_shard is what is left of them; None without expert parallelism.
     """
 
     layout: Layout
     device: torch.device
     device_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
 
     @property
     def rank(self) -> int:
@@ -80,7 +84,12 @@ def single(device: torch.device) -> Mesh:
 def build_mesh(layout: Layout, device: torch.device) -> Mesh:
     """The mesh of a layout over the initialised process group."""
     sizes = tuple(getattr(layout, name) for name in _NAMES)
-    return Mesh(layout, device, init_device_mesh(device.type, sizes, mesh_dim_names=_NAMES))
+    experts = None
+    if layout.ep > 1:
+        left = layout.dp_shard * layout.cp // layout.ep
+        regrouped = (layout.pp, layout.dp_replicate, left, layout.ep, layout.tp)
+        experts = init_device_mesh(device.type, regrouped, mesh_dim_names=_EXPERT_NAMES)
+    return Mesh(layout, device, init_device_mesh(device.type, sizes, mesh_dim_names=_NAMES), experts)
 
 
 def start_process_group(device: torch.device, timeout_s: int) -> None:

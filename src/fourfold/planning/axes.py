@@ -7,6 +7,7 @@ come first, across nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -76,8 +77,26 @@ def _pipeline_rule(size: int, facts: ModelFacts) -> Iterator[str]:
 def _expert_rule(size: int, facts: ModelFacts) -> Iterator[str]:
     if size > 1 and not facts.experts:
         yield f"parallel.ep: {size} needs a mixture of experts, and this model is dense. Use parallel.ep: 1."
-    elif facts.experts:
-        yield from _divides("ep", size, "the number of experts", facts.experts)
+
+
+def _expert_ranks_rule(layout: Layout, facts: ModelFacts) -> Iterator[str]:
+    """`ep` must divide both the experts and the ranks that it regroups."""
+    size, ranks = layout.ep, layout.dp_shard * layout.cp
+    if size == 1 or not facts.experts:
+        return
+    if ranks == 1:
+        yield (
+            f"parallel.ep: {size} regroups the ranks of dp_shard x cp, and those are 1. Use strategy: fsdp "
+            f"(or parallel.dp_shard: {size}); replicas of dp_replicate hold all experts."
+        )
+    elif ranks % size or facts.experts % size:
+        of = math.gcd(ranks, facts.experts)
+        valid = [str(n) for n in range(1, of + 1) if of % n == 0]
+        sizes = f"{', '.join(valid[:-1])} or {valid[-1]}" if len(valid) > 1 else f"1, or other sizes than {ranks}"
+        yield (
+            f"parallel.ep: {size} does not divide both the {facts.experts} experts and the {ranks} ranks of "
+            f"dp_shard x cp. Use {sizes}."
+        )
 
 
 AXES: tuple[Axis, ...] = (
@@ -101,4 +120,5 @@ def check_layout(layout: Layout, facts: ModelFacts) -> list[str]:
     """Every problem of a layout with a model, one message each, with the sizes that would work."""
     sizes = layout.sizes()
     axes = (*AXES, EXPERT_AXIS)
-    return [problem for axis in axes if sizes[axis.name] > 1 for problem in axis.rule(sizes[axis.name], facts)]
+    problems = [problem for axis in axes if sizes[axis.name] > 1 for problem in axis.rule(sizes[axis.name], facts)]
+    return [*problems, *_expert_ranks_rule(layout, facts)]

@@ -1,0 +1,60 @@
+"""Sizes of a layout that a model does not allow are told with those that it does."""
+
+from __future__ import annotations
+
+import pytest
+
+from fourfold.planning.axes import ModelFacts, check_layout
+from fourfold.planning.layout import Layout
+
+_MIXTURE = ModelFacts(layers=4, heads=8, kv_heads=8, intermediate=64, experts=8)
+_DENSE = ModelFacts(layers=4, heads=8, kv_heads=8, intermediate=64)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp_shard=4, ep=2),
+        Layout(dp_shard=4, ep=4),
+        Layout(dp_shard=8, ep=8, dp_replicate=2),
+        Layout(dp_shard=2, cp=2, ep=4),
+    ],
+)
+def test_check_layout_when_ep_divides_experts_and_ranks_finds_nothing(layout: Layout) -> None:
+    assert check_layout(layout, _MIXTURE) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "facts", "message"),
+    [
+        (
+            Layout(dp_shard=6, ep=3),
+            _MIXTURE,
+            "parallel.ep: 3 does not divide both the 8 experts and the 6 ranks of dp_shard x cp. Use 1 or 2.",
+        ),
+        (
+            Layout(dp_shard=4, ep=8),
+            _MIXTURE,
+            "parallel.ep: 8 does not divide both the 8 experts and the 4 ranks of dp_shard x cp. Use 1, 2 or 4.",
+        ),
+        (
+            Layout(dp_shard=3, ep=3),
+            _MIXTURE,
+            "parallel.ep: 3 does not divide both the 8 experts and the 3 ranks of dp_shard x cp. "
+            "Use 1, or other sizes than 3.",
+        ),
+        (
+            Layout(dp_replicate=2, ep=2),
+            _MIXTURE,
+            "parallel.ep: 2 regroups the ranks of dp_shard x cp, and those are 1. Use strategy: fsdp "
+            "(or parallel.dp_shard: 2); replicas of dp_replicate hold all experts.",
+        ),
+        (
+            Layout(dp_shard=2, ep=2),
+            _DENSE,
+            "parallel.ep: 2 needs a mixture of experts, and this model is dense. Use parallel.ep: 1.",
+        ),
+    ],
+)
+def test_check_layout_when_ep_does_not_fit_tells_what_does(layout: Layout, facts: ModelFacts, message: str) -> None:
+    assert check_layout(layout, facts) == [message]
