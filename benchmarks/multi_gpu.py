@@ -4,6 +4,7 @@
 
 equality     a small llama under every layout against one GPU: losses of 10 steps, fp32 and bf16.
 throughput   a 1B-parameter llama, full and LoRA in bf16: tokens/s and peak memory of rank 0.
+ddp_variants what of a replica's step costs time (ddp_variants.py); only when named.
 
 Each run is the command that a user types, in a process of its own. Results are merged into FOLDER/multi_gpu.json.
 """
@@ -137,6 +138,14 @@ def throughput(work: Path, model: Path, data: Path, gpus: int, limit: float) -> 
     return found
 
 
+def ddp_variants(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
+    """Run ddp_variants.py by torchrun."""
+    script = Path(__file__).with_name("ddp_variants.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
+    subprocess.run([*launcher, str(script), "--out", str(work)], timeout=limit, check=True)
+    return {"ddp_variants": json.loads((work / "ddp_variants.json").read_text(encoding="utf-8"))}
+
+
 def _show(name: str, found: dict[str, Any]) -> None:
     keys = ("exit_status", "seconds", "largest_difference", "tokens_per_sec", "peak_allocated_gib")
     shown = (f"{key} {found[key]:.6g}" for key in keys if isinstance(found.get(key), int | float))
@@ -145,13 +154,13 @@ def _show(name: str, found: dict[str, Any]) -> None:
         print(found.get("log", ""), flush=True)
 
 
-CASES = {"equality": (equality, SMALL), "throughput": (throughput, LARGE)}
+CASES = {"equality": (equality, SMALL), "throughput": (throughput, LARGE), "ddp_variants": (ddp_variants, SMALL)}
 
 
 def main() -> None:
     """Run the chosen cases until the budget is spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
+    parser.add_argument("--only", default="equality,throughput", help="cases, separated by commas")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Llama-3 tokenizer")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of one run at most")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/benchmarks")))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import Case, Curve, alone, assert_same, under
+import torch.distributed as dist
+from harness import Case, Curve, alone, assert_same, make_model, run_ranks, under
 
+from fourfold.models.unwrap import base_model
+from fourfold.parallel.gradients import replicate
 from fourfold.planning.layout import Layout
 
 LAYOUTS = {
@@ -38,6 +41,27 @@ def references() -> dict[str, Curve]:
 def test_training_when_split_equals_one_process(layout: str, case: str, references: dict[str, Curve]) -> None:
     for curve in under(CASES[case], LAYOUTS[layout]):
         assert_same(curve, references[case])
+
+
+def test_exchange_when_ddp_trains_adapters_sends_these_alone() -> None:
+    for sent, trained in run_ranks(2, _bytes_sent_by_ddp):
+        assert sent == trained
+
+
+def _bytes_sent_by_ddp() -> tuple[int, int]:
+    """Bytes that a step of LoRA hands to the exchange of gradients, and bytes of the adapters."""
+    module = make_model(Case(tuning="lora"))
+    wrapped = replicate(base_model(module), dist.group.WORLD)
+    sent, exchange = 0, dist.all_reduce
+
+    def count(tensor: torch.Tensor, **kwargs: object) -> object:
+        nonlocal sent
+        sent += tensor.nbytes
+        return exchange(tensor, **kwargs)
+
+    dist.all_reduce = count
+    wrapped(input_ids=torch.arange(8)[None]).logits.sum().backward()
+    return sent, sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
 
 
 def test_bytes_when_sharded_are_a_share_on_each_rank() -> None:

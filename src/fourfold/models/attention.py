@@ -82,6 +82,10 @@ def packed_attention(
     Returns:
         [1, S, heads, value dim] and None (no weights are kept).
     """
+    if torch.is_autocast_enabled(query.device.type):
+        # Beside fp32 masters the rotation leaves queries and keys in fp32; every attention kernel would cast them, but
+        # the choice of the kernel is made here.
+        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     plain = softcap is None and s_aux is None and dropout == 0.0
     if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and cu_seqlens is not None:
         return _varlen(query, key, value, cu_seqlens, max(lengths), scaling, sliding_window), None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+_BUCKET_MB = 100
+
 
 class GradientSync(Protocol):
     """Steers the exchange of gradients within a step."""
@@ -74,6 +76,8 @@ def replicate(module: nn.Module, group: dist.ProcessGroup | None) -> Distributed
         # Every rank has loaded the same weights and seeded the same adapters; nothing needs to be sent.
         init_sync=False,
         gradient_as_bucket_view=True,
+        # Few large buckets: each costs a call back into Python, and large messages use the link best.
+        bucket_cap_mb=_BUCKET_MB,
         **no_buffers,
     )
 

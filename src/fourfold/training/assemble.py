@@ -33,7 +33,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.step import Step
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.memory import StepSizes, enable_recompute, fit_to_memory
-from fourfold.training.precision import Precision, resolve
+from fourfold.training.precision import Precision, narrow_outputs, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
 from fourfold.training.schedule import samples_per_step
 
@@ -156,6 +156,9 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
         add_neftune(module, noise, training.neftune_noise_alpha)
+    mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
+    if mixed == torch.bfloat16:  # fp16 would overflow between layers
+        narrow_outputs(module, torch.bfloat16)
     with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
         model = StepModel(
             module,
@@ -164,7 +167,6 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
             balance_experts=bool(run.model.moe_aux_loss_coef),
         )
     inner = base_model(module)
-    mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)
     model.runner = split.runner
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from fourfold.config.schema import Run
 
@@ -45,3 +46,21 @@ def resolve(run: Run) -> Precision:
     compute = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     load = torch.float32 if run.tuning.finetuning_type == "full" else compute
     return Precision(compute, load, torch.float32, loss_scaling=compute == torch.float16)
+
+
+def narrow_outputs(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let embeddings and norms whose masters are wider than `dtype` give their outputs in it.
+
+    Autocast casts the operands of products only: beside fp32 masters what flows from layer to layer would stay fp32,
+    twice the bytes, and each product would keep a copy of its own. This is what FSDP's mixed precision computes.
+    """
+
+    def narrow(module: nn.Module, args: object, output: object) -> object:
+        if not isinstance(output, Tensor) or output.dtype != torch.float32:
+            return output
+        return output.to(dtype) if torch.is_autocast_enabled(output.device.type) else output
+
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and (isinstance(module, nn.Embedding) or all(p.ndim == 1 for p in own)):
+            module.register_forward_hook(narrow)
