@@ -52,8 +52,8 @@ def make_common_files(plan: Plan, _: Connection) -> None:
     from fourfold.config.load import load
     from fourfold.dataset.prepare import prepare
     from fourfold.models.adapters import attach
-    from fourfold.models.inference import load_renderer
     from fourfold.models.load import load_model
+    from fourfold.models.renderer import load_renderer
 
     run = load(plan.config, verb="train")
     torch.manual_seed(run.training.seed)

@@ -17,7 +17,7 @@ from fourfold.cli.main import app
 Refuse = Callable[..., str]
 """Runs `fourfold train` on the tiny model with some keys and returns the line that refuses them."""
 
-_HEAVY = ("torch", "transformers", "datasets", "peft", "pyarrow", "numpy")
+_HEAVY = ("torch", "transformers", "datasets", "peft", "pyarrow", "numpy", "bitsandbytes")
 
 _LIGHT_PROGRAM = """
 import sys

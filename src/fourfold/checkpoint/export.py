@@ -28,9 +28,10 @@ from fourfold.checkpoint.folder import write_folder
 from fourfold.config.schema import Run
 from fourfold.dataset.template import AUTO
 from fourfold.models.adapters import attach
-from fourfold.models.inference import inference_device, load_for_inference, make_renderer, written_dtype
+from fourfold.models.inference import inference_device, load_for_inference, written_dtype
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.models.quantize import dequantize_model, is_quantized
+from fourfold.models.renderer import make_renderer
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.models.weights import save_model
 

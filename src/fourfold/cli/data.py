@@ -26,7 +26,7 @@ def describe(run: Run) -> str:
 
     check_named(run)
     from fourfold.dataset.report import report
-    from fourfold.models.inference import load_renderer
+    from fourfold.models.renderer import load_renderer
 
     tokenizer, renderer = load_renderer(run)
     return report(run, tokenizer, renderer)

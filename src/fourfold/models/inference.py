@@ -1,4 +1,4 @@
-"""Everything that inference needs, loaded from a run's config: for chat, the API, prediction and export."""
+"""The model for inference, loaded from a run's config: for chat, the API, prediction and export."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import ConfigError
-from fourfold.config.data import DataConfig
 from fourfold.config.model import ModelConfig
 from fourfold.config.schema import Run
-from fourfold.dataset.render import Renderer
-from fourfold.dataset.special_tokens import settle_special_tokens
-from fourfold.dataset.template import load_template
 from fourfold.models.adapters import attach
 from fourfold.models.load import load_config, load_model
-from fourfold.models.tokenizer import load_tokenizer
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -33,35 +28,6 @@ def load_for_inference(
     """
     model = load_model(run.model, dtype=dtype or inference_dtype(run.model, device), device=device, tokenizer=tokenizer)
     return attach(model, run.model, run.tuning, trainable=False)
-
-
-def load_renderer(run: Run) -> tuple[PreTrainedTokenizerBase, Renderer]:
-    """The tokenizer, with the template's special tokens settled, and the renderer on it.
-
-    Raises:
-        ConfigError: no such template or tool format, or `auto` and the tokenizer has no chat template.
-        ModelError: the tokenizer cannot be loaded.
-    """
-    tokenizer = load_tokenizer(run.model)
-    return tokenizer, make_renderer(run.data, tokenizer)
-
-
-def make_renderer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
-    """The renderer of a config; settles the template's special tokens in `tokenizer`.
-
-    Raises:
-        ConfigError: as `load_renderer`.
-    """
-    template = load_template(config.template, tokenizer)
-    settle_special_tokens(template, tokenizer)
-    return Renderer(
-        template,
-        tokenizer,
-        tool_format=config.tool_format,
-        default_system=config.default_system,
-        enable_thinking=config.enable_thinking,
-        preserve_thinking=config.preserve_thinking,
-    )
 
 
 def inference_device(run: Run) -> torch.device:

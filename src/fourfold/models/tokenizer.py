@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fourfold.base.errors import ModelError
+from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.models.gguf_tokenizer import load_gguf_tokenizer
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
-from fourfold.models.vocabulary import described_tokens
 
 log = get_logger(__name__)
 
@@ -58,6 +59,26 @@ def _ensure_pad(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         )
     tokenizer.pad_token = tokenizer.eos_token
     log.info("The tokenizer has no pad token; %s is used.", tokenizer.eos_token)
+
+
+def described_tokens(config: ModelConfig) -> dict[str, str]:
+    """New special tokens and what they mean, from the YAML file that `new_special_tokens_config` names.
+
+    Raises:
+        ConfigError: the file is missing or is no mapping of tokens to text.
+    """
+    if config.new_special_tokens_config is None:
+        return {}
+    path = Path(config.new_special_tokens_config)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"new_special_tokens_config: {path} cannot be read ({error}). Give a YAML file.") from error
+    if not isinstance(content, dict) or not all(isinstance(item, str) for pair in content.items() for item in pair):
+        raise ConfigError(
+            f"new_special_tokens_config: {path} must map each token to a text that describes it, one a line."
+        )
+    return content
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
+from fourfold.models.tokenizer import described_tokens
 
 log = get_logger(__name__)
 
@@ -25,26 +24,6 @@ def grows_vocabulary(config: ModelConfig) -> bool:
     """Whether the config asks for more tokens than the model has."""
     added = config.add_tokens or config.add_special_tokens or config.new_special_tokens_config
     return config.resize_vocab or bool(added)
-
-
-def described_tokens(config: ModelConfig) -> dict[str, str]:
-    """New special tokens and what they mean, from the YAML file that `new_special_tokens_config` names.
-
-    Raises:
-        ConfigError: the file is missing or is no mapping of tokens to text.
-    """
-    if config.new_special_tokens_config is None:
-        return {}
-    path = Path(config.new_special_tokens_config)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"new_special_tokens_config: {path} cannot be read ({error}). Give a YAML file.") from error
-    if not isinstance(content, dict) or not all(isinstance(item, str) for pair in content.items() for item in pair):
-        raise ConfigError(
-            f"new_special_tokens_config: {path} must map each token to a text that describes it, one a line."
-        )
-    return content
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from fourfold.base import registry
 from fourfold.config.schema import Run
 from fourfold.dataset.render import Renderer
 from fourfold.generate.interface import Engine, Sampling, sampling_of
-from fourfold.models.inference import load_renderer
+from fourfold.models.renderer import load_renderer
 
 _ENGINES = "fourfold.generate"
 

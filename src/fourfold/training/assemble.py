@@ -19,12 +19,12 @@ from fourfold.dataset.render import Renderer
 from fourfold.models.adapters import attach, identify_base
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.identity import BaseIdentity
-from fourfold.models.inference import load_renderer
 from fourfold.models.liger import apply_liger
 from fourfold.models.load import load_model
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.parameters import describe_parameters
+from fourfold.models.renderer import load_renderer
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.interface import Objective

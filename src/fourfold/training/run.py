@@ -15,7 +15,7 @@ from fourfold.checkpoint.folder import full_disk_told
 from fourfold.config.begin import begin_logging
 from fourfold.config.schema import Run
 from fourfold.dataset.prepare import prepare
-from fourfold.models.inference import load_renderer
+from fourfold.models.renderer import load_renderer
 from fourfold.parallel.launch import is_worker, launch
 from fourfold.parallel.mesh import (
     Mesh,

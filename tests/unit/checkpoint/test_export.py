@@ -17,9 +17,9 @@ from fourfold.config.schema import Run
 from fourfold.dataset.rows import Message
 from fourfold.models.adapters import attach
 from fourfold.models.identity import identify
-from fourfold.models.inference import load_renderer
 from fourfold.models.load import load_model
 from fourfold.models.patches import peft_noise_ignored
+from fourfold.models.renderer import load_renderer
 from fourfold.models.weights import save_model
 from tiny_models import save_tiny_model, tiny_tokenizer
 
