@@ -17,6 +17,9 @@ from fourfold.cli.main import app
 Refuse = Callable[..., str]
 """Runs `fourfold train` on the tiny model with some keys and returns the line that refuses them."""
 
+Train = Callable[..., "Done"]
+"""Runs `fourfold train` on the tiny model with some keys added, and returns what the command left behind."""
+
 _HEAVY = ("torch", "transformers", "datasets", "peft", "pyarrow", "numpy", "bitsandbytes")
 
 _LIGHT_PROGRAM = """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Refuse, refusal, run_here, words_of
+from command import Done, Refuse, Train, refusal, run_here, words_of
 from tiny_models import save_tiny_model
 from training_runs import config, write_dataset
 
@@ -55,3 +55,23 @@ def refuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> Refuse:
         return refusal(run_here(capsys, "train", *words, *added))
 
     return refuse
+
+
+@pytest.fixture
+def train(words: list[str], capsys: pytest.CaptureFixture[str]) -> Train:
+    """Train with some keys added, which must go well."""
+
+    def train(*added: str) -> Done:
+        done = run_here(capsys, "train", *words, *added)
+        assert done.code == 0, done.err
+        assert done.out == ""
+        assert "%|" not in done.err  # bars belong on a terminal
+        return done
+
+    return train
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The folder of the run that `words` describe."""
+    return tmp_path / "out"

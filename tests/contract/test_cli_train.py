@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from command import Done, refusal, run_here
+from command import Train, refusal, run_here
 from fourfold.checkpoint.folder import list_checkpoints
-
-Train = Callable[..., Done]
-"""Trains with some keys added and returns what the command left behind."""
-
-
-@pytest.fixture
-def train(words: list[str], capsys: pytest.CaptureFixture[str]) -> Train:
-    def train(*added: str) -> Done:
-        done = run_here(capsys, "train", *words, *added)
-        assert done.code == 0, done.err
-        assert done.out == ""
-        assert "%|" not in done.err  # bars belong on a terminal
-        return done
-
-    return train
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
 
 
 def read(path: Path) -> Any:

@@ -8,19 +8,29 @@ from fourfold.config.data import DataConfig
 from fourfold.config.schema import Run
 from fourfold.dataset.render import Renderer
 from fourfold.dataset.special_tokens import settle_special_tokens
-from fourfold.dataset.template import load_template
+from fourfold.dataset.stage_rows import row_kind
+from fourfold.dataset.template import AUTO, load_template
 from fourfold.models.tokenizer import load_tokenizer
+
+_NO_TEMPLATE = "empty"
+"""The template that adds nothing to a text."""
 
 
 def load_renderer(run: Run) -> tuple[PreTrainedTokenizerBase, Renderer]:
     """The tokenizer, with the template's special tokens settled, and the renderer on it.
 
+    Plain text is not rendered, so a stage of plain text takes a tokenizer without a chat template as it is.
+
     Raises:
-        ConfigError: no such template or tool format, or `auto` and the tokenizer has no chat template.
+        ConfigError: no such template or tool format, or `auto` and the tokenizer has no chat template, which the
+            stage needs.
         ModelError: the tokenizer cannot be loaded.
     """
     tokenizer = load_tokenizer(run.model)
-    return tokenizer, make_renderer(run.data, tokenizer)
+    data = run.data
+    if data.template == AUTO and tokenizer.chat_template is None and row_kind(run.training.stage) == "text":
+        data = data.model_copy(update={"template": _NO_TEMPLATE})
+    return tokenizer, make_renderer(data, tokenizer)
 
 
 def make_renderer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:

@@ -107,7 +107,7 @@ def _verbs(parts: Parts) -> dict[str, Any]:
         if run.output.plot_loss and first:
             for path in plot_losses(output_dir):
                 log.info("Figure saved at %s", path)
-        log.info(_what_next(run, output_dir))
+        log.info(_what_next(parts))
     if training.do_eval:
         results |= _report(parts, "eval", parts.evaluator().run("eval"))
     if training.do_predict:
@@ -118,10 +118,10 @@ def _verbs(parts: Parts) -> dict[str, Any]:
     return results
 
 
-def _what_next(run: Run, output_dir: Path) -> str:
+def _what_next(parts: Parts) -> str:
     """Where the result is, and the command that talks to it."""
-    trained = str(output_dir)
-    keys = {"model_name_or_path": run.model.model_name_or_path or "", "template": run.data.template}
+    run, trained = parts.run, str(parts.output_dir)
+    keys = {"model_name_or_path": run.model.model_name_or_path or "", "template": parts.renderer.template.name}
     kind = "Model"
     if run.tuning.finetuning_type == "lora":
         given = run.model.adapter_name_or_path
