@@ -1,14 +1,11 @@
-"""Loading a tokenizer and telling two of them apart."""
+"""Loading a tokenizer, from the hub, a folder or a GGUF file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
@@ -79,22 +76,3 @@ def described_tokens(config: ModelConfig) -> dict[str, str]:
             f"new_special_tokens_config: {path} must map each token to a text that describes it, one a line."
         )
     return content
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides how text becomes tokens; the same in every process and on every machine.
-
-    Covers vocabulary, merges, normalisation, pre-tokenizer, added tokens, the chat template and the special tokens;
-    not where it was loaded from, nor the padding and truncation that a call may have left behind.
-    """
-    content: dict[str, Any] = {
-        "class": type(tokenizer).__name__,
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "split_special_tokens": tokenizer.split_special_tokens,
-        "chat_template": tokenizer.chat_template,
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-    }
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        content["backend"] = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

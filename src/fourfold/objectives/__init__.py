@@ -1,1 +1,1 @@
-"""One file per stage: what rows it needs and its loss."""
+"""One file per stage: its loss."""

@@ -1,21 +1,19 @@
-"""What a training stage is: the rows it needs and its loss. One file per stage; there is one loop."""
+"""What a training stage is: its loss. One file per stage; there is one loop."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.loss import Outputs
 from fourfold.parallel.terms import LossTerms
 
-RowKind = Literal["text", "chat", "preference", "kto", "prompt"]
-
 
 class Objective(Protocol):
     """A stage of training.
 
-    Each file of this folder has `ROWS: RowKind` and `build(run) -> Objective`.
+    Each file of this folder has `build(run) -> Objective`. What its rows are, `dataset/stage_rows.py` says.
     """
 
     def denominators(self, batches: Sequence[Batch]) -> dict[str, float]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from fourfold.config.schema import Run
 from fourfold.losses.token import build_token_loss
-from fourfold.objectives.interface import Objective, RowKind
-
-ROWS: RowKind = "chat"
+from fourfold.objectives.interface import Objective
 
 
 def build(run: Run) -> Objective:

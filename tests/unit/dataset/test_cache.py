@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from byte_tokenizer import make_byte_tokenizer
 from fourfold.base.errors import DataError
@@ -74,13 +75,22 @@ def test_cache_root_when_set_in_the_environment_is_there(tmp_path: Path, monkeyp
     assert cache_root() == Path.home() / ".cache" / "fourfold"
 
 
+def test_tokenizer_digest_when_saved_and_loaded_stays_the_same(tmp_path: Path) -> None:
+    tokenizer = make_byte_tokenizer("<|im_end|>")
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_digest(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_digest(tokenizer)
+
+
 def test_tokenizer_digest_when_anything_that_matters_differs_differs_too() -> None:
     first = tokenizer_digest(make_byte_tokenizer())
     assert tokenizer_digest(make_byte_tokenizer()) == first
     assert tokenizer_digest(make_byte_tokenizer("<|im_end|>")) != first
     other = make_byte_tokenizer()
-    other("some text", padding="max_length", max_length=8, truncation=True) if other.pad_token else other("some text")
-    assert tokenizer_digest(other) == first
+    other.pad_token = other.eos_token
+    before = tokenizer_digest(other)
+    other("some text", padding="max_length", max_length=8, truncation=True)
+    assert tokenizer_digest(other) == before
+    other = make_byte_tokenizer()
     other.split_special_tokens = True
     assert tokenizer_digest(other) != first
 

@@ -6,7 +6,7 @@ import pytest
 
 from fourfold.base.errors import ModelError
 from fourfold.config.model import ModelConfig
-from fourfold.models.tokenizer import load_tokenizer, tokenizer_hash
+from fourfold.models.tokenizer import load_tokenizer
 from tiny_models import save_tiny_model, tiny_tokenizer
 
 
@@ -51,26 +51,3 @@ def test_load_tokenizer_when_the_folder_has_none_says_so(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
         load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
-
-
-def test_tokenizer_hash_depends_on_content_only(tmp_path: Path) -> None:
-    first = tiny_tokenizer()
-    reference = tokenizer_hash(first)
-    first(["a", "b c"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_hash(first) == reference
-    first.save_pretrained(tmp_path)
-    assert tokenizer_hash(load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))) == reference
-
-
-def test_tokenizer_hash_changes_with_what_changes_tokens() -> None:
-    hashes = {tokenizer_hash(tiny_tokenizer())}
-    for change in ("template", "token", "split"):
-        tokenizer = tiny_tokenizer()
-        if change == "template":
-            tokenizer.chat_template = "{{ messages }}"
-        elif change == "token":
-            tokenizer.add_tokens(["[A]"])
-        else:
-            tokenizer.split_special_tokens = True
-        hashes.add(tokenizer_hash(tokenizer))
-    assert len(hashes) == 4
