@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fourfold.config.key import CommaList, LocalPath, PathList, Section, Status, key, later
+from fourfold.config.key import CommaList, Folder, LocalPath, PathList, Section, Status, key, later
 
 _BNB_ONLY = "Weights are quantised by bitsandbytes at load time. Use quantization_method: bnb, or load a checkpoint "
 _GPTQ = _BNB_ONLY + "that is not quantised."
@@ -80,10 +80,11 @@ class ModelConfig(Section):
     infer_dtype: Literal["auto", "float16", "bfloat16", "float32"] = key(
         "auto", "Data type for chat, export and prediction; auto takes the checkpoint's own.", group="Inference"
     )
-    infer_backend: Literal["huggingface", "vllm"] = key(
+    infer_backend: str = key(
         "huggingface",
         "Engine that generates text.",
         group="Inference",
+        folder=Folder("fourfold.generate"),
         renamed={"hf": "huggingface", "transformers": "huggingface"},
         refused={"sglang": "SGLang is not supported. Use infer_backend: huggingface."},
     )

@@ -18,6 +18,8 @@ from fourfold.config.problems import wanted
 from fourfold.config.schema import COMPAT, Key, groups, table
 
 WIDTH = 80
+_MOST_NAMES = 12
+"""A longer list of values is left to `fourfold help KEY`."""
 BEGIN, END = "<!-- generated: refused -->", "<!-- end of generated -->"
 
 _INTRO = """\
@@ -128,11 +130,19 @@ def config_page() -> str:
 
 
 def _row(key: Key) -> str:
-    values = "one of the names `fourfold help` lists" if key.spec.folder else wanted(key)
+    values = _names(key) if key.spec.folder else wanted(key)
     said = remark(key)
     meaning = key.spec.help + (f" *{said[0].upper()}{said[1:]}.*".replace("..*", ".*") if said else "")
     cells = (f"`{key.name}`", values, f"`{show_default(key.default)}`", meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+
+def _names(key: Key) -> str:
+    """The valid values of a key that an open folder lists."""
+    names = key.choices()
+    if len(names) > _MOST_NAMES:
+        return f"one of the names that `fourfold help {key.name}` lists"
+    return "one of " + ", ".join(names)
 
 
 def refused_rows() -> str:

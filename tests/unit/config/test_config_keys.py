@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fourfold.base import registry
 from fourfold.config.key import Status
 from fourfold.config.load import load
 from fourfold.config.schema import SECTIONS, Run, table
@@ -74,3 +75,11 @@ def test_run_when_changed_refuses() -> None:
         run.notes = ("x",)  # type: ignore[misc]
     with pytest.raises(ValueError, match="frozen"):
         run.data.cutoff_len = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["stage", "optim", "infer_backend", "template"])
+def test_choices_when_a_folder_holds_the_entries_list_its_files(name: str) -> None:
+    key = table()[name]
+    assert key.spec.folder is not None
+    assert set(registry.names(key.spec.folder.package, key.spec.folder.suffix)) <= set(key.choices())
+    assert key.default in key.choices()
