@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fourfold.base.errors import CheckpointError
-from fourfold.parallel.sharded import cut_alike, full
+from fourfold.models.tensor_files import TensorFiles
+from fourfold.parallel.shares import Share, Shares, local
+from fourfold.parallel.whole import Part, describe, everyone, fill, gather
 
 TENSORS = "optimizer.safetensors"
 NUMBERS = "optimizer.json"
@@ -42,27 +43,67 @@ class OptimizerState:
         (folder / NUMBERS).write_text(json.dumps(self.content), encoding="utf-8")
 
 
-def gather_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
-    """Collect the state of all parameters, sharded ones made whole; every rank must call."""
+def gather_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, shares: Shares) -> OptimizerState:
+    """Collect the state of all parameters, whole, on rank 0; every rank of a model that is split must call.
+
+    Returns:
+        the state; on other ranks one without tensors.
+    """
+    parts, numbers = split_state(optimizer, model, shares)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in gather(parts) if tensor is not None}
+    return OptimizerState(tensors, describe_optimizer(optimizer, numbers))
+
+
+def split_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, shares: Shares
+) -> tuple[dict[str, Part], dict[str, dict[str, Any]]]:
+    """The optimizer's state on this rank.
+
+    Returns:
+        the tensors as parts of whole ones, by `<parameter name>|<state name>`, and the numbers by parameter name.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
+    noted = shares.by_parameter(model)
+    tensors: dict[str, Part] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for parameter, state in optimizer.state.items():
-        name = names[parameter]
+        assert isinstance(parameter, nn.Parameter)
+        name, part = names[parameter], describe(parameter, noted.get(parameter))
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"{name}{_SEPARATOR}{key}"] = full(value.detach()).cpu().contiguous().clone()
+                tensors[f"{name}{_SEPARATOR}{key}"] = _like(value, part)
             else:
                 numbers.setdefault(name, {})[key] = value
+    return tensors, numbers
+
+
+def _like(value: Tensor, part: Part) -> Part:
+    """A tensor of the state: cut as its parameter is if it has its shape, else the same on every rank."""
+    if local(value).shape == part.local.shape:
+        return part.with_local(value)
+    assert value.ndim == 0 or part.is_whole, "only a state of the parameter's own shape can be cut"
+    return describe(value, None)
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, numbers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is written as JSON, of all ranks (stages of a pipeline have other parameters); every rank must call."""
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return OptimizerState(tensors, {"numbers": numbers, "groups": groups, "class": type(optimizer).__name__})
+    all_numbers: dict[str, dict[str, Any]] = {}
+    all_groups: dict[Any, dict[str, Any]] = {}
+    for theirs, their_groups in everyone((numbers, groups)):
+        all_numbers |= theirs
+        for place, group in enumerate(their_groups):
+            all_groups.setdefault(group.get("name", place), group)
+    return {"numbers": all_numbers, "groups": list(all_groups.values()), "class": type(optimizer).__name__}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path, shares: Shares) -> None:
     """Restore in place what `gather_optimizer` collected; settings such as weight decay stay as the config has them.
 
+    Each rank reads its own parts only. Every rank of a model that is split must call.
+
     Raises:
-        CheckpointError: another kind of optimizer, or a trained parameter without state.
+        CheckpointError: another kind of optimizer, or state of a parameter that the model does not have.
     """
     content = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
     if content["class"] != type(optimizer).__name__:
@@ -71,6 +112,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             "Set optim as it was, or start a new run from the checkpoint's weights."
         )
     parameters = dict(model.named_parameters())
+    known = set().union(*everyone(set(parameters)))
+    noted = shares.by_parameter(model)
     host_scalars = {
         parameter
         for group in optimizer.param_groups
@@ -78,19 +121,40 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         if not (group.get("fused") or group.get("capturable"))
     }
     states: dict[Tensor, dict[str, Any]] = {}
-    with safe_open(folder / TENSORS, framework="pt") as file:
-        for entry in file.keys():  # noqa: SIM118 (not a mapping)
-            name, _, key = entry.rpartition(_SEPARATOR)
-            if name not in parameters:
-                raise CheckpointError(f"{folder / TENSORS}: has state for {name}, which this model does not have.")
-            parameter, value = parameters[name], file.get_tensor(entry)
-            on_host = value.ndim == 0 and parameter in host_scalars
-            shaped = value.shape == parameter.shape
-            placed = value if on_host else cut_alike(value, parameter) if shaped else value.to(parameter.device)
-            states.setdefault(parameter, {})[key] = placed
+    file = TensorFiles([folder / TENSORS])
+    for entry in file.names:
+        name, _, key = entry.rpartition(_SEPARATOR)
+        if name not in known:
+            raise CheckpointError(f"{folder / TENSORS}: has state for {name}, which this model does not have.")
+        if name in parameters:
+            parameter = parameters[name]
+            place = torch.device("cpu") if parameter in host_scalars else parameter.device
+            value = _restored(file, entry, parameter, noted.get(parameter), scalars_on=place)
+            states.setdefault(parameter, {})[key] = value
     for name, entries in content["numbers"].items():
-        states.setdefault(parameters[name], {}).update(entries)
+        if name in parameters:
+            states.setdefault(parameters[name], {}).update(entries)
     optimizer.state.clear()
     optimizer.state.update(states)
-    for group, saved in zip(optimizer.param_groups, content["groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key == "lr" or key not in group})
+    _restore_groups(optimizer, content["groups"])
+
+
+def _restored(
+    file: TensorFiles, entry: str, parameter: nn.Parameter, share: Share | None, *, scalars_on: torch.device
+) -> Tensor:
+    """A tensor of the state: this rank's part of it if it is cut as its parameter is, else all of it."""
+    part, shape = describe(parameter, share), file.shape(entry)
+    if shape == part.shape:
+        value = torch.empty_like(parameter, dtype=file.dtype(entry), requires_grad=False)
+        fill(part.with_local(value), file, entry)
+        return value
+    device = parameter.device if shape else scalars_on
+    return file.read(entry, (0,) * len(shape), shape).to(device, copy=True)
+
+
+def _restore_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Put the rates back, by the groups' names where they have one."""
+    by_name = {group.get("name", place): group for place, group in enumerate(saved)}
+    for place, group in enumerate(optimizer.param_groups):
+        theirs = by_name[group.get("name", place)]
+        group.update({key: value for key, value in theirs.items() if key == "lr" or key not in group})

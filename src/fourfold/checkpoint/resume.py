@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
-from fourfold.parallel.sharded import copy_whole
+from fourfold.models.tensor_files import HostTensors, NamedSource, TensorFiles
+from fourfold.parallel.shares import Shares
+from fourfold.parallel.whole import Part, everyone, fill, parts_of
 
 log = get_logger(__name__)
 
@@ -60,11 +62,14 @@ def _offer_earlier(damaged: Path, folders: list[Path]) -> str:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
     """Put the weights of a checkpoint into a model that was built as at the run's start.
+
+    Each rank reads its own parts only. Every rank of a model that is split must call.
 
     Args:
         model: a PeftModel (adapter files are read) or a plain model (model files are read).
+        shares: which of the model's parameters are parts of larger ones.
     Raises:
         CheckpointError: a trained weight is missing, or the file has one that the model does not.
     """
@@ -72,46 +77,57 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
         if not path.exists():
             raise CheckpointError(f"{path}: is missing; the checkpoint holds no adapter.")
-        unexpected = _restore_adapter(model, load_file(path))
-        if unexpected:
-            raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
+        if pissa.is_pissa(model):
+            unexpected = pissa.restore(model, load_file(path))
+            if unexpected:
+                raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
+        else:
+            _load_parts(_adapter_parts(model, shares), TensorFiles([path]), path)
         return
     assert isinstance(model, PreTrainedModel)
-    state, saved = model.state_dict(), _read_model(model, folder)
-    tied: dict[int, list[str]] = {}  # one parameter under several names is saved under one of them
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    groups = [*tied.values(), *([name] for name in state.keys() - {name for names in tied.values() for name in names})]
-    for names in groups:
-        found = [name for name in names if name in saved]
+    parts: dict[str, tuple[Part, list[str]]] = {}
+    first: dict[int, str] = {}  # one parameter under several names is saved under one of them
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, part in parts_of(model, shares).items():
+        key = first.setdefault(id(own.get(name, part)), name)
+        parts.setdefault(key, (part, []))[1].append(name)
+    _load_parts(parts, _read_model(model, folder), folder)
+
+
+def _load_parts(parts: Mapping[str, tuple[Part, list[str]]], source: NamedSource, place: Path) -> None:
+    """Fill each part from the first of its names that the source has."""
+    for name, (part, names) in parts.items():
+        found = [candidate for candidate in names if candidate in source]
         if not found:
-            raise CheckpointError(f"{folder}: has no weights for {names[0]}.")
-        copy_whole(state[found[0]], saved[found[0]])
-    unknown = saved.keys() - state.keys()
+            raise CheckpointError(f"{place}: has no weights for {name}.")
+        try:
+            fill(part, source, found[0])
+        except ValueError as error:
+            raise CheckpointError(f"{place}: {error}.") from error
+    known = set().union(*everyone({name for _, names in parts.values() for name in names}))
+    unknown = sorted(set(source.names) - known)
     if unknown:
-        raise CheckpointError(f"{folder}: has weights that this model does not: {sorted(unknown)[:3]}.")
+        raise CheckpointError(f"{place}: has weights that this model does not: {unknown[:3]}.")
 
 
-def _restore_adapter(model: PeftModel, weights: dict[str, Tensor]) -> list[str]:
-    """Put adapter weights back, also into sharded parameters; returns the names that the adapter does not have."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return pissa.restore(model, weights)
-    # What PEFT would save is the parameters themselves, under the names of the file.
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for name in own.keys() & weights.keys():
-        copy_whole(own[name], weights[name])
-    return sorted(weights.keys() - own.keys())
+def _adapter_parts(model: PeftModel, shares: Shares) -> dict[str, tuple[Part, list[str]]]:
+    """What is trained of an adapter, by the names that PEFT saves it under."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = {name: part for name, part in parts_of(model, shares).items() if name in trained}
+    # PEFT renames what it is given; the tensors go through it unchanged
+    marks = {name: torch.empty(0) for name in parts}
+    renamed = get_peft_model_state_dict(model, state_dict=marks, save_embedding_layers=False)
+    by_mark = {id(mark): name for name, mark in marks.items()}
+    return {saved: (parts[by_mark[id(mark)]], [saved]) for saved, mark in renamed.items()}
 
 
-def _read_model(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+def _read_model(model: PreTrainedModel, folder: Path) -> NamedSource:
     """The weights of a folder by the model's own names.
 
     Transformers writes some families (mixtures of experts) under the names of their published checkpoints; those
     are read by its own loader, at the price of a second copy in host memory. fp32 holds every dtype exactly.
     """
-    loaded: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        loaded.update(load_file(path))
-    if loaded.keys() <= model.state_dict().keys():
-        return loaded
-    return type(model).from_pretrained(folder, dtype=torch.float32).state_dict()
+    files = TensorFiles(sorted(folder.glob("model*.safetensors")))
+    if set(files.names) <= model.state_dict().keys():
+        return files
+    return HostTensors(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
-from fourfold.parallel.sharded import full
+from fourfold.parallel.shares import Shares
+from fourfold.parallel.whole import gather, parts_of
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _README = "README.md"
@@ -77,22 +76,16 @@ def _save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | Non
         readme.write_bytes(theirs)
 
 
-def gather_weights(model: PreTrainedModel | PeftModel) -> dict[str, Tensor] | None:
-    """The weights that `save_model` writes, whole and on the host, or None if nothing is sharded.
+def gather_weights(model: PreTrainedModel | PeftModel, shares: Shares) -> dict[str, Tensor]:
+    """The weights that `save_model` writes, whole, on the host of rank 0; nothing on the other ranks.
 
-    Every rank of a sharded model must call; they are all given the weights, one writes them.
+    Every rank of a model that is split must call.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return None
-    state = model.state_dict()
-    wanted = state.keys() if not isinstance(model, PeftModel) else adapter_names(model, state)
-    return {name: full(state[name]).cpu() for name in wanted}
-
-
-def adapter_names(model: PeftModel, state: Mapping[str, Tensor]) -> list[str]:
-    """Which entries of a state dict belong to the adapter or to modules that are trained with it."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return [name for name in state if name in trained]
+    parts = parts_of(model, shares)
+    if isinstance(model, PeftModel):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        parts = {name: part for name, part in parts.items() if name in trained}
+    return {name: tensor for name, tensor in gather(parts) if tensor is not None}
 
 
 def _save_whole(

@@ -22,6 +22,7 @@ from fourfold.models.identity import BaseIdentity
 from fourfold.models.unwrap import TunedModel
 from fourfold.models.weights import gather_weights, save_model
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.shares import Shares
 from fourfold.training.state import TrainState
 
 log = get_logger(__name__)
@@ -35,6 +36,7 @@ class Checkpointer:
 
     Attributes:
         mesh: all ranks gather, the first one writes.
+        shares: which of the module's parameters are parts of larger ones.
         base: which model an adapter is trained on; written beside it.
         facts: what a resumed run must find as it was (see TrainState.load).
         settings: what else trainer_state.json tells of the run (see TrainState.save).
@@ -52,6 +54,7 @@ class Checkpointer:
     facts: Mapping[str, Any]
     settings: Mapping[str, Any]
     mesh: Mesh
+    shares: Shares
     base: BaseIdentity | None = None
     only_model: bool = False
     limit: int | None = None
@@ -63,8 +66,8 @@ class Checkpointer:
             CheckpointError: the disk is full; earlier checkpoints are untouched.
         """
         target = self.output_dir / f"checkpoint-{self.state.step}"
-        weights = gather_weights(self.module)
-        optimizer = None if self.only_model else gather_optimizer(self.optimizer, self.module)
+        weights = self._gather()
+        optimizer = None if self.only_model else gather_optimizer(self.optimizer, self.module, self.shares)
         if self.mesh.rank == 0:
             write_folder(target, partial(self._write, weights, optimizer))
             best = self.state.best_step
@@ -75,11 +78,16 @@ class Checkpointer:
 
     def save_result(self) -> None:
         """Write weights and state into the run's folder itself."""
-        weights = gather_weights(self.module)
+        weights = self._gather()
         if self.mesh.rank == 0:
             save_model(self.module, self.output_dir, tokenizer=self.tokenizer, base=self.base, state=weights)
             self.state.save(self.output_dir, self.facts, self.settings)
         self.mesh.wait()
+
+    def _gather(self) -> dict[str, Tensor] | None:
+        """The whole weights on rank 0, or None where each rank has them anyway."""
+        layout = self.mesh.layout
+        return None if layout.world_size == layout.dp_replicate else gather_weights(self.module, self.shares)
 
     def _write(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState | None, folder: Path) -> None:
         save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base, state=weights)
@@ -99,7 +107,7 @@ class Checkpointer:
             why = "there was no evaluation" if self.state.best_step is None else "the best step is not saved"
             log.warning("load_best_model_at_end: %s, so the last weights are kept. Lower eval_steps.", why)
             return
-        load_weights(self.module, folder)
+        load_weights(self.module, folder, self.shares)
         log.info("Loaded the best weights, of step %d (%.6g)", self.state.best_step, self.state.best_metric)
 
     def restore(self, folder: Path) -> None:
@@ -113,8 +121,8 @@ class Checkpointer:
                 f"{folder}: was saved with save_only_model, so it has no optimizer state to resume. "
                 "Start a new run from its weights instead."
             )
-        load_weights(self.module, folder)
-        load_optimizer(self.optimizer, self.module, folder)
+        load_weights(self.module, folder, self.shares)
+        load_optimizer(self.optimizer, self.module, folder, self.shares)
         schedule = json.loads((folder / _SCHEDULE).read_text(encoding="utf-8"))
         self._restore_schedule(schedule["scheduler"])
         if self.scaler is not None and "scaler" in schedule:

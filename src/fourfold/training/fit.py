@@ -136,6 +136,7 @@ def build_loop(
         facts=facts,
         settings=_shown_settings(parts, budget),
         mesh=parts.mesh,
+        shares=parts.split.shares,
         base=parts.base,
         only_model=output.save_only_model,
         limit=output.save_total_limit,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fourfold.base.errors import CheckpointError
 from fourfold.checkpoint.optimizer import gather_optimizer, load_optimizer
 from fourfold.config.load import load
+from fourfold.parallel.shares import Shares
 from fourfold.training.optimizers import adafactor, adamw_torch, muon, sgd
 from tiny_models import tiny_model
 
@@ -41,11 +42,11 @@ def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: 
     optimizer = kind.build(_groups(model), model, run)
     for seed in range(3):
         _step(model, optimizer, seed)
-    gather_optimizer(optimizer, model).write(tmp_path)
+    gather_optimizer(optimizer, model, Shares()).write(tmp_path)
     resumed = _model()
     resumed.load_state_dict(model.state_dict())
     other = kind.build(_groups(resumed), resumed, run)
-    load_optimizer(other, resumed, tmp_path)
+    load_optimizer(other, resumed, tmp_path, Shares())
     for seed in range(3, 6):
         _step(model, optimizer, seed)
         _step(resumed, other, seed)
@@ -55,9 +56,9 @@ def test_load_optimizer_when_resumed_continues_bit_for_bit(kind: Any, tmp_path: 
 
 def test_load_optimizer_when_another_kind_says_so(tmp_path: Path) -> None:
     run, model = load({}), _model()
-    gather_optimizer(sgd.build(_groups(model), model, run), model).write(tmp_path)
+    gather_optimizer(sgd.build(_groups(model), model, run), model, Shares()).write(tmp_path)
     with pytest.raises(CheckpointError, match="holds the state of SGD, this run uses AdamW"):
-        load_optimizer(adamw_torch.build(_groups(model), model, run), model, tmp_path)
+        load_optimizer(adamw_torch.build(_groups(model), model, run), model, tmp_path, Shares())
 
 
 def test_muon_when_matrices_and_vectors_uses_both_rules() -> None:
@@ -73,7 +74,7 @@ def test_load_optimizer_when_a_setting_changed_keeps_the_new_one(tmp_path: Path)
     model = _model()
     optimizer = adamw_torch.build(_groups(model), model, load({"adam_beta2": 0.999}))
     _step(model, optimizer, 0)
-    gather_optimizer(optimizer, model).write(tmp_path)
+    gather_optimizer(optimizer, model, Shares()).write(tmp_path)
     other = adamw_torch.build(_groups(model), model, load({"adam_beta2": 0.95}))
-    load_optimizer(other, model, tmp_path)
+    load_optimizer(other, model, tmp_path, Shares())
     assert [group["betas"] for group in other.param_groups] == [(0.9, 0.95)] * 2
