@@ -87,7 +87,8 @@ class Checkpointer:
     def _gather(self) -> dict[str, Tensor] | None:
         """The whole weights on rank 0, or None where each rank has them anyway."""
         layout = self.mesh.layout
-        return None if layout.world_size == layout.dp_replicate else gather_weights(self.module, self.shares)
+        whole = layout.world_size == layout.dp_replicate and layout.ep == 1
+        return None if whole else gather_weights(self.module, self.shares)
 
     def _write(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState | None, folder: Path) -> None:
         save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base, state=weights)
