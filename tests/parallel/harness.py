@@ -64,7 +64,8 @@ class Case:
 class Curve:
     """What a run did: losses and gradient norms of each step, gradients of the first, bytes held at the end.
 
-    `shares` tells, by name, of which whole parameter a gradient is a part, where it is one.
+    `shares` tells, by name, of which whole parameter a gradient is a part, where it is one. `metrics` are the first
+    step's.
     """
 
     losses: list[float]
@@ -73,6 +74,7 @@ class Curve:
     local_numel: int
     state_numel: int
     shares: dict[str, Share] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def assert_same(curve: Curve, reference: Curve, *, loss: float = 1e-5) -> None:
@@ -147,22 +149,25 @@ def train(case: Case, mesh: Mesh) -> Curve:
         reducer=split.reducer,
         localize=split.localize,
         finish=split.finish,
+        observe=split.observe,
     )
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-    losses, norms, gradients = [], [], {}
+    losses, norms, gradients, metrics = [], [], {}, {}
     for number, samples in enumerate(make_steps(inner.config.vocab_size)):
         mine = samples[mesh.dp_rank :: mesh.layout.dp]
         optimizer.zero_grad()
-        losses.append(step.forward_backward(cut(mine, policy)).loss)
+        result = step.forward_backward(cut(mine, policy))
+        losses.append(result.loss)
         if number == 0:
+            metrics = dict(result.metrics)
             found = ((name, p.grad) for name, p in module.named_parameters() if p.requires_grad)
             gradients = {name: full(grad).clone() for name, grad in found if grad is not None}
         norms.append(float(split.clip(parameters, 1.0)))
         optimizer.step()
     noted = split.shares.by_parameter(inner)
     shares = {name: replace(noted[p], sum_over=None) for name, p in module.named_parameters() if p in noted}
-    return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer), shares)
+    return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer), shares, metrics)
 
 
 def _numel(parameters: Any) -> int:

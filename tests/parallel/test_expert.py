@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 from harness import Case, Curve, alone, assert_same, under
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from fourfold.base.errors import PlanError
+from fourfold.parallel.expert import check_dispatchable, find_experts
 from fourfold.planning.layout import Layout
 
 _ATTENTION = ("q_proj", "v_proj")
@@ -88,6 +91,38 @@ def test_router_when_all_tokens_choose_one_rank_leaves_the_other_without_work() 
         touched = [float(g.abs().sum()) > 0 for g in experts.values()]
         held = [curve.shares[name].cuts[0].ranges[0][0] for name in experts]
         assert touched == [start == 0 for start in held]
+        # two of four experts get one half each: shares 1/2 1/2 0 0, their deviation 1/4 over their mean 1/4
+        assert curve.metrics == {"expert_max_share": 0.5, "expert_load_cv": 1.0}
+
+
+def test_load_when_experts_are_cut_is_that_of_all_ranks(references: dict[str, Curve]) -> None:
+    reference = _reference("qwen3_moe", references)
+    assert 0.25 < reference.metrics["expert_max_share"] <= 0.5  # of four experts two are chosen
+    for curve in under(CASES["qwen3_moe"], LAYOUTS["ep2"]):
+        assert curve.metrics == pytest.approx(reference.metrics, abs=0.01)
+
+
+def test_experts_when_they_have_a_forward_of_their_own_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "llama4_text",
+        hidden_size=16,
+        intermediate_size=16,
+        intermediate_size_mlp=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=32,
+        num_local_experts=2,
+        pad_token_id=0,
+    )
+    ((name, experts),) = find_experts(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(PlanError) as error:
+        check_dispatchable(name, experts)
+    assert str(error.value) == (
+        "parallel.ep: the experts of this model (model.layers.0.feed_forward.experts, Llama4TextExperts) have a "
+        "forward pass of their own, so their tokens cannot be sent to other ranks. Use parallel.ep: 1; dp_shard shards them."
+    )
 
 
 def test_bytes_when_experts_are_cut_are_a_share_on_each_rank() -> None:

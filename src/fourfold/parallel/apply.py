@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.expert import split_experts
+from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.reduce import Reducer, clip_gradients
 from fourfold.parallel.shares import Shares
-from fourfold.parallel.step import nothing, whole
+from fourfold.parallel.step import no_figures, nothing, whole
 from fourfold.planning.layout import Layout
 
 log = get_logger(__name__)
@@ -37,6 +38,7 @@ class Parallelized:
         localize: a micro-batch on the device -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
+        observe: figures of the step that was trained, such as the experts' loads.
         multiple: the positions of a micro-batch's rows must be a multiple of this.
     """
 
@@ -48,6 +50,7 @@ class Parallelized:
     localize: Callable[[Batch], Batch] = whole
     finish: Callable[[], None] = nothing
     clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
+    observe: Callable[[], dict[str, float]] = no_figures
     multiple: int = 1
 
 
@@ -62,11 +65,15 @@ def parallelize(
         compute: dtype of the computation where it differs from that of the parameters (mixed precision by FSDP).
     """
     layout = mesh.layout
+    observe = ExpertLoad(root).figures
     if mesh.device_mesh is None:
-        return Parallelized(root)
+        return Parallelized(root, observe=observe)
     shares = Shares()
     split = Parallelized(
-        root, shares=shares, reducer=Reducer(mesh.group(("dp_replicate", "dp_shard")), torch.distributed.group.WORLD)
+        root,
+        shares=shares,
+        reducer=Reducer(mesh.group(("dp_replicate", "dp_shard")), torch.distributed.group.WORLD),
+        observe=observe,
     )
     if layout.tp * layout.pp * layout.ep > 1:
         split = replace(split, finish=partial(shares.add_up_gradients, root), clip=partial(_clip, root, shares, layout))

@@ -9,7 +9,6 @@ seen the tokens of the whole group.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,12 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module holds stacked experts: 3-D parameters with as many entries as it says it has experts."""
     count = getattr(module, "num_experts", None)
     return any(p.ndim == 3 and len(p) == count for p in module.parameters(recurse=False))
+
+
+def takes_choices(experts: nn.Module) -> bool:
+    """Whether experts are called by Transformers' interface for them: tokens, the experts of each, their weights."""
+    # Its decorator leaves what it knows about their matrices as attributes.
+    return "is_transposed" in vars(experts)
 
 
 def find_experts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -57,7 +62,7 @@ def split_experts(root: nn.Module, mesh: Mesh, shares: Shares) -> list[nn.Module
     first = all(mesh.expert_mesh.get_local_rank(axis) == 0 for axis in ("dp_replicate", "dp_shard", "tp"))
     apart: list[nn.Module] = []
     for name, experts in list(find_experts(root)):
-        _check(name, experts)
+        check_dispatchable(name, experts)
         part = _Part.of(experts, index, mesh.layout.ep, first=first)
         wrappers = [m for m in root.modules() if isinstance(m, ParamWrapper) and m.get_base_layer() is experts]
         for parameter in dict(experts.named_parameters(recurse=False)):
@@ -123,7 +128,7 @@ def _cut_adapters(wrapper: ParamWrapper, part: _Part, shares: Shares) -> None:
     wrapper.num_experts = part.count
 
 
-def _check(name: str, experts: nn.Module) -> None:
+def check_dispatchable(name: str, experts: nn.Module) -> None:
     """Refuse experts that cannot be run on some tokens and some experts alone.
 
     Raises:
@@ -131,10 +136,8 @@ def _check(name: str, experts: nn.Module) -> None:
     """
     total = experts.num_experts
     others = [n for n, p in experts.named_parameters() if len(p) != total or "." in n]
-    takes = len(inspect.signature(experts.forward).parameters)
-    # Transformers' decorator for experts leaves what it knows about their matrices as attributes.
-    if others or "is_transposed" not in vars(experts):
-        what = f"shared parameters ({others[0]})" if others else f"a forward pass of their own ({takes} arguments)"
+    if others or not takes_choices(experts):
+        what = f"parameters for all of them ({others[0]})" if others else "a forward pass of their own"
         raise PlanError(
             f"parallel.ep: the experts of this model ({name}, {type(experts).__name__}) have {what}, so their tokens "
             "cannot be sent to other ranks. Use parallel.ep: 1; dp_shard shards them."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -31,9 +31,9 @@ class StepResult:
 
     Attributes:
         terms: parts of the loss by name, already divided.
-        metrics: further quotients to report.
+        metrics: further quotients and figures to report.
         denominators: what they were divided by, by name.
-        denominator_of: for each term and metric the name of its denominator.
+        denominator_of: for each term and metric that is a quotient, the name of its denominator.
         num_tokens: input tokens without padding.
     """
 
@@ -58,6 +58,11 @@ def nothing() -> None:
     """Gradients are complete after the last backward pass."""
 
 
+def no_figures() -> dict[str, float]:
+    """Nothing is observed."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Step:
     """Runs a model on the micro-batches of one optimizer step.
@@ -73,6 +78,7 @@ class Step:
         reducer: adds up over ranks.
         localize: a micro-batch on the device -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
+        observe: further figures of the step that was trained, over all ranks.
     """
 
     model: Callable[[Batch], Outputs]
@@ -85,6 +91,7 @@ class Step:
     reducer: Reducer = field(default_factory=Reducer)
     localize: Callable[[Batch], Batch] = whole
     finish: Callable[[], None] = nothing
+    observe: Callable[[], dict[str, float]] = no_figures
 
     def forward_backward(
         self,
@@ -111,7 +118,8 @@ class Step:
                 (loss if self.scale is None else self.scale(loss)).backward()
             sums.add(found)
         self.finish()
-        return self._result(sums, denominators, batches)
+        result = self._result(sums, denominators, batches)
+        return replace(result, metrics={**result.metrics, **self.observe()})
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:

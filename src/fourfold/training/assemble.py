@@ -83,6 +83,7 @@ class Parts:
             reducer=self.split.reducer,
             localize=self.split.localize,
             finish=self.split.finish,
+            observe=self.split.observe,
         )
 
     def evaluator(self) -> Evaluator:

@@ -1,0 +1,63 @@
+"""How evenly the router spreads tokens over experts: counted where they are called, added up over all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fourfold.parallel.expert import find_experts, takes_choices
+
+
+class ExpertLoad:
+    """Counts, for every layer, how many (token, choice) pairs each expert gets in the micro-batches of a step.
+
+    Only what is trained on is counted, padding of padded rows included: experts compute it, too. Layers that are
+    computed again in the backward pass count twice, all alike, which shares do not show.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        """Watch the experts of a model; before it is cut, so that all ranks number its layers alike."""
+        self._layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
+        self._counts: list[Tensor | None] = [None] * len(self._layers)
+        self._sizes = [int(experts.num_experts) for experts in self._layers]  # type: ignore[arg-type] - an int
+        for number, experts in enumerate(self._layers):
+            experts.register_forward_pre_hook(self._counter(number), with_kwargs=True)
+
+    def _counter(self, number: int) -> Any:
+        def count(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled():
+                return
+            # the second argument of every family's experts, though not under one name
+            indices = [*args, *kwargs.values()][1].detach().reshape(-1)
+            counts = self._counts[number]
+            if counts is None:
+                self._counts[number] = counts = indices.new_zeros(self._sizes[number])
+            counts.scatter_add_(0, indices, torch.ones_like(indices))
+
+        return count
+
+    def figures(self) -> dict[str, float]:
+        """The spread since the last call, over all ranks of the job, which must all call; empty without experts.
+
+        Returns:
+            expert_max_share: the largest share of a layer's pairs that one expert got; 1 / experts is even.
+            expert_load_cv: standard deviation of the experts' loads over their mean, averaged over layers; 0 is even.
+        """
+        if not self._layers:
+            return {}
+        found = torch.zeros(len(self._layers), max(self._sizes), dtype=torch.float64)
+        for row, size, counts in zip(found, self._sizes, self._counts, strict=True):
+            if counts is not None:
+                row[:size] = counts.cpu()
+                counts.zero_()
+        if dist.is_initialized():
+            dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
+        shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, self._sizes, strict=True)]
+        spread = [share.std(correction=0) * len(share) for share in shares]
+        return {
+            "expert_max_share": float(torch.stack([share.max() for share in shares]).max()),
+            "expert_load_cv": float(torch.stack(spread).mean()),
+        }
