@@ -38,7 +38,7 @@ class ParallelConfig(Section):
     cp: int | None = _key(None, "Context-parallel ranks: each has a part of the sequence.", ge=1)
     tp: int | None = _key(None, "Tensor-parallel ranks: each has a part of every matrix.", ge=1)
     pp: int | None = _key(None, "Pipeline stages: each has a part of the layers.", ge=1)
-    ep: int | None = _key(None, "Expert-parallel ranks: each has a part of the experts.", ge=1)
+    ep: int | None = key(None, "Expert-parallel ranks, of those of dp_shard: each has a part of the experts.", ge=1)
     sequence_parallel: bool | None = _key(None, "With tp: split norms and residuals along the sequence.")
     loss_parallel: bool | None = _key(None, "With tp: split the logits along the vocabulary.")
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = _key("1f1b", "Order of work in the pipeline.")

@@ -53,6 +53,7 @@ class Parts:
         model: the same as the step runs it.
         mesh: this rank's place in the job.
         split: how the model is spread over the mesh.
+        num_parameters: of the whole model without its embeddings.
         base: which model an adapter is trained on; None for other tunings.
     """
 
@@ -68,6 +69,7 @@ class Parts:
     model: StepModel
     mesh: Mesh
     split: Parallelized
+    num_parameters: int
     base: BaseIdentity | None = None
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
@@ -168,11 +170,25 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
             balance_experts=bool(run.model.moe_aux_loss_coef),
         )
     inner = base_model(module)
+    num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)
     model.runner = split.runner
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
     return Parts(
-        run, output_dir, precision, tokenizer, renderer, data, module, objective, noise, model, mesh, split, base
+        run,
+        output_dir,
+        precision,
+        tokenizer,
+        renderer,
+        data,
+        module,
+        objective,
+        noise,
+        model,
+        mesh,
+        split,
+        num_parameters,
+        base,
     )
 
 

@@ -18,7 +18,6 @@ from fourfold.config.training import TrainingConfig
 from fourfold.dataset.loader import Loader, StepLoader, StreamLoader
 from fourfold.dataset.prepare import name_eval
 from fourfold.models.groups import parameter_groups
-from fourfold.models.unwrap import base_model
 from fourfold.trackers.interface import RunInfo, Tracker, open_trackers
 from fourfold.trackers.reports.results import speed
 from fourfold.training.assemble import Parts
@@ -202,7 +201,7 @@ def _settings(parts: Parts, budget: Budget) -> LoopSettings:
         evaluate_first=training.eval_on_start,
         save_best=output.save_strategy == "best" or training.load_best_model_at_end,
         # Transformers' Trainer counts 6 operations per token and parameter outside the embeddings.
-        flos_per_token=6.0 * base_model(parts.module).num_parameters(exclude_embeddings=True),
+        flos_per_token=6.0 * parts.num_parameters,
         early_stopping=training.early_stopping_steps,
         metric=_metric(parts) if _compares(parts.run) else None,
         greater_is_better=_greater_is_better(training),

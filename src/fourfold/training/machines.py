@@ -84,7 +84,7 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     problems = [
         f"parallel.{axis}: {size} is not supported by this version. Use dp_replicate and dp_shard."
         for axis, size in layout.sizes().items()
-        if axis in ("cp", "tp", "pp", "ep") and size > 1
+        if axis in ("cp", "tp", "pp") and size > 1
     ]
     if layout.dp_shard > 1:
         if run.training.optim not in ("adamw_torch", "sgd"):
