@@ -20,15 +20,19 @@ from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel
+from fourfold.models.lora import use_short_forward
+from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
+from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.sharded import full
 from fourfold.parallel.shares import Share
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
+from fourfold.training.memory import enable_recompute
 from tiny_models import tiny_model
 
 _FORK = multiprocessing.get_context("fork")
@@ -48,6 +52,8 @@ class Case:
         targets: what gets an adapter, as `lora_target` names it; everything if empty.
         router: weight of the experts' load-balancing loss.
         bias_router: make every token choose the first half of the experts (deepseek_v3).
+        recompute: what the backward pass computes again.
+        dropout: of the adapters' inputs.
     """
 
     family: str = "llama"
@@ -58,6 +64,8 @@ class Case:
     targets: tuple[str, ...] = ()
     router: float = 0.0
     bias_router: bool = False
+    recompute: Recompute = "none"
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,13 @@ def make_model(case: Case) -> TunedModel:
         target_modules=list(targets.modules),
         target_parameters=list(targets.parameters) or None,
         init_lora_weights=False,
+        lora_dropout=case.dropout,
         task_type="CAUSAL_LM",
     )
     with peft_noise_ignored():
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    use_short_forward(adapted)
+    return adapted
 
 
 def make_steps(vocab_size: int) -> list[list[Sample]]:
@@ -134,10 +145,14 @@ def make_steps(vocab_size: int) -> list[list[Sample]]:
 def train(case: Case, mesh: Mesh) -> Curve:
     """Five AdamW steps, each with the samples that belong to this data-parallel rank."""
     module = make_model(case)
-    model = StepModel(module, packed=case.packed, balance_experts=case.router > 0)
+    noise = NoiseKeys(seed=3)
+    key_dropout(module, noise)
+    model = StepModel(module, packed=case.packed, balance_experts=case.router > 0, noise=noise)
     inner = base_model(module)
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
     model.runner = split.runner
+    if case.recompute != "none":
+        enable_recompute(module, case.recompute, noise)
     policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple)
     step = Step(
         model,

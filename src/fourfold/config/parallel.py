@@ -48,5 +48,9 @@ class ParallelConfig(Section):
     cp_method: Literal["allgather", "ulysses", "ring"] = _key("allgather", "How context-parallel ranks exchange keys.")
     offload: Literal["none", "optimizer", "params"] = _key("none", "What is kept in host memory.")
     offload_folder: str | None = _key(None, "Keep the optimizer's state in files of this folder (NVMe).")
-    recompute: Literal["auto", "none", "selective", "full"] = _key("auto", "What the backward pass computes again.")
+    recompute: Literal["auto", "none", "selective", "full"] = key(
+        "auto",
+        "What the backward pass computes again: nothing, all but the results of products, or whole layers; auto takes "
+        "the least that fits. gradient_checkpointing: true means full.",
+    )
     offload_activations: bool = _key(False, "Keep saved activations in host memory.")

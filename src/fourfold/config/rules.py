@@ -212,6 +212,10 @@ def _batch(run: Run) -> Iterator[str]:
 def _checkpointing(run: Run) -> Iterator[str]:
     if run.training.gradient_checkpointing and run.training.disable_gradient_checkpointing:
         yield "disable_gradient_checkpointing: true and gradient_checkpointing: true contradict each other. Keep one."
+    asked, on = run.parallel.recompute, run.training.gradient_checkpointing
+    if asked != "auto" and on is not None and on == (asked == "none"):
+        given = f"gradient_checkpointing: {str(on).lower()}"
+        yield f"parallel.recompute: {asked} and {given} contradict each other. Keep one."
 
 
 _SCHEDULE_NEEDS = {

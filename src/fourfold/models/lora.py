@@ -15,6 +15,21 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+_OPERATORS = torch.library.Library("fourfold", "DEF")
+_OPERATORS.define(
+    "low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
+def _low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y and the thin l = x A^T; one operator, so that what keeps the results of products (parallel/recompute.py) sees
+    y when it is whole, and not the product that is added to in place."""
+    low = x @ a.T.to(x.dtype)
+    return F.linear(x, weight, bias).addmm_(low, b.T.to(x.dtype), alpha=scale), low
+
 
 class _LowRank(torch.autograd.Function):
     """y = x W^T + s (x A^T) B^T for a frozen W, the thin products added in place.
@@ -28,10 +43,10 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         """x [T, in], weight [out, in], bias [out] or None in one dtype; a [r, in], b [out, r] -> [T, out]."""
-        low = x @ a.T.to(x.dtype)
+        y, low = torch.ops.fourfold.low_rank(x, weight, bias, a, b, scale)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
-        return F.linear(x, weight, bias).addmm_(low, b.T.to(x.dtype), alpha=scale)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

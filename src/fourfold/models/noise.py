@@ -6,6 +6,8 @@ ones. Here every number is a hash of where it is used: packing, accumulation, re
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +55,19 @@ class NoiseKeys:
         self.tokens = _hash(table[documents] + batch.position_ids.int() * _GOLDEN)
         sizes = torch.tensor([*batch.lengths, 1], dtype=torch.float32, device=device)
         self.lengths = sizes[documents]
+
+    def remembered(self) -> AbstractContextManager[None]:
+        """A context with the keys of now, for a layer that is computed again after another micro-batch was entered."""
+        return self._with(self.tokens, self.lengths)
+
+    @contextmanager
+    def _with(self, tokens: Tensor | None, lengths: Tensor | None) -> Iterator[None]:
+        current = self.tokens, self.lengths
+        self.tokens, self.lengths = tokens, lengths
+        try:
+            yield
+        finally:
+            self.tokens, self.lengths = current
 
     def new_salt(self) -> int:
         """A number that tells one user of the keys from another."""

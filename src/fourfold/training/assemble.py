@@ -30,6 +30,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.interface import Objective
 from fourfold.parallel.apply import Parallelized, parallelize
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.step import Step
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.memory import StepSizes, enable_recompute, fit_to_memory
@@ -117,8 +118,8 @@ class Parts:
             multiple=self.split.multiple,
         )
         fit = fit_to_memory(allowed, self.module, sizes, self.precision.compute, self._asked_recompute())
-        if fit.recompute:
-            enable_recompute(self.module)
+        if fit.recompute != "none":
+            enable_recompute(self.module, fit.recompute, self.noise)
         return fit.policy
 
     def _sizes(self) -> StepSizes:
@@ -130,11 +131,12 @@ class Parts:
             return StepSizes(cutoff_len, cutoff_len)
         return StepSizes(int(lengths.max()), int(lengths.mean() * samples))
 
-    def _asked_recompute(self) -> bool | None:
-        training = self.run.training
-        if training.disable_gradient_checkpointing:
-            return False
-        return training.gradient_checkpointing
+    def _asked_recompute(self) -> Recompute | None:
+        """The user's word, by either key; None leaves the choice to what fits."""
+        asked, on = self.run.parallel.recompute, self.run.training.gradient_checkpointing
+        if asked != "auto":
+            return asked
+        return None if on is None else "full" if on else "none"
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

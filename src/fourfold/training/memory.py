@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_bytes, format_count
 from fourfold.dataset.collate import CutPolicy
+from fourfold.models.noise import NoiseKeys
 from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.loss import CHUNK_TOKENS
+from fourfold.parallel.recompute import Recompute, settings
+from fourfold.parallel.shares import local
 
 log = get_logger(__name__)
 
@@ -36,12 +41,15 @@ def peak_memory_figures() -> dict[str, float]:
     return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
 
 
-def activation_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that the forward pass of one token keeps for the backward pass, without recompute; a rough figure.
+def activation_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, recompute: Recompute = "none") -> int:
+    """Bytes that the forward pass of one token keeps for the backward pass; a rough figure.
 
     A llama-like layer keeps, in units of the compute dtype: about 9 hidden sizes (norms with their fp32 copies,
     residuals, inputs of the linear layers), 2 * (q + 2 kv) for queries, keys and values before and after rotation,
     and 4 intermediate sizes. Measured with LoRA on a Llama-3-8B shape: 6.0 MB a token; this gives 6.8 MB.
+
+    Under selective recompute it keeps its input and the results of products and attention: 3 hidden sizes, 2 q + 2 kv
+    and 2 intermediate sizes; under full recompute its input alone.
     """
     hidden = config.hidden_size
     heads = config.num_attention_heads
@@ -50,7 +58,11 @@ def activation_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> 
     active = getattr(config, "num_experts_per_tok", None)
     expert = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 4 * hidden)
     intermediate = expert * active if active else config.intermediate_size
-    units = 9 * hidden + 2 * (heads + 2 * kv_heads) * head_dim + 4 * intermediate
+    units = {
+        "none": 9 * hidden + 2 * (heads + 2 * kv_heads) * head_dim + 4 * intermediate,
+        "selective": 3 * hidden + 2 * (heads + kv_heads) * head_dim + 2 * intermediate,
+        "full": hidden,
+    }[recompute]
     return units * dtype.itemsize * config.num_hidden_layers
 
 
@@ -78,31 +90,34 @@ class Fit:
 
     Attributes:
         policy: with a limit on tokens that is expected to fit.
-        recompute: whether the activations of every layer are recomputed in the backward pass.
+        recompute: what the backward pass computes again.
     """
 
     policy: CutPolicy
-    recompute: bool
+    recompute: Recompute
 
 
-def choose_fit(policy: CutPolicy, sizes: StepSizes, *, room: int, recompute: bool | None) -> Fit:
-    """Cut before recomputing, recompute before giving up.
+def choose_fit(
+    policy: CutPolicy, sizes: StepSizes, *, room: Callable[[Recompute], int], recompute: Recompute | None
+) -> Fit:
+    """Cut before recomputing, recompute before giving up, and first what costs least.
 
     Args:
         policy: the limit that the config allows.
-        room: tokens whose activations fit without recompute.
+        room: tokens whose activations fit under a kind of recompute.
         recompute: the user's word, None to choose.
     """
     wanted = max(sizes.longest, min(policy.max_tokens, sizes.step))
     if recompute is None:
-        recompute = room < sizes.longest or room < min(wanted, _EFFICIENT_TOKENS)
-    if recompute:
-        return Fit(policy, True)
-    return Fit(replace(policy, max_tokens=min(policy.max_tokens, max(room, sizes.longest))), False)
+        enough = max(sizes.longest, min(wanted, _EFFICIENT_TOKENS))
+        recompute = "none" if room("none") >= enough else "selective" if room("selective") >= enough else "full"
+    if recompute == "full":
+        return Fit(policy, recompute)
+    return Fit(replace(policy, max_tokens=min(policy.max_tokens, max(room(recompute), sizes.longest))), recompute)
 
 
 def fit_to_memory(
-    policy: CutPolicy, module: TunedModel, sizes: StepSizes, dtype: torch.dtype, recompute: bool | None
+    policy: CutPolicy, module: TunedModel, sizes: StepSizes, dtype: torch.dtype, recompute: Recompute | None
 ) -> Fit:
     """Choose for a loaded model on its device. A CPU's memory is left to the system: nothing is cut for it.
 
@@ -112,26 +127,46 @@ def fit_to_memory(
     """
     device = base_model(module).device
     if device.type != "cuda":
-        return Fit(policy, bool(recompute))
+        return Fit(policy, recompute or "none")
     config = base_model(module).config
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    trained = sum(local(p).nbytes for p in module.parameters() if p.requires_grad)
     # Gradients and Adam's two moments of what is trained are still to come.
-    left = int((free - 3 * trained) * _SHARE) - logits_bytes(config)
-    per_token = activation_bytes_per_token(config, dtype)
-    fit = choose_fit(policy, sizes, room=max(left, 0) // per_token, recompute=recompute)
+    left = max(int((free - 3 * trained) * _SHARE) - logits_bytes(config), 0)
+    fit = choose_fit(
+        policy,
+        sizes,
+        room=lambda kind: left // activation_bytes_per_token(config, dtype, kind),
+        recompute=recompute,
+    )
     log.info(
-        "Activations are %s: about %s a token when kept, %s free; micro-batches of up to %s tokens",
-        "recomputed in the backward pass" if fit.recompute else "kept",
-        format_bytes(per_token),
+        "Activations are %s: about %s a token, %s free; micro-batches of up to %s tokens",
+        _WORDS[fit.recompute],
+        format_bytes(activation_bytes_per_token(config, dtype, fit.recompute)),
         format_bytes(free),
         format_count(fit.policy.max_tokens),
     )
     return fit
 
 
-def enable_recompute(module: TunedModel) -> None:
-    """Recompute every decoder layer's activations in the backward pass."""
+_WORDS: Mapping[Recompute, str] = {
+    "none": "kept",
+    "selective": "kept where products make them, else computed again in the backward pass",
+    "full": "computed again in the backward pass",
+}
+
+
+def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys) -> None:
+    """Compute every decoder layer's activations again in the backward pass, all of them or what is cheap.
+
+    Args:
+        kind: selective or full.
+        noise: whose keys a layer's dropout reads; each micro-batch's are put back.
+    """
     model = base_model(module)
+    random = bool(getattr(model.config, "attention_dropout", 0.0)) or any(
+        isinstance(layer, nn.Dropout) and layer.p > 0 for layer in module.modules()
+    )
+    kwargs = settings(kind, remember=noise.remembered, random=random)
     with recompute_noise_ignored():
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

@@ -76,6 +76,10 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
             {"disable_gradient_checkpointing": True, "gradient_checkpointing": True},
             "disable_gradient_checkpointing: true and gradient_checkpointing: true contradict",
         ),
+        (
+            {"gradient_checkpointing": True, "parallel": {"recompute": "none"}},
+            "parallel.recompute: none and gradient_checkpointing: true contradict",
+        ),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: cosine_with_min_lr needs min_lr or"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau follows"),
     ],

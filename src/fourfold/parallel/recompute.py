@@ -1,0 +1,69 @@
+"""What the backward pass computes again instead of finding it kept.
+
+`full` keeps the input of each decoder layer and computes the layer again: the least memory, a third more work.
+`selective` keeps the results of products and of attention as well, which are nearly all of the work, and computes
+again what lies between them - norms, rotations, activations, dropout - which is about half of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "selective", "full"]
+Remember = Callable[[], AbstractContextManager[object]]
+"""Called in the forward pass; makes a context that puts back what a layer read from outside, for its second time."""
+
+_KEPT = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_grouped_mm",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "transformers::grouped_mm_fallback",
+        "fourfold::low_rank",
+    }
+)
+"""Operators whose results `selective` keeps; by name, since not every version has each of them."""
+
+
+def settings(kind: Recompute, *, remember: Remember | None = None, random: bool = True) -> dict[str, Any]:
+    """What `torch.utils.checkpoint.checkpoint` is told for each layer.
+
+    Args:
+        kind: selective or full.
+        remember: for what a layer reads besides its arguments.
+        random: whether layers draw from torch's generators, whose states must then be kept too (on a GPU a wait for
+            the device in each layer).
+    """
+    context_fn = partial(_contexts, kind == "selective", remember)
+    return {"use_reentrant": False, "preserve_rng_state": random, "context_fn": context_fn}
+
+
+def _contexts(
+    selective: bool, remember: Remember | None
+) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """The contexts of a layer's forward pass and of its second computation."""
+    forward, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
+    return forward, again if remember is None else _both(remember(), again)
+
+
+@contextmanager
+def _both(first: AbstractContextManager[object], second: AbstractContextManager[object]) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator.name().split(".")[0] in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
