@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
-from harness import Case, Curve, alone, assert_same, under
+import torch
+from harness import Case, Curve, alone, assert_same, run_ranks, under
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.base.errors import PlanError
-from fourfold.parallel.expert import check_dispatchable, find_experts
+from fourfold.parallel.expert import check_experts, count_choices, split_experts
+from fourfold.parallel.mesh import build_mesh
+from fourfold.parallel.shares import Shares
 from fourfold.planning.layout import Layout
+from tiny_models import tiny_model
 
 _ATTENTION = ("q_proj", "v_proj")
 CASES = {
@@ -39,7 +44,7 @@ COVER = {
     ("qwen3_moe-lora-attention", "ep2"),
     ("mixtral", "zero1-ep2"),
     ("gpt_oss", "fsdp2xep2"),
-    ("gpt_oss-lora", "ep2"),
+    ("gpt_oss-lora", "ep4"),
     ("deepseek_v3", "hsdp2xep2"),
 }
 
@@ -116,10 +121,46 @@ def test_experts_when_they_have_a_forward_of_their_own_are_refused() -> None:
         num_local_experts=2,
         pad_token_id=0,
     )
-    ((name, experts),) = find_experts(AutoModelForCausalLM.from_config(config))
     with pytest.raises(PlanError) as error:
-        check_dispatchable(name, experts)
+        check_experts(AutoModelForCausalLM.from_config(config), 2)
     assert str(error.value) == (
-        f"parallel.ep: the experts of this model ({name}, Llama4TextExperts) have a forward pass of their own, so "
-        "their tokens cannot be sent to other ranks. Use parallel.ep: 1; dp_shard shards them."
+        "parallel.ep: the experts of this model (model.layers.0.feed_forward.experts, Llama4TextExperts) have a "
+        "forward pass of their own, so tokens cannot be sent to them on other ranks. Use parallel.ep: 1; dp_shard "
+        "shards them."
     )
+
+
+def test_experts_when_a_model_has_none_stacked_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"ep: 2 ranks cannot share the experts of this model \(LlamaForCausalLM\)"):
+        check_experts(tiny_model("llama"), 2)
+
+
+def test_count_choices_when_a_number_is_beyond_the_experts_leaves_it_out() -> None:
+    assert count_choices(torch.tensor([[0, 2], [2, 3], [3, 1]]), 3).tolist() == [1, 1, 2]
+
+
+def test_dispatch_when_a_token_chooses_no_expert_gives_what_the_experts_give() -> None:
+    for close in run_ranks(2, _dispatch_with_skips):
+        assert close
+
+
+def _dispatch_with_skips() -> bool:
+    """Whether dispatched experts, some tokens of which skip them, give the same outputs and gradients."""
+    model = tiny_model("qwen3_moe")
+    model.set_experts_implementation("eager")  # grouped products take no such choices unless told of them
+    whole = model.model.layers[0].mlp.experts
+    cut = copy.deepcopy(whole)
+    mesh = build_mesh(Layout(dp_shard=2, ep=2), torch.device("cpu"))
+    split_experts(cut, mesh, Shares())
+    generator = torch.Generator().manual_seed(mesh.rank)
+    tokens = torch.randn(6, 32, generator=generator)
+    indices = torch.tensor([[0, 4], [4, 4], [3, 1], [2, 4], [1, 0], [4, 3]])  # of four experts; 4 is none
+    weights = torch.rand(6, 2, generator=generator) * (indices < 4)
+    found = []
+    for experts in (whole, cut):
+        given = tokens.clone().requires_grad_()
+        output = experts(given, indices, weights)
+        output.square().sum().backward()
+        assert given.grad is not None
+        found.append((output.detach(), given.grad))
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))

@@ -23,7 +23,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "learning_rate": 1e-3},
-    "lora": {"lora_target": "all"},
+    "lora": {"lora_target": "all", "gradient_checkpointing": True},
 }
 _SETTINGS = {"global_batch_size": 4, "max_steps": 8, "save_steps": 2, "lora_dropout": 0.0}
 _FORK = multiprocessing.get_context("fork")

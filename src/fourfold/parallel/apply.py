@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
-from fourfold.parallel.expert import split_experts
+from fourfold.parallel.expert import check_experts, split_experts
 from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
@@ -65,6 +65,8 @@ def parallelize(
         compute: dtype of the computation where it differs from that of the parameters (mixed precision by FSDP).
     """
     layout = mesh.layout
+    if layout.ep > 1:
+        check_experts(root, layout.ep)
     observe = ExpertLoad(root).figures
     if mesh.device_mesh is None:
         return Parallelized(root, observe=observe)

@@ -44,6 +44,10 @@ def find_experts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in root.named_modules() if is_experts(module))
 
 
+def _count(experts: nn.Module) -> int:
+    return next(len(p) for p in experts.parameters(recurse=False) if p.ndim == 3)
+
+
 def split_experts(root: nn.Module, mesh: Mesh, shares: Shares) -> list[nn.Module]:
     """Leave this rank its part of every layer's experts, in place, and route tokens between the ranks.
 
@@ -53,16 +57,13 @@ def split_experts(root: nn.Module, mesh: Mesh, shares: Shares) -> list[nn.Module
         shares: where the parts are noted.
     Returns:
         what FSDP must shard apart from the layers: the experts of each layer, with the adapters around them.
-    Raises:
-        PlanError: the experts of this family take other arguments than those of Transformers' interface.
     """
     assert mesh.expert_mesh is not None, "a mesh without expert parallelism"
     group, index = mesh.expert_mesh.get_group("ep"), mesh.expert_mesh.get_local_rank("ep")
     # The ranks that differ in `ep` alone hold different experts; of all others the first is the giver.
     first = all(mesh.expert_mesh.get_local_rank(axis) == 0 for axis in ("dp_replicate", "dp_shard", "tp"))
     apart: list[nn.Module] = []
-    for name, experts in list(find_experts(root)):
-        check_dispatchable(name, experts)
+    for _, experts in list(find_experts(root)):
         part = _Part.of(experts, index, mesh.layout.ep, first=first)
         wrappers = [m for m in root.modules() if isinstance(m, ParamWrapper) and m.get_base_layer() is experts]
         for parameter in dict(experts.named_parameters(recurse=False)):
@@ -86,7 +87,7 @@ class _Part:
 
     @classmethod
     def of(cls, experts: nn.Module, index: int, ranks: int, *, first: bool) -> _Part:
-        total = next(len(p) for p in experts.parameters(recurse=False) if p.ndim == 3)
+        total = _count(experts)
         count = total // ranks
         return cls(index * count, count, total, first)
 
@@ -126,22 +127,41 @@ def _cut_adapters(wrapper: ParamWrapper, part: _Part, shares: Shares) -> None:
         part.keep(lora_b, "weight", part.strided(rank), shares, dim=1)
         lora_a.out_features = lora_b.in_features = part.count * rank
     wrapper.num_experts = part.count
+    # PEFT takes a single expert for a plain matrix, and has to be told if it lies the other way round.
+    wrapper.fan_in_fan_out = part.count == 1 and bool(wrapper.get_base_layer().is_transposed)
 
 
-def check_dispatchable(name: str, experts: nn.Module) -> None:
-    """Refuse experts that cannot be run on some tokens and some experts alone.
+def check_experts(root: nn.Module, ranks: int) -> None:
+    """Refuse a model whose experts cannot be cut over so many ranks, before anything is.
 
     Raises:
-        PlanError: they take other arguments, or hold parameters that are not one per expert.
+        PlanError: there are none, their number does not divide, or they cannot be run on some tokens alone.
     """
-    total = experts.num_experts
-    others = [n for n, p in experts.named_parameters() if len(p) != total or "." in n]
-    if others or not takes_choices(experts):
-        what = f"parameters for all of them ({others[0]})" if others else "a forward pass of their own"
+    found = list(find_experts(root))
+    if not found:
         raise PlanError(
-            f"parallel.ep: the experts of this model ({name}, {type(experts).__name__}) have {what}, so their tokens "
-            "cannot be sent to other ranks. Use parallel.ep: 1; dp_shard shards them."
+            f"parallel.ep: {ranks} ranks cannot share the experts of this model ({type(root).__name__}), which are not "
+            "stacked in one parameter. Use parallel.ep: 1; dp_shard shards them."
         )
+    for name, experts in found:
+        total = _count(experts)
+        if total % ranks:
+            raise PlanError(
+                f"parallel.ep: {ranks} does not divide the {total} experts of {name}. Use a size that does."
+            )
+        others = [n for n, p in experts.named_parameters() if len(p) != total or "." in n]
+        if others or not takes_choices(experts):
+            what = f"parameters for all of them ({others[0]})" if others else "a forward pass of their own"
+            raise PlanError(
+                f"parallel.ep: the experts of this model ({name}, {type(experts).__name__}) have {what}, so tokens "
+                "cannot be sent to them on other ranks. Use parallel.ep: 1; dp_shard shards them."
+            )
+
+
+def count_choices(indices: Tensor, num_experts: int) -> Tensor:
+    """How often each expert is chosen, [num_experts]; numbers beyond them stand for no expert."""
+    chosen = indices.reshape(-1).clamp(max=num_experts)
+    return chosen.new_zeros(num_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[:-1]
 
 
 class Dispatch:
@@ -159,26 +179,25 @@ class Dispatch:
 
         Args:
             hidden_states: [T, H].
-            indices: the experts of each token among all, [T, K].
+            indices: the experts of each token among all, [T, K]; a number beyond them stands for none.
             weights: [T, K].
         Returns:
             [T, H], in the dtype of `hidden_states`.
         """
         num_tokens, per_token = indices.shape
-        order = indices.reshape(-1).argsort(stable=True)
         sent, arrived = self._counts(indices)
         sizes = torch.stack([sent.sum(1), arrived.sum(1)]).tolist()  # the one wait for the device in a layer
+        order = indices.reshape(-1).argsort(stable=True)[: sum(sizes[0])]  # choices of no expert come last
         tokens = _Exchange.apply(hidden_states[order // per_token], sizes[0], sizes[1], self._group)
         results = self._compute(tokens, arrived)
         back = _Exchange.apply(results, sizes[1], sizes[0], self._group)
-        unsorted = back.new_empty(back.shape).index_copy(0, order, back).view(num_tokens, per_token, -1)
-        return (unsorted * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+        unsorted = back.new_zeros(num_tokens * per_token, back.shape[1]).index_copy(0, order, back)
+        return (unsorted.view(num_tokens, per_token, -1) * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
     def _counts(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """How many pairs go to each expert of each rank, and come from each rank for each expert here; [ranks, E]."""
         ranks = dist.get_world_size(self._group)
-        chosen = indices.reshape(-1)
-        sent = chosen.new_zeros(ranks * self._count).scatter_add_(0, chosen, torch.ones_like(chosen))
+        sent = count_choices(indices, ranks * self._count)
         arrived = torch.empty_like(sent)
         dist.all_to_all_single(arrived, sent, group=self._group)
         return sent.view(ranks, -1), arrived.view(ranks, -1)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fourfold.parallel.expert import find_experts, takes_choices
+from fourfold.parallel.expert import count_choices, find_experts, takes_choices
 
 
 class ExpertLoad:
@@ -31,11 +31,8 @@ class ExpertLoad:
             if not torch.is_grad_enabled():
                 return
             # the second argument of every family's experts, though not under one name
-            indices = [*args, *kwargs.values()][1].detach().reshape(-1)
-            counts = self._counts[number]
-            if counts is None:
-                self._counts[number] = counts = indices.new_zeros(self._sizes[number])
-            counts.scatter_add_(0, indices, torch.ones_like(indices))
+            found, counts = count_choices([*args, *kwargs.values()][1], self._sizes[number]), self._counts[number]
+            self._counts[number] = found if counts is None else counts + found
 
         return count
 
@@ -52,7 +49,7 @@ class ExpertLoad:
         for row, size, counts in zip(found, self._sizes, self._counts, strict=True):
             if counts is not None:
                 row[:size] = counts.cpu()
-                counts.zero_()
+        self._counts = [None] * len(self._layers)
         if dist.is_initialized():
             dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
         shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, self._sizes, strict=True)]

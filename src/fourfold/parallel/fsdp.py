@@ -7,6 +7,7 @@ gradient must fit a device, not the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -37,7 +38,13 @@ def shard(
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     for module in apart:
-        fully_shard(module, mesh=apart_mesh, reshard_after_forward=zero == 3, mp_policy=policy)
+        # Their inputs stay as the layer made them: routers may weight in fp32.
+        fully_shard(
+            module,
+            mesh=apart_mesh,
+            reshard_after_forward=zero == 3,
+            mp_policy=replace(policy, cast_forward_inputs=False),
+        )
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
     sharded = fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)

@@ -57,9 +57,8 @@ def _facts(run: Run) -> ModelFacts:
     config = load_config(run.model).get_text_config()
     entries = config.to_dict()
     heads = config.num_attention_heads
-    experts = next(
-        (entries[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if entries.get(key)), 0
-    )
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((entries[key] for key in names if entries.get(key)), 0)
     return ModelFacts(
         layers=config.num_hidden_layers,
         heads=heads,
