@@ -117,6 +117,31 @@ def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) ->
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+def quantize(model: PreTrainedModel, *, double: bool = False) -> None:
+    """Pack the linear layers of every decoder layer into bitsandbytes' nf4, in place, to be computed in fp32.
+
+    Args:
+        double: quantise the scales, too.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or layer is head:
+            continue
+        packed = Linear4bit(
+            layer.in_features, layer.out_features, layer.bias is not None, torch.float32, double, "nf4", torch.uint8
+        )
+        make: Any = Params4bit
+        packed.weight = make(
+            layer.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=packed
+        ).to("cpu")
+        packed.bias = layer.bias
+        packed.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, packed)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most VOCAB_SIZE tokens with ChatML's special tokens and template."""
     tokenizer = Tokenizer(models.BPE())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
@@ -33,7 +33,7 @@ from fourfold.parallel.shares import Share
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
 from fourfold.training.memory import enable_recompute
-from tiny_models import tiny_model
+from tiny_models import quantize, tiny_model
 
 _FORK = multiprocessing.get_context("fork")
 _CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class Case:
 
     Attributes:
         family: key of tiny_models.FAMILIES.
-        tuning: full or lora.
+        tuning: full, lora or qlora (on 4-bit weights).
         packed: rows packed end to end, or padded.
         max_tokens: positions of a micro-batch; small ones give several micro-batches a step.
         targets: what gets an adapter, as `lora_target` names it; everything if empty.
@@ -109,6 +109,8 @@ def make_model(case: Case) -> TunedModel:
                 bias[: len(bias) // 2] = 10.0
     if case.tuning == "full":
         return model
+    if case.tuning == "qlora":
+        quantize(model)
     torch.manual_seed(7)
     targets = lora_targets(model, case.targets or ("all",))
     config = LoraConfig(
@@ -121,9 +123,13 @@ def make_model(case: Case) -> TunedModel:
         task_type="CAUSAL_LM",
     )
     with peft_noise_ignored():
-        adapted = get_peft_model(model, config)
-    use_short_forward(adapted)
-    return adapted
+        tuned = get_peft_model(model, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:  # as small beside the base as adapters become, so that its rounding is not magnified
+            parameter.data *= 0.1
+    use_short_forward(tuned)
+    assert isinstance(tuned, PeftModel)
+    return tuned
 
 
 def make_steps(vocab_size: int) -> list[list[Sample]]:
@@ -150,7 +156,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
     model = StepModel(module, packed=case.packed, balance_experts=case.router > 0, noise=noise)
     inner = base_model(module)
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
-    model.runner = split.runner
+    model.take(split)
     if case.recompute != "none":
         enable_recompute(module, case.recompute, noise)
     policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple)

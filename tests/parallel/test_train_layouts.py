@@ -30,6 +30,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero2-4": {"nproc": 4, "strategy": "zero2"},
     "fsdp3": {"nproc": 3, "strategy": "fsdp"},
     "hsdp4": {"nproc": 4, "strategy": "hsdp"},
+    "tp2": {"nproc": 2, "strategy": "tp"},
+    "fsdp2xtp2": {"nproc": 4, "strategy": "fsdp", "parallel": {"tp": 2}},
 }
 TUNINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora_dropout": 0.1},

@@ -18,7 +18,10 @@ from fourfold.dataset.batch import Batch
 from fourfold.models import attention
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.unwrap import base_model
+from fourfold.parallel.apply import Parallelized
+from fourfold.parallel.exchange import scale_gradient
 from fourfold.parallel.loss import Outputs
+from fourfold.parallel.vocabulary import VocabularyShare
 
 log = get_logger(__name__)
 
@@ -82,6 +85,8 @@ class StepModel:
         packed: whether it is fed packed rows.
         balance_experts: also compute the experts' load-balancing loss.
         noise: keys of dropout and input noise, told of every micro-batch; None where there is neither.
+        vocabulary: the head's tokens on this rank, where ranks share the vocabulary.
+        router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         runner: what is called for a forward pass; the Transformers model, or what wraps it for several ranks.
     """
 
@@ -89,6 +94,8 @@ class StepModel:
     packed: bool
     noise: NoiseKeys | None = None
     balance_experts: bool = False
+    vocabulary: VocabularyShare | None = None
+    router_copies: int = 1
     runner: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,9 +143,19 @@ class StepModel:
             **kwargs,
         )
         if self._head is None:
-            return Outputs(outputs.logits, lambda logits: logits)
-        router_loss = self._router_loss(outputs)
-        return Outputs(outputs.last_hidden_state, self._head, router_loss, head_is_frozen=self._head_is_frozen())
+            return Outputs(outputs.logits, lambda logits: logits, vocabulary=self.vocabulary)
+        return Outputs(
+            outputs.last_hidden_state,
+            self._head,
+            self._router_loss(outputs),
+            head_is_frozen=self._head_is_frozen(),
+            vocabulary=self.vocabulary,
+        )
+
+    def take(self, split: Parallelized) -> None:
+        """Run the model as it was split over ranks."""
+        self.runner = split.runner
+        self.vocabulary, self.router_copies = split.vocabulary, split.router_copies
 
     def _head_is_frozen(self) -> bool:
         head = self._inner.get_output_embeddings()
@@ -155,4 +172,4 @@ class StepModel:
         experts = getattr(config, "num_local_experts", None) or config.num_experts
         loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok)
         assert isinstance(loss, Tensor)
-        return loss
+        return loss if self.router_copies == 1 else scale_gradient(loss, 1.0 / self.router_copies)

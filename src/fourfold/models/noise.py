@@ -74,10 +74,10 @@ class NoiseKeys:
         self.salts += 1
         return _mix32(self.salts)
 
-    def bits(self, features: int, salt: int) -> Tensor:
-        """[B, S, features] int32 in [0, 2**24)."""
+    def bits(self, features: int, salt: int, first: int = 0) -> Tensor:
+        """[B, S, features] int32 in [0, 2**24), for features from `first` on."""
         assert self.tokens is not None, "no micro-batch has been entered"
-        columns = torch.arange(features, dtype=torch.int32, device=self.tokens.device)
+        columns = torch.arange(first, first + features, dtype=torch.int32, device=self.tokens.device)
         per_feature = _hash(columns * _GOLDEN + salt)
         return _hash(self.tokens[..., None] ^ per_feature) & ((1 << _BITS) - 1)
 
@@ -92,17 +92,22 @@ def _mix32(*numbers: int) -> int:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout whose mask is a function of the keys; the inputs' rows are the positions of the micro-batch."""
+    """Dropout whose mask is a function of the keys; the inputs' rows are the positions of the micro-batch.
+
+    Attributes:
+        first_feature: which of the whole layer's features the inputs start with, where ranks share them.
+    """
 
     def __init__(self, probability: float, keys: NoiseKeys) -> None:
         super().__init__()
         self.p, self._keys, self._salt = probability, keys, keys.new_salt()
+        self.first_feature = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., features] with B * S rows -> the same shape; each element 0 or x / (1 - p)."""
         if not self.training:
             return x
-        keep = self._keys.bits(x.shape[-1], self._salt) >= round(self.p * (1 << _BITS))
+        keep = self._keys.bits(x.shape[-1], self._salt, self.first_feature) >= round(self.p * (1 << _BITS))
         return x * keep.view(x.shape) * (1.0 / (1.0 - self.p))
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
@@ -20,6 +21,8 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.reduce import Reducer, clip_gradients
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import no_figures, nothing, whole
+from fourfold.parallel.tensor import share_tensors
+from fourfold.parallel.vocabulary import VocabularyShare
 from fourfold.planning.layout import Layout
 
 log = get_logger(__name__)
@@ -39,6 +42,8 @@ class Parallelized:
         finish: completes the gradients after the last backward pass of a step.
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
         observe: figures of the step that was trained, such as the experts' loads.
+        vocabulary: the head's tokens on this rank, where ranks share the vocabulary.
+        router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         multiple: the positions of a micro-batch's rows must be a multiple of this.
     """
 
@@ -51,11 +56,13 @@ class Parallelized:
     finish: Callable[[], None] = nothing
     clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
     observe: Callable[[], dict[str, float]] = no_figures
+    vocabulary: VocabularyShare | None = None
+    router_copies: int = 1
     multiple: int = 1
 
 
 def parallelize(
-    root: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, *, compute: torch.dtype | None
+    root: PreTrainedModel, blocks: Sequence[nn.Module], mesh: Mesh, *, compute: torch.dtype | None
 ) -> Parallelized:
     """Split a model, in place: pipeline stages, experts, matrices, then data parallelism around what is left.
 
@@ -83,6 +90,8 @@ def parallelize(
     if layout.ep > 1:
         experts = split_experts(root, mesh, shares)
         log.info("Cut the experts of %d layers over %d ranks", len(experts), layout.ep)
+    if layout.tp > 1:
+        split = _share_tensors(split, blocks, mesh)
     if layout.dp_shard > 1:
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
         sharded = shard(
@@ -101,6 +110,22 @@ def parallelize(
         log.info("Replicated by DDP over %d ranks", layout.dp_replicate)
         return replace(split, runner=wrapped, sync=DdpSync(wrapped))
     return split
+
+
+def _share_tensors(split: Parallelized, blocks: Sequence[nn.Module], mesh: Mesh) -> Parallelized:
+    layout, root = mesh.layout, split.runner
+    assert isinstance(root, PreTrainedModel)
+    sequence = layout.sequence_parallel
+    tensors = share_tensors(
+        root, blocks, mesh.view(("tp",)), split.shares, sequence=sequence, loss=layout.loss_parallel
+    )
+    log.info("Matrices shared by %d ranks%s", layout.tp, ", positions between them, too" if sequence else "")
+    return replace(
+        split,
+        vocabulary=tensors.vocabulary,
+        router_copies=tensors.router_copies,
+        multiple=layout.tp if sequence else 1,
+    )
 
 
 def _clip(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fourfold.dataset.batch import IGNORE_INDEX
+from fourfold.parallel.vocabulary import VocabularyShare, shared_argmax, shared_cross_entropy
 
 CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time."""
@@ -35,12 +36,25 @@ class Outputs:
             soft-capping applied.
         router_loss: scalar load-balancing loss of a mixture-of-experts model (not yet scaled), or None.
         head_is_frozen: whether nothing in the head is trained.
+        vocabulary: which tokens the head's logits are of, where ranks share the vocabulary; None for all.
     """
 
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
     router_loss: Tensor | None = None
     head_is_frozen: bool = False
+    vocabulary: VocabularyShare | None = None
+
+    def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
+        """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""
+        logits = self.head(hidden).float()
+        share = self.vocabulary
+        correct = torch.empty(0, dtype=torch.bool, device=targets.device)
+        if with_correct:
+            correct = (logits.argmax(-1) if share is None else shared_argmax(logits, share)) == targets
+        if share is None:
+            return F.cross_entropy(logits, targets, reduction="none"), correct
+        return shared_cross_entropy(logits, targets, share), correct
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +72,8 @@ class TokenScores:
     correct: Tensor | None
 
 
-def _score_chunk(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], with_correct: bool
-) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    correct = logits.argmax(-1) == targets if with_correct else torch.empty(0, dtype=torch.bool, device=targets.device)
-    return F.cross_entropy(logits, targets, reduction="none"), correct
+Score = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+"""`Outputs.score`."""
 
 
 class _FrozenHeadScores(torch.autograd.Function):
@@ -78,7 +88,7 @@ class _FrozenHeadScores(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         targets: Tensor,
-        head: Callable[[Tensor], Tensor],
+        score: Score,
         with_correct: bool,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
@@ -89,7 +99,7 @@ class _FrozenHeadScores(torch.autograd.Function):
         for chunk, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
-                nll, correct = _score_chunk(leaf, wanted, head, with_correct)
+                nll, correct = score(leaf, wanted, with_correct)
                 slopes += torch.autograd.grad(nll.sum() * ctx.factor, leaf)
             pieces.append((nll.detach(), correct))
         ctx.save_for_backward(torch.cat(slopes))
@@ -125,12 +135,12 @@ def score_tokens(
     hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions)
     wanted = flat_targets.index_select(0, positions)
     if outputs.head_is_frozen and hidden.requires_grad and positions.numel():
-        nll, correct = _FrozenHeadScores.apply(hidden, wanted, outputs.head, with_correct, chunk_tokens)  # type: ignore[misc]
+        nll, correct = _FrozenHeadScores.apply(hidden, wanted, outputs.score, with_correct, chunk_tokens)  # type: ignore[misc]
     elif positions.numel() <= chunk_tokens:
-        nll, correct = _score_chunk(hidden, wanted, outputs.head, with_correct)
+        nll, correct = outputs.score(hidden, wanted, with_correct)
     else:
         pieces = [
-            checkpoint(_score_chunk, h, t, outputs.head, with_correct, use_reentrant=False)
+            checkpoint(outputs.score, h, t, with_correct, use_reentrant=False)
             for h, t in zip(hidden.split(chunk_tokens), wanted.split(chunk_tokens), strict=True)
         ]
         nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])

@@ -174,7 +174,7 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
     inner = base_model(module)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)
-    model.runner = split.runner
+    model.take(split)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
     return Parts(
         run,

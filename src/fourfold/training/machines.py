@@ -10,6 +10,7 @@ from fourfold.base.errors import PlanError
 from fourfold.config.schema import Run
 from fourfold.models.load import count_parameters, load_config
 from fourfold.parallel.launch import Machines
+from fourfold.parallel.tensor import FAMILIES, not_shared
 from fourfold.planning.axes import ModelFacts, check_layout
 from fourfold.planning.layout import Layout, resolve_layout
 
@@ -78,14 +79,33 @@ def _replica_fits(run: Run) -> bool:
     return count_parameters(run.model) * per_parameter <= _SHARE * total
 
 
+def _tensor_problems(run: Run) -> list[str]:
+    """What cannot be trained on shared matrices."""
+    tuning, model = run.tuning, run.model
+    asked = {
+        "use_dora": (tuning.use_dora, "Use plain LoRA"),
+        "pissa_init": (tuning.pissa_init, "Use plain LoRA"),
+        "additional_target": (bool(tuning.additional_target), "Leave it out"),
+        "resize_vocab": (model.resize_vocab, "Resize and save the model in a run of its own first"),
+        "quantization_bit": (model.quantization_bit == 8, "Use quantization_bit: 4"),
+    }
+    problems = [f"parallel.tp: does not go with {key}. {what}." for key, (given, what) in asked.items() if given]
+    model_type = load_config(model).get_text_config().model_type
+    if model_type not in FAMILIES:
+        problems.append(not_shared(model_type))
+    return problems
+
+
 def _not_yet(run: Run, layout: Layout) -> list[str]:
     """What this version cannot split."""
     problems = [
         f"parallel.{axis}: {size} is not supported by this version. Use dp_replicate and dp_shard."
         for axis, size in layout.sizes().items()
-        if axis in ("cp", "tp", "pp") and size > 1
+        if axis in ("cp", "pp") and size > 1
     ]
-    if layout.dp_shard > 1:
+    if layout.tp > 1:
+        problems += _tensor_problems(run)
+    if layout.dp_shard * layout.tp > 1:
         if run.training.optim not in ("adamw_torch", "sgd"):
             problems.append(
                 f"optim: {run.training.optim} does not work on sharded parameters. Use adamw_torch or sgd, or "

@@ -1,0 +1,173 @@
+"""Collectives that autograd knows: what a forward pass sends, and what its backward pass sends back.
+
+Each pair is named by what happens to the values. A value is either the same on all ranks of the group, a part of the
+whole along one dimension, or a partial sum of the whole. Its gradient is of the kind that the comment says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+try:
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # their names before torch 2.13, which warns of them
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
+
+def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group)
+    return out
+
+
+def _all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    out = _empty(x, dim, x.shape[dim] * group.size())
+    with _leading(out, dim) as leading:
+        all_gather_single(leading, x.movedim(dim, 0).contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    out = _empty(x, dim, x.shape[dim] // group.size())
+    with _leading(out, dim) as leading:
+        reduce_scatter_single(leading, x.movedim(dim, 0).contiguous(), group=group)
+    return out
+
+
+def _empty(like: Tensor, dim: int, size: int) -> Tensor:
+    return like.new_empty([*like.shape[:dim], size, *like.shape[dim + 1 :]])
+
+
+@contextmanager
+def _leading(out: Tensor, dim: int) -> Iterator[Tensor]:
+    """A contiguous tensor with `dim` first, whose content is in `out` afterwards; no copy where one is not needed.
+
+    `out` stays no view itself: what watches a module's outputs (FSDP) cannot follow in-place changes of views.
+    """
+    moved = out.movedim(dim, 0)
+    leading = moved if moved.is_contiguous() else torch.empty_like(moved, memory_format=torch.contiguous_format)
+    yield leading
+    if leading is not moved:
+        moved.copy_(leading)
+
+
+def _own(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_reduce(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.dim, ctx.group = dim, group
+        return _all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.dim, ctx.group = dim, group
+        return _reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.dim, ctx.group = dim, group
+        return _own(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.dim, ctx.group = dim, group
+        return _all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _own(grad, ctx.dim, ctx.group), None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * ctx.factor, None
+
+
+def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The same value goes into work that is divided: its gradient arrives in partial sums, and is added up."""
+    return _Copy.apply(x, group)  # type: ignore[return-value]
+
+
+def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial sums are added up; the gradient is the same on all ranks."""
+    return _Reduce.apply(x, group)  # type: ignore[return-value]
+
+
+def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Parts are joined for work that is divided: the gradient arrives in partial sums, each rank gets its part's."""
+    return _Gather.apply(x, dim, group)  # type: ignore[return-value]
+
+
+def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Partial sums are added up, each rank gets a part; the gradients of the parts are joined."""
+    return _ReduceScatter.apply(x, dim, group)  # type: ignore[return-value]
+
+
+def split(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Each rank takes its part of what is the same on all; the gradients of the parts are joined."""
+    return _Split.apply(x, dim, group)  # type: ignore[return-value]
+
+
+def join(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Parts are joined for work that all ranks do alike: the gradient is the same on all, each takes its part's."""
+    return _Join.apply(x, dim, group)  # type: ignore[return-value]
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The value as it is, its gradient times `factor`."""
+    return _ScaleGradient.apply(x, factor)  # type: ignore[return-value]

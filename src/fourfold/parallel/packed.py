@@ -1,0 +1,78 @@
+"""Parts of weights that bitsandbytes has packed into 4 bits, cut without unpacking.
+
+A packed weight [out, in] holds two columns a byte, row by row, and one scale (`absmax`) for every `blocksize` columns
+of a row where `in` is a multiple of it. Rows can be taken as they are; columns in whole blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.base.errors import PlanError
+from fourfold.parallel.shares import Cut
+
+
+def is_packed(layer: nn.Linear) -> bool:
+    """Whether a linear layer holds weights packed into 4 bits."""
+    return type(layer.weight).__name__ == "Params4bit"
+
+
+def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
+    """Keep this rank's part of a packed layer's weight, in place. Scales that are quantised themselves are expanded.
+
+    Args:
+        layer: bitsandbytes' Linear4bit on its device, quantised.
+        name: of the layer, for messages.
+        cut: of the unpacked weight [out, in].
+    Raises:
+        PlanError: the part does not consist of whole blocks.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_blockwise
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    assert isinstance(layer, Linear4bit)
+    weight: Any = layer.weight
+    state = weight.quant_state
+    rows, columns = state.shape
+    block = state.blocksize
+    bounds = [bound for pair in cut.ranges for bound in pair]
+    if columns % block or (cut.dim == 1 and any(bound % block for bound in bounds)):
+        raise PlanError(
+            f"parallel.tp: the quantised weight of {name} [{rows}, {columns}] has one scale for {block} columns, and a "
+            f"part of {cut.size} of them is not whole blocks. Use fewer tp ranks, or no quantization_bit."
+        )
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    storage = weight.data.dtype
+    packed = weight.data.view(torch.uint8).view(rows, columns // 2)
+    scales = absmax.float().view(rows, columns // block)
+    if cut.dim == 0:
+        packed, scales = cut.take(packed), cut.take(scales)
+    else:
+        packed = Cut(1, tuple((a // 2, b // 2) for a, b in cut.ranges)).take(packed)
+        scales = Cut(1, tuple((a // block, b // block) for a, b in cut.ranges)).take(scales)
+    shape = (cut.size, columns) if cut.dim == 0 else (rows, cut.size)
+    part = QuantState(
+        absmax=scales.reshape(-1).contiguous(),
+        shape=torch.Size(shape),
+        code=state.code,
+        blocksize=block,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    make: Any = Params4bit  # its constructor is not typed
+    layer.weight = make(
+        packed.reshape(-1, 1).contiguous().view(storage),
+        requires_grad=False,
+        quant_state=part,
+        blocksize=block,
+        quant_type=state.quant_type,
+        quant_storage=storage,
+        bnb_quantized=True,
+        module=layer,
+    )
+    layer.quant_state = part  # type: ignore[assignment]

@@ -1,0 +1,352 @@
+"""Tensor parallelism: every matrix of a layer is shared by the ranks of a group.
+
+Which matrix is cut by rows of its output and which by columns of its input is what the model's own `tp_plan` says
+(Transformers). A *region* is a child of a decoder layer that has matrices: attention, MLP, experts. Its input is the
+same on all ranks; within it each rank works with its own heads or channels, and what comes out are partial sums, added
+up once. Gradients of what all ranks hold whole inside a region (norms of heads, low-rank adapters' inner sides,
+routers) are partial sums likewise, and are added up once a step.
+
+With sequence parallelism the positions are shared between regions, too: norms and residuals exist once over all ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from fourfold.base.errors import PlanError
+from fourfold.parallel import exchange
+from fourfold.parallel.linear import cut_linear
+from fourfold.parallel.shares import Cut, Share, Shares
+from fourfold.parallel.vocabulary import VocabularyShare, share_embedding
+
+FAMILIES = (
+    "cohere2", "deepseek_v3", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "mistral", "mixtral",
+    "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+)  # fmt: skip
+"""Families that train the same whether their matrices are shared or not; each is tested."""
+
+_ATTENTION = "model.layers.*.self_attn."
+_ADDED_STYLES = {
+    "gpt_oss": {
+        **{_ATTENTION + name: "colwise" for name in ("q_proj", "k_proj", "v_proj", "sinks")},
+        _ATTENTION + "o_proj": "rowwise",
+    }
+}
+"""What a family's own plan leaves out."""
+
+_LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
+_SEQUENCE = 1
+"""Dimension of the positions in hidden states [B, S, hidden size]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSplit:
+    """What the rest must know of a model whose matrices are shared.
+
+    Attributes:
+        vocabulary: this rank's tokens of the head's logits; None if the logits are whole.
+        router_copies: how many ranks compute the same router loss, whose gradients are then added up.
+    """
+
+    vocabulary: VocabularyShare | None
+    router_copies: int
+
+
+def share_tensors(
+    root: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    shares: Shares,
+    *,
+    sequence: bool,
+    loss: bool,
+) -> TensorSplit:
+    """Keep this rank's part of every matrix, in place.
+
+    Args:
+        root: the model, possibly with PEFT's layers in it; parameters may be on the meta device.
+        blocks: the decoder layers that this rank runs, in order.
+        mesh: one-dimensional: the tensor-parallel ranks, which are neighbours in the job.
+        shares: gets a note of every parameter that is cut, or whose gradient is a partial sum.
+        sequence: share the positions between regions.
+        loss: leave the logits shared.
+    Raises:
+        PlanError: the family, a layer's kind or its size cannot be shared.
+    """
+    model_type = root.config.get_text_config().model_type
+    if model_type not in FAMILIES:
+        raise PlanError(not_shared(model_type))
+    return _Sharer(root, mesh, shares, sequence=sequence, loss=loss).run(blocks)
+
+
+def not_shared(model_type: str) -> str:
+    """Why a family is refused, and what can be used instead."""
+    return (
+        f"parallel.tp: {model_type} models are not known to train right with shared matrices. Use dp_shard (FSDP), "
+        f"or one of: {', '.join(FAMILIES)}."
+    )
+
+
+def even_range(total: int, index: int, count: int) -> tuple[int, int]:
+    """[start, stop) of part `index` of `count` parts whose sizes differ by at most one."""
+    return index * total // count, (index + 1) * total // count
+
+
+def _styles(root: PreTrainedModel) -> list[tuple[re.Pattern[str], str]]:
+    """The plan as patterns of full names, without the prefix that wrappers may add."""
+    added = _ADDED_STYLES.get(root.config.get_text_config().model_type, {})
+    plan = {**(root.tp_plan or {}), **added}
+    return [(re.compile(re.escape(name).replace(r"\*", r"[^.]+")), style) for name, style in plan.items()]
+
+
+def _regions(block: nn.Module) -> Iterator[nn.Module]:
+    for child in block.children():
+        if any(parameter.ndim > 1 for parameter in child.parameters()):
+            yield child
+
+
+class _Sharer:
+    def __init__(self, root: PreTrainedModel, mesh: DeviceMesh, shares: Shares, *, sequence: bool, loss: bool) -> None:
+        config = root.config.get_text_config()
+        self._root, self._shares, self._sequence, self._loss = root, shares, sequence, loss
+        self._group, self._rank, self._size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self._styles = _styles(root)
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.to_dict().get("num_key_value_heads") or self._heads
+        self._kv_replicas = _replicas(mesh, self._kv_heads)
+        self._cut: set[tuple[nn.Module, str]] = set()
+
+    def run(self, blocks: Sequence[nn.Module]) -> TensorSplit:
+        vocabulary = self._share_vocabulary()
+        names = {module: name for name, module in self._root.named_modules()}
+        router_copies = 1
+        for block in blocks:
+            for region in _regions(block):
+                split = self._share_region(region, names[region])
+                has_experts = any(parameter.ndim == 3 for parameter in region.parameters())
+                if has_experts and (split or self._sequence):
+                    router_copies = self._size
+            if self._sequence:
+                self._note_partial(block)
+        if self._sequence and blocks:
+            blocks[0].register_forward_pre_hook(self._enter_blocks, with_kwargs=True, prepend=True)
+            blocks[-1].register_forward_hook(self._leave_blocks)
+        return TensorSplit(vocabulary, router_copies)
+
+    def _style(self, name: str) -> str | None:
+        return next((style for pattern, style in self._styles if pattern.fullmatch(name)), None)
+
+    # What is cut.
+
+    def _share_region(self, region: nn.Module, name: str) -> bool:
+        """Cut a region's matrices and exchange at its borders; returns whether any was cut."""
+        found: dict[str, str] = {}
+        for child_name, child in region.named_modules():
+            path = f"{name}.{child_name}" if child_name else name
+            if (style := self._style(path)) in _LINEAR_STYLES:
+                self._share_linear(child, path, style)
+                found[child_name] = style
+            for parameter in [name for name, _ in child.named_parameters(recurse=False)]:
+                if (style := self._style(f"{path}.{parameter}")) is not None:
+                    self._share_stacked(child, parameter, style)
+                    found[f"{child_name}.{parameter}"] = style
+        split = bool(found)
+        if found.get("o_proj") == "rowwise":
+            self._settle_heads(region)
+        if split:
+            self._note_partial(region)
+        if split or self._sequence:
+            region.register_forward_pre_hook(self._enter_region, with_kwargs=True, prepend=True)
+            region.register_forward_hook(self._leave_split_region if split else self._leave_whole_region)
+        return split
+
+    def _share_linear(self, layer: nn.Module, name: str, style: str) -> None:
+        dim = 0 if style.startswith("colwise") else 1
+        total = _features(layer, dim)
+        kind = name.rsplit(".", 1)[-1]
+        if style == "colwise" and kind in ("k_proj", "v_proj") and self._size > self._kv_heads:
+            index = self._rank * self._kv_heads // self._size
+            cut = Cut(0, (even_range(total, index, self._kv_heads),))
+            first = self._rank % (self._size // self._kv_heads) == 0
+            note = Share((), parts=self._kv_heads, sum_over=self._kv_replicas, first=first)
+        else:
+            cut = Cut(dim, (even_range(total, self._rank, self._size),))
+            note = Share((), parts=self._size)
+        if style in ("colwise_gather_output", "rowwise_split_input") and total % self._size:
+            raise PlanError(
+                f"parallel.tp: {self._size} does not divide the {total} features of {name}. Use a size that does."
+            )
+        for owner, parameter, part in cut_linear(layer, name, cut, copies=self._size):
+            self._put(owner, parameter, part, note)
+        if style == "colwise_gather_output":
+            layer.register_forward_hook(self._gather_features)
+        elif style == "rowwise_split_input":
+            layer.register_forward_pre_hook(_TakeFeatures(cut))
+
+    def _share_stacked(self, module: nn.Module, name: str, style: str) -> None:
+        """Stacked experts [E, out, in], or one number a head."""
+        parameter = getattr(module, name)
+        assert isinstance(parameter, nn.Parameter)
+        dim = {"colwise": 0, "packed_colwise": parameter.ndim - 2, "rowwise": parameter.ndim - 1}.get(style)
+        if dim is None:
+            raise PlanError(f"parallel.tp: a parameter of style {style} cannot be shared. Use parallel.tp: 1.")
+        total, fused = parameter.shape[dim], 2 if style == "packed_colwise" else 1
+        start, stop = even_range(total // fused, self._rank, self._size)
+        cut = Cut(dim, tuple((part * total // fused + start, part * total // fused + stop) for part in range(fused)))
+        part = nn.Parameter(cut.take(parameter.data), requires_grad=parameter.requires_grad)
+        shape = tuple(parameter.shape)
+        setattr(module, name, part)
+        self._put(module, name, (shape, cut), Share((), parts=self._size))
+
+    def _put(self, module: nn.Module, name: str, part: tuple[tuple[int, ...], Cut], note: Share) -> None:
+        """Note a cut, on top of what expert parallelism may have cut before."""
+        shape, cut = part
+        before = self._shares.get(module, name)
+        if before is not None:
+            shape = before.shape
+            note = replace(note, cuts=before.cuts, parts=before.parts * note.parts, first=before.first and note.first)
+        self._shares.put(module, name, replace(note, shape=shape, cuts=(*note.cuts, cut)))
+        self._cut.add((module, name))
+
+    def _note_partial(self, module: nn.Module) -> None:
+        """Everything in a module that is not cut gets its gradient in partial sums."""
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if (owner, name) in self._cut:
+                    continue
+                before = self._shares.get(owner, name) or Share(tuple(parameter.shape))
+                first = before.first and self._rank == 0
+                self._shares.put(owner, name, replace(before, sum_over=self._group, first=first))
+
+    def _settle_heads(self, attention: nn.Module) -> None:
+        """Tell an attention layer how many of its query heads share a key head on this rank."""
+        kv_heads = max(self._kv_heads // self._size, 1)
+        if isinstance(getattr(attention, "num_key_value_groups", None), int):
+            attention.num_key_value_groups = self._heads // self._size // kv_heads  # type: ignore[assignment]
+
+    # Embedding and head.
+
+    def _share_vocabulary(self) -> VocabularyShare | None:
+        embedding, head = self._root.get_input_embeddings(), self._root.get_output_embeddings()
+        if not isinstance(embedding, nn.Embedding | None):
+            raise PlanError(
+                "parallel.tp: an embedding with an adapter, or trained beside one, cannot be shared. "
+                "Leave it out of lora_target and additional_target."
+            )
+        total = self._root.config.get_text_config().vocab_size if embedding is None else embedding.weight.shape[0]
+        if head is not None:
+            total = _features(head, 0)
+        start, stop = even_range(total, self._rank, self._size)
+        share, cut = VocabularyShare(start, stop, self._group), Cut(0, ((start, stop),))
+        tied = embedding is not None and head is not None and getattr(head, "weight", None) is embedding.weight
+        note = Share((), parts=self._size)
+        if embedding is not None:
+            weight = embedding.weight
+            shape = tuple(weight.shape)
+            embedding.weight = nn.Parameter(cut.take(weight.data), requires_grad=weight.requires_grad)
+            embedding.num_embeddings = stop - start
+            self._put(embedding, "weight", (shape, cut), note)
+            share_embedding(embedding, share)
+            if tied:
+                assert isinstance(head, nn.Linear)
+                head.weight, head.out_features = embedding.weight, stop - start
+                self._put(head, "weight", (shape, cut), note)
+        if head is None:
+            return None
+        if not tied:
+            for owner, parameter, part in cut_linear(head, "lm_head", cut, copies=self._size):
+                self._put(owner, parameter, part, note)
+        head.register_forward_pre_hook(self._enter_head)
+        if self._loss:
+            return share
+        if total % self._size:
+            raise PlanError(
+                f"parallel.loss_parallel: false needs a vocabulary that {self._size} tp ranks can divide, and it is "
+                f"{total}. Leave loss_parallel out."
+            )
+        head.register_forward_hook(self._join_logits)
+        return None
+
+    # What is exchanged.
+
+    def _enter_region(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._sequence:
+            return _on_hidden(args, kwargs, lambda x: exchange.gather(x, _SEQUENCE, self._group))
+        return _on_hidden(args, kwargs, lambda x: exchange.copy(x, self._group))
+
+    def _leave_split_region(self, module: nn.Module, args: object, output: Any) -> Any:
+        if self._sequence:
+            return _on_output(output, lambda x: exchange.reduce_scatter(x, _SEQUENCE, self._group))
+        return _on_output(output, lambda x: exchange.reduce(x, self._group))
+
+    def _leave_whole_region(self, module: nn.Module, args: object, output: Any) -> Any:
+        """All ranks have computed the same; with shared positions each goes on with its own."""
+        return _on_output(output, lambda x: x.chunk(self._size, _SEQUENCE)[self._rank])
+
+    def _enter_blocks(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return _on_hidden(args, kwargs, lambda x: exchange.split(x, _SEQUENCE, self._group))
+
+    def _leave_blocks(self, module: nn.Module, args: object, output: Any) -> Any:
+        return _on_output(output, lambda x: exchange.join(x, _SEQUENCE, self._group))
+
+    def _gather_features(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return exchange.gather(output, output.ndim - 1, self._group)
+
+    def _enter_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (exchange.copy(args[0], self._group), *args[1:])
+
+    def _join_logits(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return exchange.join(output, output.ndim - 1, self._group)
+
+
+class _TakeFeatures:
+    """Gives a layer its features of a whole input."""
+
+    def __init__(self, cut: Cut) -> None:
+        ((self._start, stop),) = cut.ranges
+        self._size = stop - self._start
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].narrow(-1, self._start, self._size), *args[1:])
+
+
+def _on_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the hidden states that a module is called with, by position or by name."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+
+def _on_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change the hidden states that a module returns, alone or first of several."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def _features(layer: nn.Module, dim: int) -> int:
+    """Output (0) or input (1) features of a linear layer, also of an adapted or packed one."""
+    features = layer.out_features if dim == 0 else layer.in_features
+    assert isinstance(features, int)
+    return features
+
+
+def _replicas(mesh: DeviceMesh, kv_heads: int) -> dist.ProcessGroup | None:
+    """The ranks that hold the same key head, where there are more ranks than key heads; every rank must call."""
+    if mesh.size() <= kv_heads:
+        return None
+    ranks = torch.arange(dist.get_world_size()).view(-1, kv_heads, mesh.size() // kv_heads)
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("tp_groups", "kv_head", "kv_copy")).get_group("kv_copy")

@@ -1,0 +1,83 @@
+"""Tensor parallelism trains as one process does: matrices, positions and vocabulary shared by ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, Curve, alone, assert_same, run_ranks, train, under
+
+from fourfold.parallel.mesh import Mesh, build_mesh, single
+from fourfold.parallel.tensor import FAMILIES
+from fourfold.planning.layout import Layout
+from tiny_models import MOE_FAMILIES
+
+_CPU = torch.device("cpu")
+_MILD = (("initializer_range", 0.1),)
+"""Weights that magnify rounding less than the usual ones of the tests do."""
+
+LAYOUTS = {
+    "tp2": Layout(tp=2),
+    "tp2-no-sp": Layout(tp=2, sequence_parallel=False),
+    "tp2-no-lp": Layout(tp=2, loss_parallel=False),
+    "tp4": Layout(tp=4),
+    "fsdp2xtp2": Layout(dp_shard=2, tp=2),
+    "ddp2xtp2": Layout(dp_replicate=2, tp=2),
+}
+CASES = {
+    "llama-full": Case(),
+    "llama-lora-padded": Case(tuning="lora", packed=False),
+    "qwen3-full-tied": Case(family="qwen3"),
+    # columns of a 4-bit weight are cut in blocks of 64
+    "llama-qlora": Case(
+        tuning="qlora",
+        overrides=(("hidden_size", 128), ("head_dim", 64), ("intermediate_size", 256), ("initializer_range", 0.05)),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Curve]:
+    """The curves of one process."""
+    torch.set_num_threads(1)
+    return {name: alone(case) for name, case in CASES.items()}
+
+
+COVER = {
+    ("tp2", "llama-full"),
+    ("tp2-no-sp", "llama-lora-padded"),
+    ("tp2-no-lp", "qwen3-full-tied"),
+    ("tp4", "llama-full"),
+    ("tp4", "llama-qlora"),
+    ("fsdp2xtp2", "llama-lora-padded"),
+    ("ddp2xtp2", "qwen3-full-tied"),
+}
+"""Every layout and every case once or twice; the rest is for the grid."""
+
+
+def _cells() -> list[Any]:
+    cells = [(layout, case) for layout in sorted(LAYOUTS) for case in sorted(CASES)]
+    return [pytest.param(*cell, marks=() if cell in COVER else pytest.mark.grid) for cell in cells]
+
+
+@pytest.mark.parametrize(("layout", "case"), _cells())
+def test_training_when_matrices_are_shared_equals_one_process(
+    layout: str, case: str, references: dict[str, Curve]
+) -> None:
+    for curve in under(CASES[case], LAYOUTS[layout]):
+        assert_same(curve, references[case])
+
+
+def _all_families(mesh_of: Callable[[], Mesh], names: Sequence[str]) -> dict[str, Curve]:
+    mesh = mesh_of()
+    return {name: train(Case(family=name, overrides=_MILD), mesh) for name in names}
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2-no-sp"])
+def test_training_when_matrices_are_shared_equals_one_process_for_every_family(layout: str) -> None:
+    [references] = run_ranks(1, lambda: _all_families(lambda: single(_CPU), FAMILIES))
+    for found in run_ranks(2, lambda: _all_families(lambda: build_mesh(LAYOUTS[layout], _CPU), FAMILIES)):
+        for name, curve in found.items():
+            assert_same(curve, references[name], loss=5e-5 if name in MOE_FAMILIES else 1e-5)
