@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
@@ -131,11 +130,4 @@ def _read_model(model: PreTrainedModel, folder: Path) -> NamedSource:
     files = TensorFiles(sorted(folder.glob("model*.safetensors")))
     if set(files.names) <= model.state_dict().keys():
         return files
-    return HostTensors(_unsharded_class(model).from_pretrained(folder, dtype=torch.float32).state_dict())
-
-
-def _unsharded_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The model's own class; FSDP gives what it shards one derived from it, which cannot be built."""
-    return next(
-        cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel) and not issubclass(cls, FSDPModule)
-    )
+    return HostTensors(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
