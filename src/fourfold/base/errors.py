@@ -46,6 +46,10 @@ class ModelError(FourfoldError):
     """A model, tokenizer or adapter cannot be used as asked."""
 
 
+class MemoryExhaustedError(FourfoldError):
+    """A device has too little memory for what was asked; tells where it ran out and what to change, best first."""
+
+
 class CheckpointError(FourfoldError):
     """A checkpoint is missing, damaged or does not belong to this run."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fourfold.base.errors import ConfigError, FourfoldError
+from fourfold.base.log import get_logger
 
 if TYPE_CHECKING:  # the config's models take longer to import than `fourfold --help` may take in all
     from fourfold.config.rules import Verb
@@ -54,6 +55,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except FourfoldError as error:
+        get_logger(__name__).debug("Where it comes from:", exc_info=error)
         print(error, file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:

@@ -56,6 +56,7 @@ class Parts:
         split: how the model is spread over the mesh.
         num_parameters: of the whole model without its embeddings.
         base: which model an adapter is trained on; None for other tunings.
+        recompute: what the backward pass computes again; settled with `policy`.
     """
 
     run: Run
@@ -72,6 +73,7 @@ class Parts:
     split: Parallelized
     num_parameters: int
     base: BaseIdentity | None = None
+    recompute: Recompute = "none"
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
@@ -105,7 +107,7 @@ class Parts:
 
         Decided once, and activations are recomputed from then on if it takes that.
         """
-        training, sizes = self.run.training, self._sizes()
+        training, sizes = self.run.training, self.sizes()
         tokens = training.per_device_train_batch_size * self.run.data.cutoff_len
         if self.mesh.device.type == "cpu":
             # What the user's own micro-batch takes at its longest: no more memory than it was meant to need.
@@ -120,9 +122,11 @@ class Parts:
         fit = fit_to_memory(allowed, self.module, sizes, self.precision.compute, self._asked_recompute())
         if fit.recompute != "none":
             enable_recompute(self.module, fit.recompute, self.noise)
+            self.recompute = fit.recompute
         return fit.policy
 
-    def _sizes(self) -> StepSizes:
+    def sizes(self) -> StepSizes:
+        """Tokens of the longest sample and of a step."""
         cutoff_len, samples = self.run.data.cutoff_len, samples_per_step(self.run.training, self.mesh.layout.dp)
         if self.data.stream is not None:
             return StepSizes(cutoff_len, cutoff_len * samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fourfold.trackers.interface import RunInfo, Tracker, open_trackers
 from fourfold.trackers.reports.results import speed
 from fourfold.training.assemble import Parts
 from fourfold.training.checkpointer import Checkpointer
+from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.loop import Loop, LoopSettings
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
@@ -54,7 +56,8 @@ def fit(parts: Parts) -> dict[str, float]:
         loop, checkpointer = build_loop(parts, budget, state, trackers, facts)
         if resumed is not None:
             checkpointer.restore(resumed)
-        loop.fit()
+        with exhaustion_told(run, parts.mesh, partial(_place, parts, budget, state)):
+            loop.fit()
         if run.training.load_best_model_at_end:
             checkpointer.load_best()
     finally:
@@ -68,6 +71,12 @@ def fit(parts: Parts) -> dict[str, float]:
         **speed("train", state.train_runtime_s, state.num_samples, state.step),
         **_token_figures(run.output, state),
     }
+
+
+def _place(parts: Parts, budget: Budget, state: TrainState) -> Place:
+    """Where the training is."""
+    what = f"in step {state.step + 1} of {budget.max_steps}"
+    return Place(what, parts.policy.max_tokens, parts.sizes().longest, recompute=parts.recompute)
 
 
 def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:

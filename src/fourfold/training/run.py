@@ -31,6 +31,7 @@ from fourfold.trackers.reports.plot import plot_losses
 from fourfold.trackers.reports.results import Split, format_results, read_results, write_results
 from fourfold.training import folder
 from fourfold.training.assemble import Parts, load_parts
+from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.fit import fit
 from fourfold.training.machines import choose_layout, machines_of
 from fourfold.training.predict import generate_predictions
@@ -87,7 +88,8 @@ def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
 
 def _work(run: Run, output_dir: Path, mesh: Mesh) -> dict[str, Any]:
     """Everything that follows once this rank knows its place."""
-    parts = load_parts(run, output_dir, mesh)
+    with exhaustion_told(run, mesh, lambda: Place("while the model was loaded")):
+        parts = load_parts(run, output_dir, mesh)
     _check_data(parts)
     with full_disk_told(output_dir):
         return _verbs(parts)
@@ -108,14 +110,20 @@ def _verbs(parts: Parts) -> dict[str, Any]:
             for path in plot_losses(output_dir):
                 log.info("Figure saved at %s", path)
         log.info(_what_next(parts))
-    if training.do_eval:
-        results |= _report(parts, "eval", parts.evaluator().run("eval"))
-    if training.do_predict:
-        figures = parts.evaluator().run("predict")
-        if training.predict_with_generate:
-            figures |= generate_predictions(parts)
-        results |= _report(parts, "predict", figures)
+    with exhaustion_told(run, mesh, partial(_place_of_evaluation, parts)):
+        if training.do_eval:
+            results |= _report(parts, "eval", parts.evaluator().run("eval"))
+        if training.do_predict:
+            figures = parts.evaluator().run("predict")
+            if training.predict_with_generate:
+                figures |= generate_predictions(parts)
+            results |= _report(parts, "predict", figures)
     return results
+
+
+def _place_of_evaluation(parts: Parts) -> Place:
+    generates = parts.run.training.predict_with_generate
+    return Place("in the evaluation", parts.policy.max_tokens, parts.sizes().longest, generates=generates)
 
 
 def _what_next(parts: Parts) -> str:
