@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from command import Refuse, Train, run_here, run_light
+from command import Refuse, Train, run_apart, run_here, run_light
 from tiny_models import save_tiny_model, tiny_tokenizer
 
 
@@ -40,3 +40,13 @@ def test_plain_text_when_the_tokenizer_has_no_chat_template_is_shown_and_trained
 
 def test_chats_when_the_tokenizer_has_no_chat_template_are_refused(refuse: Refuse, no_template: str) -> None:
     assert "template: 'auto' takes the tokenizer's own chat template" in refuse(no_template)
+
+
+def test_hub_when_it_cannot_be_reached_is_asked_once_and_the_ways_out_are_named(words: list[str]) -> None:
+    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    done = run_apart("data", *words, "model_name_or_path=owner/model", **nowhere)
+    assert done.code == 2
+    first, last = done.err.splitlines()
+    assert first.startswith("warning: http://127.0.0.1:9 cannot be reached (Connection refused)")
+    assert last.startswith("model_name_or_path: the tokenizer of owner/model is not in the cache")
+    assert all(way in last for way in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "local path"))

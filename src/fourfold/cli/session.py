@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fourfold.base.errors import ConfigError, FourfoldError
+from fourfold.base.hub import settle_hub
 from fourfold.base.log import get_logger
 
 if TYPE_CHECKING:  # the config's models take longer to import than `fourfold --help` may take in all
@@ -40,9 +41,13 @@ def read_run(words: Sequence[str] | None, verb: Verb) -> Run:
     if not words:
         raise ConfigError(f"{verb}: needs a config. Write `fourfold {verb} FILE.yaml`, or give keys as key=value.")
     from fourfold.config.begin import begin
+    from fourfold.config.paths import names_hub
 
     has_file = not words[0].startswith("--") and "=" not in words[0]
-    return begin(words[0] if has_file else None, words[1:] if has_file else words, verb)
+    run = begin(words[0] if has_file else None, words[1:] if has_file else words, verb)
+    if names_hub(run):
+        settle_hub()
+    return run
 
 
 @contextmanager

@@ -32,6 +32,12 @@ def check_paths(run: Run, verb: Verb) -> None:
         raise ConfigError(problems)
 
 
+def names_hub(run: Run) -> bool:
+    """Whether the model or an adapter is to come from a hub."""
+    named = (run.model.model_name_or_path, *run.model.adapter_name_or_path)
+    return any(name and not Path(name).expanduser().exists() for name in named)
+
+
 def missing(name: str, key: str) -> str | None:
     """The message for a name that looks like a local path, or like no hub id, where there is nothing; else None."""
     path = Path(name).expanduser()

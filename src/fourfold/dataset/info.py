@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fourfold.base import registry
 from fourfold.base.errors import ConfigError, DataError
+from fourfold.base.hub import WAYS_OUT, settle_hub
 from fourfold.base.log import get_logger
 
 log = get_logger(__name__)
@@ -132,9 +133,17 @@ def load_info(dataset_dir: str | Path | Mapping[str, Any]) -> tuple[Mapping[str,
 
 
 def _remote_info(repo_id: str) -> Path:
+    settle_hub()
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return Path(hf_hub_download(repo_id, INFO_FILE, repo_type="dataset"))
+    try:
+        return Path(hf_hub_download(repo_id, INFO_FILE, repo_type="dataset"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"dataset_dir: {REMOTE}{repo_id}: {INFO_FILE} cannot be fetched ({reason}). Check the name. {WAYS_OUT}"
+        ) from error
 
 
 def find_entries(names: Sequence[str], dataset_dir: str | Path | Mapping[str, Any], *, key: str) -> list[DatasetEntry]:

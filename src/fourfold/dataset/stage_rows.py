@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.hub import settle_hub
 from fourfold.config.schema import Run
 from fourfold.dataset.formats.interface import RowKind
 from fourfold.dataset.info import DatasetEntry, check_location, find_entries
@@ -73,6 +74,8 @@ def check_named(run: Run) -> None:
             try:
                 (entry,) = find_entries((name,), data.dataset_dir, key=key)
                 check_stage(entry, run.training.stage)
+                if entry.source == "hf_hub":
+                    settle_hub()
             except ConfigError as error:
                 problems += (problem for problem in error.problems if problem not in problems)
             else:

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fourfold.base.errors import ConfigError, ModelError
+from fourfold.base.hub import WAYS_OUT, endpoint, is_offline
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import MODEL, is_gguf, missing
 
@@ -67,6 +68,11 @@ def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(name).expanduser().exists():
             advice = "Check that the folder is complete."
+        elif is_offline():
+            raise ModelError(
+                f"{key}: {what} of {name} is not in the cache, and the hub is not asked (HF_HUB_OFFLINE is set, or "
+                f"{endpoint()} cannot be reached). {WAYS_OUT}"
+            ) from error
         else:
-            advice = "Check the name and the network, or give a local folder."
+            advice = f"Check the name. {WAYS_OUT}"
         raise ModelError(f"{key}: {what} of {name} cannot be loaded ({reason}). {advice}") from error

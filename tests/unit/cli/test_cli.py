@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,11 +40,17 @@ def without_heavy_imports(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _children_s() -> float:
+    """Processor time of all commands so far, in seconds: unlike the clock it does not depend on other programs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_when_asked_is_short_and_fast() -> None:
     run("--help")
-    begin = time.perf_counter()
+    begin = _children_s()
     done = run("--help")
-    assert time.perf_counter() - begin < 0.5
+    assert _children_s() - begin < 0.5
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) < 25
     assert [
