@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fourfold.base.errors import PlanError
+from fourfold.base.log import setup_logging
 from fourfold.checkpoint.folder import list_checkpoints, verify, write_folder
 from fourfold.config.load import load
 from fourfold.parallel.launch import WorkerError
@@ -168,6 +169,11 @@ def test_run_when_sizes_do_not_multiply_says_what_would(model: Path, data: Path,
         run(model, data, tmp_path, nproc=2, parallel={"dp_shard": 4})
 
 
-def test_run_when_a_worker_raises_shows_it_once(model: Path, data: Path, tmp_path: Path) -> None:
+def test_run_when_a_worker_raises_shows_it_once_and_the_data_once(
+    model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging()
     with pytest.raises(WorkerError, match="lora_target"):
         run(model, data, tmp_path, nproc=2, lora_target="nothing_like_it")
+    told = capfd.readouterr().err.splitlines()
+    assert len([line for line in told if line.startswith("dataset tiny (train): 22 of 22 rows")]) == 1

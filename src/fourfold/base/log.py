@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +24,19 @@ _HUSHED = (
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module; `name` is the module's `__name__`."""
     return logging.getLogger(name)
+
+
+@contextmanager
+def told_elsewhere(told: bool = True) -> Iterator[None]:
+    """Leave out information and warnings that another process of this job gives; errors are shown."""
+    root = logging.getLogger(_ROOT)
+    level = root.level
+    if told:
+        root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
 
 
 class _RankFilter(logging.Filter):

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from fourfold.base import registry
-from fourfold.base.log import get_logger
+from fourfold.base.log import get_logger, told_elsewhere
 from fourfold.config.schema import Run
 from fourfold.dataset.collate import CutPolicy, filler
 from fourfold.dataset.prepare import Prepared, prepare
@@ -149,15 +149,20 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return token if isinstance(token, int) else 0
 
 
-def load_parts(run: Run, output_dir: Path, mesh: Mesh) -> Parts:
-    """Load tokenizer, then data, then model: what can be wrong with a file is found before the weights are read."""
+def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False) -> Parts:
+    """Load tokenizer, then data, then model: what can be wrong with a file is found before the weights are read.
+
+    Args:
+        data_told: the process that started this one has told what there is to tell of tokenizer and data.
+    """
     training = run.training
     seed_everything(training.seed, deterministic=training.full_determinism)
     if training.tf32 is not None:
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
     objective: Objective = registry.load(_OBJECTIVES, training.stage, key="stage").build(run)
-    tokenizer, renderer = load_renderer(run)
-    data = prepare(run, tokenizer, renderer)
+    with told_elsewhere(data_told or mesh.rank != 0):
+        tokenizer, renderer = load_renderer(run)
+        data = prepare(run, tokenizer, renderer)
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module = _load_module(run, precision, mesh.device, tokenizer)

@@ -81,15 +81,15 @@ def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
         folder.claim(run)
     mesh.wait()
     try:
-        return _work(run, Path(run.output.output_dir or ""), mesh)
+        return _work(run, Path(run.output.output_dir or ""), mesh, data_told=output_dir is not None)
     finally:
         stop_process_group()
 
 
-def _work(run: Run, output_dir: Path, mesh: Mesh) -> dict[str, Any]:
+def _work(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False) -> dict[str, Any]:
     """Everything that follows once this rank knows its place."""
     with exhaustion_told(run, mesh, lambda: Place("while the model was loaded")):
-        parts = load_parts(run, output_dir, mesh)
+        parts = load_parts(run, output_dir, mesh, data_told=data_told)
     _check_data(parts)
     with full_disk_told(output_dir):
         return _verbs(parts)
