@@ -62,7 +62,7 @@ def run(model: Path, data: Path, output: Path, **overrides: Any) -> dict[str, An
     return train(load(config(model, data, output, **overrides), verb="train"))
 
 
-def losses(output: Path) -> list[float]:
-    """The training losses that a run logged, one a step."""
+def losses(output: Path, key: str = "loss") -> list[float]:
+    """The training losses that a run logged, one a step, or another figure of its log."""
     lines = (output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    return [row[key] for row in map(json.loads, lines) if key in row]

@@ -54,6 +54,7 @@ class Case:
         bias_router: make every token choose the first half of the experts (deepseek_v3).
         recompute: what the backward pass computes again.
         dropout: of the adapters' inputs.
+        longest: tokens of a sample at most.
     """
 
     family: str = "llama"
@@ -66,6 +67,7 @@ class Case:
     bias_router: bool = False
     recompute: Recompute = "none"
     dropout: float = 0.0
+    longest: int = 24
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,14 @@ def make_model(case: Case) -> TunedModel:
     return tuned
 
 
-def make_steps(vocab_size: int) -> list[list[Sample]]:
+def make_steps(vocab_size: int, longest: int = 24) -> list[list[Sample]]:
     """Five steps of 7 or 8 samples of uneven lengths; the last has a single sample."""
     generator = torch.Generator().manual_seed(11)
     steps, index = [], 0
     for count in (8, 7, 8, 8, 1):
         samples = []
         for _ in range(count):
-            length = int(torch.randint(4, 25, (1,), generator=generator))
+            length = int(torch.randint(4, longest + 1, (1,), generator=generator))
             ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
             prompt = length // 3
             samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
@@ -175,7 +177,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     losses, norms, gradients, metrics = [], [], {}, {}
-    for number, samples in enumerate(make_steps(inner.config.vocab_size)):
+    for number, samples in enumerate(make_steps(inner.config.vocab_size, case.longest)):
         mine = samples[mesh.dp_rank :: mesh.layout.dp]
         optimizer.zero_grad()
         result = step.forward_backward(cut(mine, policy))

@@ -35,7 +35,7 @@ class ParallelConfig(Section):
 
     dp_replicate: int | None = key(None, "Data-parallel replicas.", ge=1)
     dp_shard: int | None = key(None, "Data-parallel ranks that share the weights (FSDP).", ge=1)
-    cp: int | None = _key(None, "Context-parallel ranks: each has a part of the sequence.", ge=1)
+    cp: int | None = key(None, "Context-parallel ranks: each has a part of the sequence.", ge=1)
     tp: int | None = key(None, "Tensor-parallel ranks: each has a part of every matrix.", ge=1)
     pp: int | None = _key(None, "Pipeline stages: each has a part of the layers.", ge=1)
     ep: int | None = key(None, "Expert-parallel ranks, of those of dp_shard: each has a part of the experts.", ge=1)
@@ -45,7 +45,11 @@ class ParallelConfig(Section):
     pp_microbatches: int | None = _key(None, "Micro-batches in the pipeline per step.", ge=1)
     pp_layers_per_stage: tuple[int, ...] | None = _key(None, "Layers of each stage, first to last.")
     reshard_after_forward: bool | None = _key(None, "FSDP: free gathered weights after the forward pass.")
-    cp_method: Literal["allgather", "ulysses", "ring"] = _key("allgather", "How context-parallel ranks exchange keys.")
+    cp_method: Literal["allgather", "ulysses", "ring"] = key(
+        "allgather",
+        "How context-parallel ranks see each other's keys: gathered, passed round a ring (least memory), or heads "
+        "exchanged for positions (fastest where heads divide).",
+    )
     offload: Literal["none", "optimizer", "params"] = _key("none", "What is kept in host memory.")
     offload_folder: str | None = _key(None, "Keep the optimizer's state in files of this folder (NVMe).")
     recompute: Literal["auto", "none", "selective", "full"] = key(

@@ -87,6 +87,8 @@ class Batch:
         num_tokens: input tokens without padding.
         samples: for each document the index of its sample (see Sample.index) and its role's position.
         extras: further tensors that an objective asked for.
+        whole_rows: see `documents_of_rows`, where the batch is a part of the positions of longer rows (its counts are
+            those of the whole); None otherwise.
     """
 
     input_ids: Tensor
@@ -99,6 +101,7 @@ class Batch:
     num_tokens: int
     samples: tuple[tuple[int, int], ...] = ()
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    whole_rows: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def max_seqlen(self) -> int:
@@ -114,6 +117,18 @@ class Batch:
     def num_targets(self) -> int:
         """Trained positions."""
         return int((self.targets != IGNORE_INDEX).sum())
+
+    def documents_of_rows(self) -> tuple[tuple[int, ...], ...]:
+        """For each row the lengths of its documents; the padding of a padded row counts as its last document."""
+        if self.is_packed:
+            return (self.lengths,)
+        rows = (torch.unique_consecutive(row, return_counts=True)[1] for row in self.document_ids)
+        return tuple(tuple(counts.tolist()) for counts in rows)
+
+    def real_positions(self) -> Tensor:
+        """[B, S] bool: what is neither padding nor a document that only fills a packed row up."""
+        added = sum(self.lengths) > self.num_tokens
+        return (self.document_ids >= 0) & (self.document_ids < len(self.lengths) - added)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""

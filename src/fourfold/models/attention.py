@@ -4,19 +4,27 @@ Registered with Transformers' AttentionInterface under the name `fourfold`, so t
 attention from there (`_supports_attention_backend`) runs it. The document boundaries arrive as keyword arguments of
 the model's forward. On CUDA in half precision it is torch's variable-length flash kernel; elsewhere one call of
 `scaled_dot_product_attention` a document, which costs what the documents cost and not what the row would.
+
+Under context parallelism (parallel/context.py) a rank has a part of each row, padded rows too.
+
+Shape legend: B rows, S positions of a rank, K keys, d head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
+
+from fourfold.parallel.context import ContextRows, Method, Stretch
 
 NAME = "fourfold"
 
@@ -36,6 +44,27 @@ def caps_scores(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "attn_logit_softcapping", None))
 
 
+def is_exchangeable(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model's layers can run this attention: all take theirs from Transformers' interface, and none
+    carries a recurrent state across positions."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    recurrent = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
+    return bool(model_class._supports_attention_backend) and not recurrent and not model_class._is_stateful
+
+
+def context_obstacles(config: PreTrainedConfig, method: Method) -> Iterator[str]:
+    """Why the positions of a model's rows cannot be shared by ranks; nothing if they can."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None or not is_exchangeable(config, model_class):
+        yield f"a {config.model_type} model does not take its attention from Transformers' interface in every layer"
+    scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = {p.get("rope_type") for p in (scaling, *scaling.values()) if isinstance(p, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        yield "its rotary embedding (rope_type dynamic or longrope) changes with the longest position of a whole row"
+    if method == "ring" and getattr(config, "attention_dropout", 0.0):
+        yield f"the ring has no dropout of attention weights, and attention_dropout is {config.attention_dropout}"
+
+
 @contextmanager
 def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
     """Within it, a model that runs packed attention has Transformers' own again, which knows caches and masks."""
@@ -49,6 +78,30 @@ def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(NAME)
 
 
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """How scores are made and turned into weights.
+
+    Attributes:
+        dropout: probability, training only.
+        scaling: factor on the scores; None for head_dim ** -0.5.
+        sliding_window: how many positions a query sees, itself included; None for all.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: [heads] one extra logit a head (gpt-oss).
+    """
+
+    dropout: float = 0.0
+    scaling: float | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's attention knows everything that is asked."""
+        return self.softcap is None and self.sinks is None
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -56,8 +109,9 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    lengths: tuple[int, ...],
+    lengths: tuple[int, ...] = (),
     cu_seqlens: Tensor | None = None,
+    context_rows: ContextRows | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -65,99 +119,136 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document of a packed row.
+    """Causal attention within each document of a row.
 
     Args:
         module: the attention layer.
-        query: [1, heads, S, head dim].
-        key, value: [1, KV heads, S, head dim]; the value's last size may differ.
+        query: [B, heads, S, d]; B = 1 unless `context_rows` are given.
+        key, value: [B, KV heads, S, d]; the value's last size may differ.
         attention_mask: unused.
-        lengths: length of each document; they sum to S.
+        lengths: length of each document; they sum to S. Unused with `context_rows`.
         cu_seqlens: [D + 1] int32, the same as offsets.
-        dropout: probability, training only.
-        scaling: factor on the scores; None for head_dim ** -0.5.
-        sliding_window: how many positions a query sees, itself included; None for all.
-        softcap: scores become softcap * tanh(scores / softcap).
-        s_aux: [heads] attention sinks, one extra logit a head (gpt-oss).
+        context_rows: the whole rows that the S positions are a part of.
+        dropout, scaling, sliding_window, softcap: see _Scores.
+        s_aux: its sinks.
     Returns:
-        [1, S, heads, value dim] and None (no weights are kept).
+        [B, S, heads, value dim] and None (no weights are kept).
     """
     if torch.is_autocast_enabled(query.device.type):
         # Beside fp32 masters the rotation leaves queries and keys in fp32; every attention kernel would cast them, but
         # the choice of the kernel is made here.
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
-    plain = softcap is None and s_aux is None and dropout == 0.0
-    if plain and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and cu_seqlens is not None:
-        return _varlen(query, key, value, cu_seqlens, max(lengths), scaling, sliding_window), None
-    groups = query.shape[1] // key.shape[1]
-    pieces: list[Tensor] = []
-    # `split`, whose backward pass is one copy; that of a slice fills and adds a tensor of the whole row's size
-    documents = zip(lengths, *(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    for length, q, k, v in documents:
-        if softcap is None and s_aux is None:
-            windowed = sliding_window is not None and length > sliding_window
-            mask = _causal_mask(length, sliding_window, q.device) if windowed else None
-            out = F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
-            )
-        else:
-            out = _eager(q, k, v, groups, dropout, scaling, sliding_window, softcap, s_aux)
-        pieces.append(out.transpose(1, 2))
-    return torch.cat(pieces, dim=1), None
+    scores = _Scores(dropout, scaling, sliding_window, softcap, s_aux)
+    if context_rows is not None:
+        return _in_context(query, key, value, context_rows, scores), None
+    offsets = None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
+    documents = tuple((length, length) for length in lengths)
+    return _attend(query, key, value, Stretch(((0, query.shape[2]),), (documents,), offsets), scores), None
 
 
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
+def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: _Scores) -> Tensor:
+    """The same for a rank's part of each row: every rank of its context calls this at the same time."""
+    context = rows.context
+    if context.method == "ulysses":
+        return _ulysses(query, key, value, rows, scores)
+    key, value = context.gather(key), context.gather(value)
+    queries = query.chunk(len(rows.stretches), dim=2)
+    return torch.cat(
+        [_attend(q, key, value, stretch, scores) for q, stretch in zip(queries, rows.stretches, strict=True)], dim=1
+    )
+
+
+def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: _Scores) -> Tensor:
+    """The whole rows with a part of the heads, arXiv:2309.14509."""
+    context = rows.context
+    kv_heads = key.shape[1]
+    # Where there are fewer key heads than ranks, or they do not divide, each is given to several.
+    copies = math.lcm(kv_heads, context.size) // kv_heads
+    if copies > 1:
+        key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
+    query, key, value = (context.heads_for_positions(t) for t in (query, key, value))
+    if scores.sinks is not None:
+        scores = replace(scores, sinks=scores.sinks.chunk(context.size)[context.rank])
+    out = _attend(query, key, value, rows.whole, scores)
+    return context.positions_for_heads(out.transpose(1, 2)).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: _Scores) -> Tensor:
+    """query [B, heads, S, d], key and value [B, KV heads, K, d] -> [B, S, heads, value dim]."""
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if half and scores.fused and scores.dropout == 0.0 and stretch.offsets is not None:
+        return _varlen(query, key, value, stretch, scores)
+    rows: list[Tensor] = []
+    for row, ((start, stop), documents) in enumerate(zip(stretch.keys, stretch.documents, strict=True)):
+        num_queries, num_keys = zip(*documents, strict=True)
+        # `split`, whose backward pass is one copy; that of a slice fills and adds a tensor of the whole row's size
+        pieces = zip(
+            query[row : row + 1].split(num_queries, dim=2),
+            key[row : row + 1, :, start:stop].split(num_keys, dim=2),
+            value[row : row + 1, :, start:stop].split(num_keys, dim=2),
+            strict=True,
+        )
+        rows.append(torch.cat([_document(q, k, v, scores).transpose(1, 2) for q, k, v in pieces], dim=1))
+    return torch.cat(rows)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: _Scores) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
+    assert stretch.offsets is not None
     heads, kv_heads = query.shape[1], key.shape[1]
     if kv_heads != heads:
         key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
-    q, k, v = (t[0].transpose(0, 1).contiguous() for t in (query, key, value))
-    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, window_size=window)
+
+    def end_to_end(tensor: Tensor, ranges: Iterable[tuple[int, int]]) -> Tensor:
+        return torch.cat([row[:, a:b].transpose(0, 1) for row, (a, b) in zip(tensor, ranges, strict=True)])
+
+    q = end_to_end(query, [(0, query.shape[2])] * query.shape[0])
+    k, v = (end_to_end(t, stretch.keys) for t in (key, value))
+    longest = [max(pair[i] for row in stretch.documents for pair in row) for i in range(2)]
+    window = (-1, 0) if scores.sliding_window is None else (scores.sliding_window - 1, 0)
+    # With fewer queries than keys the kernel lets the last query see the last key, as Stretch has it.
+    out = varlen_attn(q, k, v, *stretch.offsets, *longest, scale=scores.scaling, window_size=window)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out.unflatten(0, (query.shape[0], -1))
 
 
-def _causal_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """[length, length] bool, True where the query (row) may see the key (column)."""
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions[None, :]
+def _document(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> Tensor:
+    """One document's queries, of which the last sees the last key: [1, heads, N, d] -> [1, heads, N, value dim]."""
+    num_queries, window = query.shape[2], scores.sliding_window
+    if window is not None and key.shape[2] > num_queries + window - 1:
+        key, value = (t[:, :, -(num_queries + window - 1) :] for t in (key, value))
+    groups, num_keys = query.shape[1] // key.shape[1], key.shape[2]
+    if not scores.fused:
+        return _eager(query, key, value, groups, scores)
+    square = num_queries == num_keys and (window is None or num_keys <= window)
+    mask = None if square else _causal_mask(num_queries, num_keys, window, query.device)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, scores.dropout, is_causal=square, scale=scores.scaling, enable_gqa=groups > 1
+    )
+
+
+def _causal_mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] bool, True where the query may see the key; the last query is at the last key's position."""
+    positions = torch.arange(num_keys, device=device)
+    distance = positions[num_keys - num_queries :, None] - positions[None, :]
     mask = distance >= 0
     return mask if sliding_window is None else mask & (distance < sliding_window)
 
 
-def _eager(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    groups: int,
-    dropout: float,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
+def _eager(query: Tensor, key: Tensor, value: Tensor, groups: int, settings: _Scores) -> Tensor:
     """Attention with soft-capped scores (gemma 2) or sinks (gpt-oss), softmax in fp32."""
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if settings.scaling is None else settings.scaling
     scores = query @ key.transpose(-1, -2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    length = query.shape[2]
-    hidden = ~_causal_mask(length, sliding_window, query.device)
+    if settings.softcap is not None:
+        scores = settings.softcap * torch.tanh(scores / settings.softcap)
+    num_queries, num_keys = scores.shape[-2:]
+    hidden = ~_causal_mask(num_queries, num_keys, settings.sliding_window, query.device)
     scores = scores.float().masked_fill(hidden, float("-inf"))
-    if s_aux is not None:
-        sinks = s_aux.float().reshape(1, -1, 1, 1).expand(query.shape[0], -1, length, 1)
+    if settings.sinks is not None:
+        sinks = settings.sinks.float().reshape(1, -1, 1, 1).expand(query.shape[0], -1, num_queries, 1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(dim=-1)[..., :length]
-    weights = F.dropout(weights, dropout, training=dropout > 0)
+    weights = scores.softmax(dim=-1)[..., :num_keys]
+    weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0)
     return weights.to(value.dtype) @ value

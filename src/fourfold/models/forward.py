@@ -17,8 +17,10 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.models import attention
 from fourfold.models.noise import NoiseKeys
+from fourfold.models.router import shared_balance
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
+from fourfold.parallel.context import ContextParallel, ContextRows
 from fourfold.parallel.exchange import scale_gradient
 from fourfold.parallel.loss import Outputs
 from fourfold.parallel.vocabulary import VocabularyShare
@@ -32,9 +34,7 @@ def supports_packing(model: nn.Module) -> bool:
     """Whether every layer keeps packed documents apart: it takes its attention from Transformers' interface, and
     none of its layers carries a recurrent state across positions."""
     inner = base_model(model)
-    kinds = set(getattr(inner.config, "layer_types", None) or [])
-    recurrent = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
-    return bool(inner._supports_attention_backend) and not recurrent and not inner._is_stateful
+    return attention.is_exchangeable(inner.config, type(inner))
 
 
 def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -88,6 +88,7 @@ class StepModel:
         vocabulary: the head's tokens on this rank, where ranks share the vocabulary.
         router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         runner: what is called for a forward pass; the Transformers model, or what wraps it for several ranks.
+        context: the ranks that share each row, None where one has it all.
     """
 
     module: nn.Module
@@ -97,13 +98,13 @@ class StepModel:
     vocabulary: VocabularyShare | None = None
     router_copies: int = 1
     runner: nn.Module = field(init=False)
+    context: ContextParallel | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
         accept_hidden_only(self._inner)
         if self.packed:
-            attention.register()
-            self._inner.set_attn_implementation(attention.NAME)
+            self._use_packed_attention()
         elif attention.caps_scores(self._inner.config):
             self._inner.set_attn_implementation("eager")
         self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
@@ -111,12 +112,16 @@ class StepModel:
             log.info("The head of %s is not a plain one; its full logits are used.", type(self._inner).__name__)
             self._head = None
 
+    def _use_packed_attention(self) -> None:
+        attention.register()
+        self._inner.set_attn_implementation(attention.NAME)
+
     @torch.no_grad()
     def _head_is_right(self) -> bool:
         """Whether decoder and head, called apart, give the model's own logits on a few tokens."""
         assert self._head is not None
         ids = torch.arange(1, 1 + _CHECK_TOKENS, device=self._inner.device)[None] % self._inner.config.vocab_size
-        kwargs = self._boundaries((_CHECK_TOKENS,), None)
+        kwargs: dict[str, object] = {"lengths": (_CHECK_TOKENS,)} if self.packed else {}
         was_training = self.module.training
         self.module.eval()
         whole = self._inner(input_ids=ids, use_cache=False, **kwargs).logits
@@ -125,12 +130,16 @@ class StepModel:
         self.module.train(was_training)
         return torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
 
-    def _boundaries(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> dict[str, object]:
-        return {"lengths": lengths, "cu_seqlens": cu_seqlens} if self.packed else {}
+    def _boundaries(self, batch: Batch) -> dict[str, object]:
+        """What attention is told of the documents."""
+        if self.context is not None:
+            assert batch.whole_rows is not None, "Parallelized.localize has cut the batch"
+            return {"context_rows": ContextRows(self.context, batch.whole_rows, batch.input_ids.device)}
+        return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens} if self.packed else {}
 
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""
-        kwargs = self._boundaries(batch.lengths, batch.cu_seqlens)
+        kwargs = self._boundaries(batch)
         if self.noise is not None and self.module.training:
             self.noise.enter(batch)
         if self.balance_experts:
@@ -147,7 +156,7 @@ class StepModel:
         return Outputs(
             outputs.last_hidden_state,
             self._head,
-            self._router_loss(outputs),
+            self._router_loss(outputs, batch),
             head_is_frozen=self._head_is_frozen(),
             vocabulary=self.vocabulary,
         )
@@ -156,20 +165,24 @@ class StepModel:
         """Run the model as it was split over ranks."""
         self.runner = split.runner
         self.vocabulary, self.router_copies = split.vocabulary, split.router_copies
+        self.context = split.context
+        if self.context is not None:
+            self._use_packed_attention()
 
     def _head_is_frozen(self) -> bool:
         head = self._inner.get_output_embeddings()
         return head is not None and not any(parameter.requires_grad for parameter in head.parameters())
 
-    def _router_loss(self, outputs: BaseModelOutput) -> Tensor | None:
-        """E * sum_i f_i P_i over all layers' experts (arXiv:2101.03961), by Transformers' function.
-
-        Padding of a padded batch is counted as tokens, as Transformers' Trainer does under a causal mask of ones.
-        """
+    def _router_loss(self, outputs: BaseModelOutput, batch: Batch) -> Tensor | None:
+        """The load-balancing loss of all layers' experts (models/router.py); padding does not count."""
         if not self.balance_experts or not isinstance(outputs, MoeModelOutputWithPast) or not outputs.router_logits:
             return None
         config = self._inner.config
+        if self.context is not None:
+            counted = batch.real_positions().reshape(-1)
+            return shared_balance(outputs.router_logits, config.num_experts_per_tok, counted, self.context.group)
         experts = getattr(config, "num_local_experts", None) or config.num_experts
-        loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok)
+        mask = None if batch.is_packed else batch.document_ids >= 0
+        loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
         assert isinstance(loss, Tensor)
         return loss if self.router_copies == 1 else scale_gradient(loss, 1.0 / self.router_copies)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
+from fourfold.parallel.context import ContextParallel, share_positions
 from fourfold.parallel.expert import check_experts, split_experts
 from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.fsdp import shard
@@ -38,13 +39,14 @@ class Parallelized:
         reducer: adds up losses and counts over ranks.
         autocast: the context of a forward pass, where the split casts by itself; None leaves it to the caller.
         shares: which parameters are parts of larger ones.
-        localize: a micro-batch on the device -> the part of it that this rank computes.
+        localize: a micro-batch on the host -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
         observe: figures of the step that was trained, such as the experts' loads.
         vocabulary: the head's tokens on this rank, where ranks share the vocabulary.
         router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         multiple: the positions of a micro-batch's rows must be a multiple of this.
+        context: the ranks that share each row's positions, None where one has them all.
     """
 
     runner: nn.Module
@@ -59,6 +61,7 @@ class Parallelized:
     vocabulary: VocabularyShare | None = None
     router_copies: int = 1
     multiple: int = 1
+    context: ContextParallel | None = None
 
 
 def parallelize(
@@ -81,9 +84,17 @@ def parallelize(
     split = Parallelized(
         root,
         shares=shares,
-        reducer=Reducer(mesh.group(("dp_replicate", "dp_shard")), torch.distributed.group.WORLD),
         observe=observe,
+        reducer=Reducer(
+            group=mesh.group(("dp_replicate", "dp_shard", "cp")),
+            data=mesh.group(("dp_replicate", "dp_shard")),
+            world=torch.distributed.group.WORLD,
+        ),
     )
+    if layout.cp > 1:
+        context = share_positions(mesh)
+        split = replace(split, context=context, localize=context.localize, multiple=split.multiple * context.num_chunks)
+        log.info("Positions shared by %d ranks (%s)", layout.cp, layout.cp_method)
     if layout.tp * layout.pp * layout.ep > 1:
         split = replace(split, finish=partial(shares.add_up_gradients, root), clip=partial(_clip, root, shares, layout))
     experts: list[nn.Module] = []
@@ -92,12 +103,12 @@ def parallelize(
         log.info("Cut the experts of %d layers over %d ranks", len(experts), layout.ep)
     if layout.tp > 1:
         split = _share_tensors(split, blocks, mesh)
-    if layout.dp_shard > 1:
+    if layout.shards > 1:
         axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
         sharded = shard(
             root,
             blocks,
-            mesh.view(axes),
+            mesh.sharding(axes),
             zero=layout.zero,
             compute=compute,
             apart=experts,
@@ -105,9 +116,9 @@ def parallelize(
         )
         log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), layout.zero)
         return replace(split, sync=FsdpSync(sharded, layout.zero), autocast=nullcontext)
-    if layout.dp_replicate > 1:
-        wrapped = replicate(root, mesh.group(("dp_replicate",)))
-        log.info("Replicated by DDP over %d ranks", layout.dp_replicate)
+    if layout.dp_replicate * layout.cp > 1:
+        wrapped = replicate(root, mesh.group(("dp_replicate", "cp")))
+        log.info("Replicated by DDP over %d ranks", layout.dp_replicate * layout.cp)
         return replace(split, runner=wrapped, sync=DdpSync(wrapped))
     return split
 

@@ -15,6 +15,7 @@ from fourfold.planning.axes import AXES
 from fourfold.planning.layout import Layout
 
 _NAMES = tuple(axis.name for axis in AXES)
+_FSDP_NAMES = tuple(name for name in _NAMES if name != "cp")
 _EXPERT_NAMES = ("pp", "dp_replicate", "dp_shard", "ep", "tp")
 
 
@@ -29,12 +30,15 @@ class Mesh:
         device_mesh: axes named and ordered as in planning.axes; None for one process without a process group.
         expert_mesh: the same ranks, those of dp_shard x cp regrouped: [pp, dp_replicate, dp_shard, ep, tp], where
             dp_shard is what is left of them; None without expert parallelism.
+        fsdp_mesh: the same ranks as FSDP sees them: [pp, dp_replicate, dp_shard, tp], where dp_shard is dp_shard x cp;
+            None without context parallelism.
     """
 
     layout: Layout
     device: torch.device
     device_mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
+    fsdp_mesh: DeviceMesh | None = None
 
     @property
     def rank(self) -> int:
@@ -64,6 +68,12 @@ class Mesh:
         assert self.device_mesh is not None, "one process has no mesh"
         return self.device_mesh[tuple(axes)]
 
+    def sharding(self, axes: Sequence[str]) -> DeviceMesh:
+        """The same over which FSDP shards weights: its `dp_shard` is dp_shard x cp."""
+        mesh = self.fsdp_mesh or self.device_mesh
+        assert mesh is not None, "one process has no mesh"
+        return mesh[tuple(axes)]
+
     def group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
         """The process group over some axes; None where they have a single rank."""
         size = 1
@@ -89,7 +99,12 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
         left = layout.dp_shard * layout.cp // layout.ep
         regrouped = (layout.pp, layout.dp_replicate, left, layout.ep, layout.tp)
         experts = init_device_mesh(device.type, regrouped, mesh_dim_names=_EXPERT_NAMES)
-    return Mesh(layout, device, init_device_mesh(device.type, sizes, mesh_dim_names=_NAMES), experts)
+    fsdp = None
+    if layout.cp > 1:
+        # The two are neighbours in the order of ranks. Flattening them would do if torch let the result be sliced.
+        merged = (layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
+        fsdp = init_device_mesh(device.type, merged, mesh_dim_names=_FSDP_NAMES)
+    return Mesh(layout, device, init_device_mesh(device.type, sizes, mesh_dim_names=_NAMES), experts, fsdp)
 
 
 def start_process_group(device: torch.device, timeout_s: int) -> None:

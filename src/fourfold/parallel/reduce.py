@@ -21,21 +21,21 @@ class Reducer:
 
     Attributes:
         group: the ranks whose losses add up (data- and context-parallel ones), None for one.
+        data: the ranks that have different samples, None for one.
         world: all ranks of the job, None for one.
     """
 
     group: dist.ProcessGroup | None = None
+    data: dist.ProcessGroup | None = None
     world: dist.ProcessGroup | None = None
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value summed over the group; every rank must give the same names."""
-        if self.group is None:
-            return dict(values)
-        names = sorted(values)
-        # On the host, by gloo. In fp64 counts stay exact, and sums hardly depend on the number of ranks.
-        total = torch.tensor([values[name] for name in names], dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return dict(zip(names, total.tolist(), strict=True))
+        """What each rank computed, summed; every rank must give the same names."""
+        return _summed(values, self.group)
+
+    def counts(self, values: Mapping[str, float]) -> dict[str, float]:
+        """What each rank counted on its whole samples, summed over the ranks that have different ones."""
+        return _summed(values, self.data)
 
     def largest(self, value: int) -> int:
         """The largest value over all ranks of the job."""
@@ -44,6 +44,16 @@ class Reducer:
         found = torch.tensor([value])
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.world)
         return int(found)
+
+
+def _summed(values: Mapping[str, float], group: dist.ProcessGroup | None) -> dict[str, float]:
+    if group is None:
+        return dict(values)
+    names = sorted(values)
+    # On the host, by gloo. In fp64 counts stay exact, and sums hardly depend on the number of ranks.
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return dict(zip(names, total.tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class Step:
         scale: factor on the loss before backward (the gradient scaler's under fp16), None for 1.
         sync: when gradients travel between data-parallel ranks.
         reducer: adds up over ranks.
-        localize: a micro-batch on the device -> the part of it that this rank computes.
+        localize: a micro-batch on the host -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
         observe: further figures of the step that was trained, over all ranks.
     """
@@ -105,51 +105,55 @@ class Step:
             batches: this rank's micro-batches, on the host; ranks may have different numbers of them, also none.
             before: called with its number before each micro-batch (seeds the randomness).
         """
-        batches, denominators = self._prepare(batches)
+        batches, counts = self._prepare(batches)
         sums = _Sums()
         for number, batch in enumerate(batches):
             if before is not None:
                 before(number)
-            on_device = self.localize(batch.to(self.device))
+            on_device = self.localize(batch).to(self.device)
             with self.sync.micro_batch(last=number == len(batches) - 1):
                 with self.autocast():
                     found = self.objective.loss(self.model(on_device), on_device)
-                loss = torch.stack([_quotient(term, denominators) for term in found.terms.values()]).sum()
+                loss = torch.stack([_quotient(term, counts) for term in found.terms.values()]).sum()
                 (loss if self.scale is None else self.scale(loss)).backward()
             sums.add(found)
         self.finish()
-        result = self._result(sums, denominators, batches)
+        result = self._result(sums, counts)
         return replace(result, metrics={**result.metrics, **self.observe()})
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:
         """The same figures without a gradient, for evaluation."""
-        batches, denominators = self._prepare(batches)
+        batches, counts = self._prepare(batches)
         sums = _Sums()
         for batch in batches:
-            on_device = self.localize(batch.to(self.device))
+            on_device = self.localize(batch).to(self.device)
             with self.autocast():
                 sums.add(self.objective.loss(self.model(on_device), on_device))
-        return self._result(sums, denominators, batches)
+        return self._result(sums, counts)
 
     def _prepare(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        """As many micro-batches as the rank with most has, and the denominators over all ranks."""
+        """As many micro-batches as the rank with most has, and over all ranks the denominators and the tokens.
+
+        They are counted on whole micro-batches: ranks that share one count the same.
+        """
         missing = max(self.reducer.largest(len(batches)), 1) - len(batches)
         filled = [*batches, *(self.filler() for _ in range(missing))]
-        return filled, self.reducer.sums(self.objective.denominators(filled))
+        tokens = float(sum(batch.num_tokens for batch in filled))
+        return filled, self.reducer.counts({**self.objective.denominators(filled), _TOKENS: tokens})
 
-    def _result(self, sums: _Sums, denominators: dict[str, float], batches: Sequence[Batch]) -> StepResult:
+    def _result(self, sums: _Sums, counts: dict[str, float]) -> StepResult:
         """Global figures: this rank's sums, added up over ranks, divided once."""
         names = {**sums.terms, **sums.metrics}
-        local = {name: float(term.total) for name, term in names.items()}
-        totals = self.reducer.sums({**local, _TOKENS: float(sum(batch.num_tokens for batch in batches))})
+        totals = self.reducer.sums({name: float(term.total) for name, term in names.items()})
+        denominators = {name: count for name, count in counts.items() if name != _TOKENS}
         quotients = {name: totals[name] / max(denominators[term.denominator], 1e-12) for name, term in names.items()}
         return StepResult(
             terms={name: quotients[name] for name in sums.terms},
             metrics={name: quotients[name] for name in sums.metrics},
             denominators=denominators,
             denominator_of={name: term.denominator for name, term in names.items()},
-            num_tokens=round(totals[_TOKENS]),
+            num_tokens=round(counts[_TOKENS]),
         )
 
 

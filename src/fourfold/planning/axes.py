@@ -99,6 +99,18 @@ def _expert_ranks_rule(layout: Layout, facts: ModelFacts) -> Iterator[str]:
         )
 
 
+def _context_rule(layout: Layout, facts: ModelFacts) -> Iterator[str]:
+    """Ulysses exchanges positions for heads, of which tensor parallelism has left a rank only some."""
+    heads = facts.heads // layout.tp
+    if layout.cp > 1 and layout.cp_method == "ulysses" and heads % layout.cp:
+        valid = [str(n) for n in range(2, heads + 1) if heads % n == 0]
+        sizes = f"parallel.cp: {' or '.join(valid)}, or " if valid else ""
+        yield (
+            f"parallel.cp: {layout.cp} ranks cannot share {heads} attention heads evenly (cp_method: ulysses, tp: "
+            f"{layout.tp}). Use {sizes}cp_method: allgather."
+        )
+
+
 AXES: tuple[Axis, ...] = (
     Axis("pp", "layers", "activations between neighbouring stages", _pipeline_rule),
     Axis("dp_replicate", "samples; weights are whole on each rank", "an all-reduce of gradients a step", _any_size),
@@ -121,4 +133,4 @@ def check_layout(layout: Layout, facts: ModelFacts) -> list[str]:
     sizes = layout.sizes()
     axes = (*AXES, EXPERT_AXIS)
     problems = [problem for axis in axes if sizes[axis.name] > 1 for problem in axis.rule(sizes[axis.name], facts)]
-    return [*problems, *_expert_ranks_rule(layout, facts)]
+    return [*problems, *_expert_ranks_rule(layout, facts), *_context_rule(layout, facts)]

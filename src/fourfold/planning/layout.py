@@ -27,6 +27,7 @@ class Layout:
         sequence_parallel: tp ranks also share the positions between attention and MLP.
         loss_parallel: tp ranks share the vocabulary of the loss; False gathers the logits.
         cp_method: how cp ranks see each other's keys and values.
+        cp_shards: with cp and without dp_shard, weights are sharded over cp instead of replicated.
         pp_schedule: order of work in the pipeline.
         pp_microbatches: micro-batches of a step in the pipeline at least; 0 for as many as it needs.
         pp_layers: layers of each stage, first to last; empty for an even split.
@@ -42,6 +43,7 @@ class Layout:
     sequence_parallel: bool = True
     loss_parallel: bool = True
     cp_method: Literal["allgather", "ulysses", "ring"] = "allgather"
+    cp_shards: bool = False
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = "1f1b"
     pp_microbatches: int = 0
     pp_layers: tuple[int, ...] = ()
@@ -56,6 +58,14 @@ class Layout:
         """Data-parallel ranks: those that see different samples."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def shards(self) -> int:
+        """Ranks over which FSDP shards weights: dp_shard x cp, or 1 where it does not shard.
+
+        With expert parallelism, which regroups just these ranks, it always shards.
+        """
+        return self.dp_shard * self.cp if self.dp_shard > 1 or self.cp_shards or self.ep > 1 else 1
+
     def as_dict(self) -> dict[str, Any]:
         """For logs and checkpoints."""
         return asdict(self)
@@ -68,7 +78,7 @@ class Layout:
         """The axes larger than one, e.g. `dp_shard 4 x tp 2`; `one process` if there is none."""
         sizes = {name: size for name, size in self.sizes().items() if size > 1}
         text = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "one process"
-        return f"{text}, zero stage {self.zero}" if self.dp_shard > 1 and self.zero < 3 else text
+        return f"{text}, zero stage {self.zero}" if self.shards > 1 and self.zero < 3 else text
 
 
 _ZERO = {"zero1": 1, "zero2": 2}
@@ -109,6 +119,7 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
         sequence_parallel=config.sequence_parallel is not False,
         loss_parallel=config.loss_parallel is not False,
         cp_method=config.cp_method,
+        cp_shards=strategy in (*_SHARDED, "hsdp") and sizes["cp"] > 1,
         pp_schedule=config.pp_schedule,
         pp_microbatches=config.pp_microbatches or 0,
         pp_layers=config.pp_layers_per_stage or (),

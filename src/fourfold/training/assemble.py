@@ -119,7 +119,8 @@ class Parts:
             pad_token_id=pad_token(self.tokenizer),
             multiple=self.split.multiple,
         )
-        fit = fit_to_memory(allowed, self.module, sizes, self.precision.compute, self._asked_recompute())
+        compute, sharing = self.precision.compute, self.mesh.layout.cp
+        fit = fit_to_memory(allowed, self.module, sizes, compute, self._asked_recompute(), sharing)
         if fit.recompute != "none":
             enable_recompute(self.module, fit.recompute, self.noise)
             self.recompute = fit.recompute

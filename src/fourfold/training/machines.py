@@ -8,6 +8,7 @@ import torch
 
 from fourfold.base.errors import PlanError
 from fourfold.config.schema import Run
+from fourfold.models.attention import context_obstacles
 from fourfold.models.load import count_parameters, load_config
 from fourfold.parallel.launch import Machines
 from fourfold.parallel.tensor import FAMILIES, not_shared
@@ -101,11 +102,13 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     problems = [
         f"parallel.{axis}: {size} is not supported by this version. Use dp_replicate and dp_shard."
         for axis, size in layout.sizes().items()
-        if axis in ("cp", "pp") and size > 1
+        if axis in ("pp",) and size > 1
     ]
     if layout.tp > 1:
         problems += _tensor_problems(run)
-    if layout.dp_shard * layout.tp > 1:
+    if layout.cp > 1:
+        problems += _context_problems(run, layout)
+    if layout.shards * layout.tp > 1:
         if run.training.optim not in ("adamw_torch", "sgd"):
             problems.append(
                 f"optim: {run.training.optim} does not work on sharded parameters. Use adamw_torch or sgd, or "
@@ -118,3 +121,13 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     if layout.world_size > 1 and run.training.predict_with_generate:
         problems.append("predict_with_generate: needs one process. Predict in a run of its own with nproc: 1.")
     return problems
+
+
+def _context_problems(run: Run, layout: Layout) -> list[str]:
+    """What cannot be trained with the positions of a row shared by ranks."""
+    reasons = list(context_obstacles(load_config(run.model).get_text_config(), layout.cp_method))
+    if run.training.stage not in ("pt", "sft"):
+        reasons.append(f"stage {run.training.stage} needs whole sequences on a rank")
+    if layout.cp_method == "ring":
+        reasons.append("cp_method ring is not supported by this version; allgather is")
+    return [f"parallel.cp: {layout.cp} cannot be used: {reason}. Use parallel.cp: 1." for reason in reasons]

@@ -117,13 +117,19 @@ def choose_fit(
 
 
 def fit_to_memory(
-    policy: CutPolicy, module: TunedModel, sizes: StepSizes, dtype: torch.dtype, recompute: Recompute | None
+    policy: CutPolicy,
+    module: TunedModel,
+    sizes: StepSizes,
+    dtype: torch.dtype,
+    recompute: Recompute | None,
+    sharing: int = 1,
 ) -> Fit:
     """Choose for a loaded model on its device. A CPU's memory is left to the system: nothing is cut for it.
 
     Args:
         dtype: of the activations.
         recompute: the user's word, None to choose.
+        sharing: ranks that share the positions of a row.
     """
     device = base_model(module).device
     if device.type != "cuda":
@@ -136,7 +142,7 @@ def fit_to_memory(
     fit = choose_fit(
         policy,
         sizes,
-        room=lambda kind: left // activation_bytes_per_token(config, dtype, kind),
+        room=lambda kind: sharing * left // activation_bytes_per_token(config, dtype, kind),
         recompute=recompute,
     )
     log.info(

@@ -1,0 +1,175 @@
+"""Context parallelism: the ranks of the axis `cp` share the positions of every row.
+
+Every rank runs the whole model on its part of the positions; only attention looks beyond it. How it does (the method):
+
+- `allgather`: keys and values of the whole row are gathered before each attention.
+- `ring`: they travel from rank to rank instead, so that none ever holds all of them.
+- `ulysses`: positions are exchanged for heads, so that each rank attends over the whole row with some of the heads.
+
+A causal query sees what is before it, so the end of a row costs more than its beginning. Where a rank keeps its own
+queries, a row is cut into twice as many chunks as there are ranks and rank i takes the i-th from either end.
+
+Shape legend: B rows, S positions of a whole row, s = S / cp of this rank, d head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fourfold.dataset.batch import Batch
+from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.positions import all_gather, all_to_all
+
+Method = Literal["allgather", "ulysses", "ring"]
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """One rank's place among those that share its rows.
+
+    Attributes:
+        group: the ranks of the axis `cp`.
+        rank: this one's place in the group.
+        size: ranks in the group.
+        method: how attention looks beyond this rank's positions.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    method: Method
+
+    @cached_property
+    def chunks(self) -> tuple[int, ...]:
+        """Which of a row's `num_chunks` equal chunks this rank has, in the order in which they lie in its part."""
+        return self._chunks_of(self.rank)
+
+    def _chunks_of(self, rank: int) -> tuple[int, ...]:
+        return (rank,) if self.method == "ulysses" else (rank, 2 * self.size - 1 - rank)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a row; its length must be a multiple of it."""
+        return self.size if self.method == "ulysses" else 2 * self.size
+
+    def localize(self, batch: Batch) -> Batch:
+        """This rank's positions of a micro-batch, with the documents of the whole rows noted.
+
+        Counts (`num_tokens`, `lengths`) stay those of the whole. On the host, so that no device is waited for.
+        """
+        documents = batch.documents_of_rows()
+
+        def part(tensor: Tensor) -> Tensor:
+            chunks = tensor.chunk(self.num_chunks, dim=1)
+            return torch.cat([chunks[number] for number in self.chunks], dim=1)
+
+        return replace(
+            batch,
+            input_ids=part(batch.input_ids),
+            targets=part(batch.targets),
+            weights=part(batch.weights),
+            position_ids=part(batch.position_ids),
+            document_ids=part(batch.document_ids),
+            whole_rows=documents,
+        )
+
+    def gather(self, local: Tensor) -> Tensor:
+        """Keys or values of the whole row from every rank's: [B, KV heads, s, d] -> [B, KV heads, S, d]."""
+        by_rank = all_gather(local.permute(2, 0, 1, 3), self.group)
+        chunks = by_rank.chunk(self.num_chunks)
+        held = [number for rank in range(self.size) for number in self._chunks_of(rank)]
+        return torch.cat([chunks[held.index(number)] for number in range(self.num_chunks)]).permute(1, 2, 0, 3)
+
+    def heads_for_positions(self, local: Tensor) -> Tensor:
+        """This rank's heads of the whole row: [B, heads, s, d] -> [B, heads / cp, S, d]."""
+        pieces = local.unflatten(1, (self.size, -1)).permute(1, 3, 0, 2, 4)  # [cp, s, B, heads / cp, d]
+        return all_to_all(pieces, self.group).flatten(0, 1).permute(1, 2, 0, 3)
+
+    def positions_for_heads(self, whole: Tensor) -> Tensor:
+        """The reverse: [B, heads / cp, S, d] -> [B, heads, s, d]."""
+        pieces = whole.unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4)  # [cp, heads / cp, B, s, d]
+        return all_to_all(pieces, self.group).flatten(0, 1).transpose(0, 1)
+
+
+def share_positions(mesh: Mesh) -> ContextParallel:
+    """This rank's place on the axis `cp`, which has more than one rank."""
+    group = mesh.group(("cp",))
+    assert group is not None
+    return ContextParallel(group, mesh.index("cp"), mesh.layout.cp, mesh.layout.cp_method)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Adjacent queries, the same positions in every row, and the keys they see.
+
+    Within a document the last query sees the last key, and every query before it one key less.
+
+    Attributes:
+        keys: for each row [start, stop) among the keys; what is outside is not seen.
+        documents: for each row the numbers of queries and of keys of each document; they fill the stretch.
+        offsets: the same numbers over all rows as offsets, two [D + 1] int32 on a CUDA device; None elsewhere.
+    """
+
+    keys: tuple[tuple[int, int], ...]
+    documents: tuple[tuple[tuple[int, int], ...], ...]
+    offsets: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(first: int, last: int, rows: tuple[tuple[int, ...], ...], device: torch.device) -> Stretch:
+        """The queries [first, last) of rows that are made of documents of these lengths."""
+        keys: list[tuple[int, int]] = []
+        documents: list[tuple[tuple[int, int], ...]] = []
+        for lengths in rows:
+            edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
+            seen = [(max(a, first), min(b, last), a) for a, b in pairwise(edges) if a < last and b > first]
+            keys.append((seen[0][2], last))
+            documents.append(tuple((stop - start, stop - begin) for start, stop, begin in seen))
+        offsets = _offsets(documents, device) if device.type == "cuda" else None
+        return Stretch(tuple(keys), tuple(documents), offsets)
+
+
+def _offsets(documents: list[tuple[tuple[int, int], ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    sizes = torch.tensor([(0, 0), *(pair for row in documents for pair in row)])
+    queries, keys = sizes.cumsum(0).int().to(device).unbind(1)
+    return queries.contiguous(), keys.contiguous()
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """What attention must know of the rows of which a rank has a part.
+
+    Attributes:
+        context: the rank's place.
+        documents: for each row the lengths of its documents; what fills a row up is the last of them.
+        device: of the tensors.
+    """
+
+    context: ContextParallel
+    documents: tuple[tuple[int, ...], ...]
+    device: torch.device
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return sum(self.documents[0])
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """One for each of this rank's chunks, over the keys of the whole row."""
+        size = self.length // self.context.num_chunks
+        return tuple(
+            Stretch.of(number * size, (number + 1) * size, self.documents, self.device)
+            for number in self.context.chunks
+        )
+
+    @cached_property
+    def whole(self) -> Stretch:
+        """Every position of the rows."""
+        return Stretch.of(0, self.length, self.documents, self.device)

@@ -1,0 +1,122 @@
+"""Context parallelism trains as one process does: every method, on packed and on padded rows.
+
+Samples are up to 60 tokens long, so that they span several chunks, and several windows of 16.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Case, Curve, alone, assert_same, under
+
+from fourfold.base.errors import PlanError
+from fourfold.config.load import load
+from fourfold.planning.layout import Layout
+from fourfold.training.machines import choose_layout
+from tiny_models import save_tiny_model, tiny_config
+from training_runs import losses, run, write_dataset
+
+LAYOUTS = {
+    "cp2": Layout(cp=2),
+    "cp4": Layout(cp=4),
+    "cp2-ulysses": Layout(cp=2, cp_method="ulysses"),
+    "cp4-ulysses": Layout(cp=4, cp_method="ulysses"),
+    "cp2-fsdp2": Layout(cp=2, dp_shard=2),
+    "cp2-ddp2": Layout(cp=2, dp_replicate=2),
+    "cp2-hsdp2x2": Layout(cp=2, dp_replicate=2, dp_shard=2),
+}
+_LONG: dict[str, Any] = {"longest": 60, "max_tokens": 128}
+CASES = {
+    "llama": Case(**_LONG),
+    "llama-lora-padded": Case(tuning="lora", packed=False, **_LONG),
+    "qwen3": Case("qwen3", **_LONG),
+    "gemma3": Case("gemma3_text", **_LONG),
+    "mistral-padded": Case("mistral", packed=False, **_LONG),
+}
+COVER = [
+    ("cp2", "llama"),
+    ("cp4", "gemma3"),
+    ("cp2-ulysses", "mistral-padded"),
+    ("cp4-ulysses", "gemma3"),
+    ("cp2-fsdp2", "qwen3"),
+    ("cp2-ddp2", "llama-lora-padded"),
+]
+"""What `make test` runs; the rest of the product is the grid's."""
+
+
+def _cells() -> list[Any]:
+    cells = [(layout, case) for layout in LAYOUTS for case in CASES]
+    return [pytest.param(*cell, marks=() if cell in COVER else pytest.mark.grid) for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The curve of a case in one process, trained once."""
+    curves: dict[str, Curve] = {}
+
+    def of(name: str) -> Curve:
+        if name not in curves:
+            curves[name] = alone(CASES[name])
+        return curves[name]
+
+    return of
+
+
+@pytest.mark.parametrize(("layout", "case"), _cells())
+def test_training_when_positions_are_shared_equals_one_process(layout: str, case: str, reference: Any) -> None:
+    for curve in under(CASES[case], LAYOUTS[layout]):
+        assert_same(curve, reference(case))
+
+
+def _run_apart(*folders: Path, **overrides: Any) -> None:
+    """Train in a process of its own: where there is a GPU, one that has run a backward pass cannot fork workers."""
+    process = multiprocessing.get_context("fork").Process(target=run, args=folders, kwargs=overrides)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_run_when_positions_are_shared_logs_the_losses_of_one_process(tmp_path: Path) -> None:
+    """The path of the command: LoRA with keyed dropout, evaluation, ranks without a sample at the end of an epoch."""
+    model = save_tiny_model(tmp_path / "model", "qwen3")
+    write_dataset(tmp_path / "data")
+    settings = {"global_batch_size": 4, "max_steps": 7, "val_size": 4, "eval_strategy": "steps", "eval_steps": 3}
+    layouts = {
+        "one": {},
+        "cp2": {"nproc": 2, "parallel": {"cp": 2}},
+        "cp2-fsdp2": {"nproc": 4, "strategy": "fsdp", "parallel": {"cp": 2, "cp_method": "ulysses"}},
+    }
+    for name, layout in layouts.items():
+        _run_apart(model, tmp_path / "data", tmp_path / name, lora_dropout=0.1, **settings, **layout)
+    for name in ("cp2", "cp2-fsdp2"):
+        for key in ("loss", "eval_loss"):
+            assert losses(tmp_path / name, key) == pytest.approx(losses(tmp_path / "one", key), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "settings", "message"),
+    [
+        (
+            "llama",
+            {},
+            {"cp_method": "ulysses", "cp": 3},
+            "3 ranks cannot share 4 attention heads.*cp: 2 or 4, or cp_method",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            {"cp": 3},
+            "rope_type dynamic or longrope",
+        ),
+    ],
+)
+def test_layout_when_positions_cannot_be_shared_says_why(
+    family: str, overrides: dict[str, Any], settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny_config(family, **overrides).save_pretrained(tmp_path)
+    cfg = {"model_name_or_path": str(tmp_path), "stage": "pt", "dataset": "x", "output_dir": "x", "parallel": settings}
+    with pytest.raises(PlanError, match=message):
+        choose_layout(load({**cfg, "do_train": True}, verb="train"), 3)
