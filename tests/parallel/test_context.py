@@ -25,6 +25,8 @@ LAYOUTS = {
     "cp2-ulysses": Layout(cp=2, cp_method="ulysses"),
     "cp4-ulysses": Layout(cp=4, cp_method="ulysses"),
     "cp2-fsdp2": Layout(cp=2, dp_shard=2),
+    "cp2-tp2": Layout(cp=2, tp=2),
+    "cp2-tp2-ulysses": Layout(cp=2, tp=2, cp_method="ulysses", sequence_parallel=False),
     "cp2-ddp2": Layout(cp=2, dp_replicate=2),
     "cp2-hsdp2x2": Layout(cp=2, dp_replicate=2, dp_shard=2),
 }
@@ -34,6 +36,7 @@ CASES = {
     "llama-lora-padded": Case(tuning="lora", packed=False, **_LONG),
     "qwen3": Case("qwen3", **_LONG),
     "gemma3": Case("gemma3_text", **_LONG),
+    "mixtral-router": Case("mixtral", router=0.1, **_LONG),
     "mistral-padded": Case("mistral", packed=False, **_LONG),
 }
 COVER = [
@@ -42,6 +45,8 @@ COVER = [
     ("cp2-ulysses", "mistral-padded"),
     ("cp4-ulysses", "gemma3"),
     ("cp2-fsdp2", "qwen3"),
+    ("cp2-tp2", "llama"),
+    ("cp2", "mixtral-router"),
     ("cp2-ddp2", "llama-lora-padded"),
 ]
 """What `make test` runs; the rest of the product is the grid's."""

@@ -180,9 +180,10 @@ class StepModel:
         config = self._inner.config
         if self.context is not None:
             counted = batch.real_positions().reshape(-1)
-            return shared_balance(outputs.router_logits, config.num_experts_per_tok, counted, self.context.group)
-        experts = getattr(config, "num_local_experts", None) or config.num_experts
-        mask = None if batch.is_packed else batch.document_ids >= 0
-        loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
-        assert isinstance(loss, Tensor)
+            loss = shared_balance(outputs.router_logits, config.num_experts_per_tok, counted, self.context.group)
+        else:
+            experts = getattr(config, "num_local_experts", None) or config.num_experts
+            mask = batch.real_positions() if 0 < batch.num_tokens < batch.document_ids.numel() else None
+            loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
+            assert isinstance(loss, Tensor)
         return loss if self.router_copies == 1 else scale_gradient(loss, 1.0 / self.router_copies)

@@ -135,7 +135,7 @@ def _share_tensors(split: Parallelized, blocks: Sequence[nn.Module], mesh: Mesh)
         split,
         vocabulary=tensors.vocabulary,
         router_copies=tensors.router_copies,
-        multiple=layout.tp if sequence else 1,
+        multiple=split.multiple * (layout.tp if sequence else 1),
     )
 
 
