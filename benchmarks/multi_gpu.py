@@ -38,6 +38,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2": (0, {"strategy": "zero2"}),
     "zero3": (0, {"strategy": "zero3"}),
     "hsdp": (0, {"strategy": "hsdp"}),
+    "tp": (0, {"strategy": "tp"}),
+    "tp_whole_positions": (0, {"strategy": "tp", "parallel": {"sequence_parallel": False}}),
+    "pp_1f1b": (0, {"strategy": "pp"}),
+    "pp_zbv": (0, {"strategy": "pp", "parallel": {"pp_schedule": "zbv"}}),
+    "cp_allgather": (2, {"parallel": {"cp": 2}}),
+    "cp_ulysses": (2, {"parallel": {"cp": 2, "cp_method": "ulysses"}}),
+    "cp_ring": (2, {"parallel": {"cp": 2, "cp_method": "ring"}}),
 }
 """Processes (0: one a GPU) and keys of each layout."""
 
