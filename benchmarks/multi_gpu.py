@@ -31,6 +31,8 @@ from made_up_rows import write_rows
 
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+PRECISIONS = ["fp32", "bf16"]
+TUNINGS = ["full", "lora"]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "ddp": (0, {"strategy": "ddp"}),
@@ -104,8 +106,8 @@ def equality(work: Path, model: Path, data: Path, gpus: int, limit: float) -> di
     """Losses of every layout against one GPU."""
     found: dict[str, Any] = {}
     common = {"max_steps": 10, "global_batch_size": 8, "learning_rate": 1e-3, "cutoff_len": 512}
-    for precision in ("fp32", "bf16"):
-        for tuning in ("full", "lora"):
+    for precision in PRECISIONS:
+        for tuning in TUNINGS:
             for layout, (processes, keys) in LAYOUTS.items():
                 if layout == "hsdp" and gpus < 4:
                     continue
@@ -123,7 +125,7 @@ def equality(work: Path, model: Path, data: Path, gpus: int, limit: float) -> di
 def throughput(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
     """Speed and memory; every rank has the same number of samples, so one GPU does 1/N of a step's work."""
     found: dict[str, Any] = {}
-    for tuning in ("full", "lora"):
+    for tuning in TUNINGS:
         for layout, (processes, keys) in LAYOUTS.items():
             if layout == "hsdp" and gpus < 4:
                 continue
@@ -172,7 +174,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of one run at most")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/benchmarks")))
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of these layouts, separated by commas")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of the equality runs")
+    parser.add_argument("--tunings", default=",".join(TUNINGS))
     args = parser.parse_args()
+    PRECISIONS[:] = args.precisions.split(",")
+    TUNINGS[:] = args.tunings.split(",")
     for name in LAYOUTS.keys() - set(args.layouts.split(",")):
         del LAYOUTS[name]
     gpus = torch.cuda.device_count() or 2
