@@ -60,7 +60,7 @@ def _settings(tuning: str, layout: str) -> dict[str, Any]:
     return {"global_batch_size": 4, "max_steps": 9, "val_size": 2, **TUNINGS[tuning], **LAYOUTS[layout]}
 
 
-def _run(model: Path, data: Path, output: Path, **overrides: Any) -> None:
+def run_apart(model: Path, data: Path, output: Path, **overrides: Any) -> None:
     """Train in a process of its own: where there is a GPU, one that has run a backward pass cannot fork workers."""
     process = _FORK.Process(target=run, args=(model, data, output), kwargs=overrides)
     process.start()
@@ -75,7 +75,7 @@ def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     for tuning in TUNINGS:
         for layout in LAYOUTS:
             folders[tuning, layout] = root / f"{tuning}-{layout}"
-            _run(model, data, folders[tuning, layout], **_settings(tuning, layout))
+            run_apart(model, data, folders[tuning, layout], **_settings(tuning, layout))
     return folders
 
 
@@ -109,7 +109,7 @@ def test_resume_when_under_another_layout_goes_on_as_if_never_stopped(
     folder = tmp_path / "run"
     shutil.copytree(finished[tuning, before], folder)
     shutil.rmtree(folder / "checkpoint-9")
-    _run(model, data, folder, resume_from_checkpoint=True, **_settings(tuning, after))
+    run_apart(model, data, folder, resume_from_checkpoint=True, **_settings(tuning, after))
     assert losses(folder) == pytest.approx(losses(finished[tuning, "one"]), abs=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_resume_when_the_optimizer_state_is_emptied_differs(
         save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
 
     write_folder(newest, without_moments)
-    _run(model, data, folder, resume_from_checkpoint=True, **_settings("full", "ddp2"))
+    run_apart(model, data, folder, resume_from_checkpoint=True, **_settings("full", "ddp2"))
     assert losses(folder) != pytest.approx(losses(finished["full", "one"]), abs=1e-4)
 
 
@@ -152,7 +152,7 @@ def test_run_when_a_worker_is_killed_ends_and_resumes_exactly(
     assert time.monotonic() - started < 30
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     verify(list_checkpoints(tmp_path)[-1][1])
-    _run(model, data, tmp_path, resume_from_checkpoint=True, **settings)
+    run_apart(model, data, tmp_path, resume_from_checkpoint=True, **settings)
     assert losses(tmp_path) == pytest.approx(losses(finished["full", "one"]), abs=1e-5)
 
 

@@ -10,72 +10,24 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from safetensors.torch import load_file, save_file
+from split_block import Block, split
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from fourfold.checkpoint.optimizer import gather_optimizer, load_optimizer
 from fourfold.models.tensor_files import TensorFiles
-from fourfold.parallel.shares import Cut, Share, Shares
+from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import fill, gather, parts_of
-
-
-class _Block(nn.Module):
-    """A fused matrix cut in two ranges of rows, one cut by columns, one that two ranks hold alike, and a whole norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.fused = nn.Linear(6, 14, bias=False)
-        self.down = nn.Linear(7, 6)
-        self.keys = nn.Linear(6, 3, bias=False)
-        self.experts = nn.Parameter(torch.randn(5, 4, 3))
-        self.norm = nn.LayerNorm(6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Something that reaches every parameter, whatever its size."""
-        return sum((p.float().square().sum() for p in self.parameters()), x.sum())
-
-
-def _shares_of(tp: int, rank: int) -> dict[tuple[str, str], tuple[Cut, ...]]:
-    """What tensor-parallel rank 0 or 1 of 2 holds; uneven on purpose."""
-    assert tp == 2
-    rows = ((0, 4), (7, 11)) if rank == 0 else ((4, 7), (11, 14))
-    columns = (0, 4) if rank == 0 else (4, 7)
-    experts = ((0, 1), (3, 4)) if rank == 0 else ((1, 3), (4, 5))
-    return {
-        ("fused", "weight"): (Cut(0, rows),),
-        ("down", "weight"): (Cut(1, (columns,)),),
-        ("", "experts"): (Cut(0, experts), Cut(2, ((0, 3),))),
-        ("keys", "weight"): (),
-    }
-
-
-def _split(block: _Block, dp: int, tp: int) -> Shares:
-    """Cut the block for this rank, and shard what is left by FSDP where there are data-parallel ranks."""
-    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
-    rank, shares = mesh["tp"].get_local_rank(), Shares()
-    if tp > 1:
-        for (path, name), cuts in _shares_of(tp, rank).items():
-            module = block.get_submodule(path)
-            whole = getattr(module, name).detach()
-            share = Share(tuple(whole.shape), cuts, parts=2 if cuts else 1, first=bool(cuts) or rank == 0)
-            setattr(module, name, nn.Parameter(share.take(whole)))
-            shares.put(module, name, share)
-    if dp > 1:
-        fully_shard(block, mesh=mesh["dp"])
-    return shares
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (3, 1), (2, 2)])
 def test_gather_when_cut_gives_the_first_rank_the_whole(dp: int, tp: int) -> None:
     def work() -> dict[str, Any]:
-        block = _Block()
-        shares = _split(block, dp, tp)
+        block = Block()
+        shares = split(block, dp, tp)
         return dict(gather(parts_of(block, shares)))
 
     found = run_ranks(dp * tp, work)
-    expected = _Block().state_dict()
+    expected = Block().state_dict()
     assert list(found[0]) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[0][name], tensor), name
@@ -86,11 +38,11 @@ def test_gather_when_cut_gives_the_first_rank_the_whole(dp: int, tp: int) -> Non
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (3, 1), (2, 2)])
 def test_fill_when_cut_reads_back_the_same_parts(dp: int, tp: int, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file(_Block().state_dict(), path)
+    save_file(Block().state_dict(), path)
 
     def work() -> list[str]:
-        block = _Block()
-        shares = _split(block, dp, tp)
+        block = Block()
+        shares = split(block, dp, tp)
         parts = parts_of(block, shares)
         before = {name: part.local.clone() for name, part in parts.items()}
         with torch.no_grad():
@@ -122,8 +74,8 @@ def test_gather_when_ranks_hold_different_tensors_names_all_on_each() -> None:
 
 def test_optimizer_when_saved_under_one_cut_loads_under_another(tmp_path: Path) -> None:
     def train(dp: int, tp: int, *, resume: bool) -> None:
-        block = _Block()
-        shares = _split(block, dp, tp)
+        block = Block()
+        shares = split(block, dp, tp)
         optimizer = torch.optim.AdamW(block.parameters(), lr=0.1)
         if resume:
             load_optimizer(optimizer, block, tmp_path / "first", shares)
@@ -141,8 +93,6 @@ def test_optimizer_when_saved_under_one_cut_loads_under_another(tmp_path: Path) 
     run_ranks(2, lambda: train(1, 2, resume=False))
     run_ranks(4, lambda: train(2, 2, resume=True))
     saved, again = (load_file(tmp_path / name / "optimizer.safetensors") for name in ("first", "second"))
-    assert set(saved) == {
-        f"{name}|{key}" for name in _Block().state_dict() for key in ("exp_avg", "exp_avg_sq", "step")
-    }
-    assert all(saved[f"{name}|exp_avg"].shape == tensor.shape for name, tensor in _Block().state_dict().items())
+    assert set(saved) == {f"{name}|{key}" for name in Block().state_dict() for key in ("exp_avg", "exp_avg_sq", "step")}
+    assert all(saved[f"{name}|exp_avg"].shape == tensor.shape for name, tensor in Block().state_dict().items())
     assert all(torch.equal(tensor, again[name]) for name, tensor in saved.items())

@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -22,6 +23,9 @@ from fourfold.base.units import format_bytes
 from fourfold.version import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
+Entry = dict[str, Any]
+"""Size and digest of a file."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _READ_BYTES = 1 << 22
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,7 +45,7 @@ RESUME_ADVICE = "Free some space, or lower save_total_limit; then start again wi
 
 def write_folder(
     target: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], Mapping[str, Entry] | None],
     *,
     manifest: bool = True,
     key: str = "output_dir",
@@ -50,19 +54,21 @@ def write_folder(
     """Fill a folder by `write(temporary folder)` and put it in its place in one move.
 
     Args:
+        write: fills the folder; may return what the manifest is to say of some files (`entries_of`), so that they need
+            not be read again.
         manifest: add the manifest that `verify` reads; a model for others to load has none.
         key: the config key that named the folder, for messages.
         when_full: what to do when the disk is full.
     Raises:
         CheckpointError: the disk is full or cannot be written; nothing is left behind.
     """
-    temporary = target.with_name(f".{target.name}.incomplete")
+    temporary = incomplete(target)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write(temporary)
+        known = write(temporary)
         if manifest:
-            _write_manifest(temporary)
+            _write_manifest(temporary, known or {})
         _flush(temporary)
         if target.exists():
             shutil.rmtree(target)
@@ -76,6 +82,11 @@ def write_folder(
         if message is None:
             raise
         raise CheckpointError(message) from error
+
+
+def incomplete(target: Path) -> Path:
+    """Where a folder is until it is complete."""
+    return target.with_name(f".{target.name}.incomplete")
 
 
 @contextmanager
@@ -113,9 +124,14 @@ def _cannot_write(target: Path, error: OSError, key: str, when_full: str) -> str
     return f"{target}: cannot be written ({error.strerror or error}). Choose another {key}."
 
 
-def _write_manifest(folder: Path) -> None:
+def entries_of(folder: Path, paths: Iterable[Path]) -> dict[str, Entry]:
+    """What a manifest says of some files of a folder."""
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "xxh3": digest(p)} for p in paths}
+
+
+def _write_manifest(folder: Path, known: Mapping[str, Entry]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    entries = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "xxh3": digest(p)} for p in files}
+    entries = {**known, **entries_of(folder, (p for p in files if str(p.relative_to(folder)) not in known))}
     content = json.dumps({"format_version": FORMAT_VERSION, "files": entries}, indent=1)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
 
@@ -134,9 +150,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, *, share: int = 0, of: int = 1) -> None:
     """Check a folder against its manifest.
 
+    Args:
+        share, of: read every `of`-th file only, from `share` on; sizes of all are checked. So ranks share the reading.
     Raises:
         CheckpointError: names the first file that is missing, cut short or changed, or the newer format.
     """
@@ -152,13 +170,13 @@ def verify(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: has format_version {version}, this Fourfold reads up to {FORMAT_VERSION}. Update Fourfold."
         )
-    for name, entry in files.items():
+    for index, (name, entry) in enumerate(files.items()):
         path = folder / name
         if not path.exists():
             raise CheckpointError(f"{path}: is missing.")
         if path.stat().st_size != entry["bytes"]:
             raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, {entry['bytes']} were written.")
-        if digest(path) != entry["xxh3"]:
+        if index % of == share and digest(path) != entry["xxh3"]:
             raise CheckpointError(f"{path}: its content is not what was written.")
 
 

@@ -16,12 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fourfold.base.errors import CheckpointError
+from fourfold.models.shard_files import ShardFiles
 from fourfold.models.tensor_files import TensorFiles
 from fourfold.parallel.shares import Share, Shares, local
-from fourfold.parallel.whole import Part, describe, everyone, fill, gather
+from fourfold.parallel.whole import Part, Source, describe, everyone, fill, gather
 
 TENSORS = "optimizer.safetensors"
 NUMBERS = "optimizer.json"
+SHARDS = "optimizer_shards"
+"""Folder that holds the tensors where they are sharded."""
+
 _SEPARATOR = "|"
 
 
@@ -40,7 +44,12 @@ class OptimizerState:
     def write(self, folder: Path) -> None:
         """Write `optimizer.safetensors` and `optimizer.json` into `folder`."""
         save_file(self.tensors, folder / TENSORS)
-        (folder / NUMBERS).write_text(json.dumps(self.content), encoding="utf-8")
+        write_numbers(self.content, folder)
+
+
+def write_numbers(content: dict[str, Any], folder: Path) -> None:
+    """Write `optimizer.json`, which says what the tensors belong to."""
+    (folder / NUMBERS).write_text(json.dumps(content), encoding="utf-8")
 
 
 def gather_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, shares: Shares) -> OptimizerState:
@@ -121,11 +130,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         if not (group.get("fused") or group.get("capturable"))
     }
     states: dict[Tensor, dict[str, Any]] = {}
-    file = TensorFiles([folder / TENSORS])
+    sharded = (folder / SHARDS).is_dir()
+    file = ShardFiles(folder / SHARDS) if sharded else TensorFiles([folder / TENSORS])
     for entry in file.names:
         name, _, key = entry.rpartition(_SEPARATOR)
         if name not in known:
-            raise CheckpointError(f"{folder / TENSORS}: has state for {name}, which this model does not have.")
+            raise CheckpointError(
+                f"{folder / (SHARDS if sharded else TENSORS)}: has state for {name}, which this model does not have."
+            )
         if name in parameters:
             parameter = parameters[name]
             place = torch.device("cpu") if parameter in host_scalars else parameter.device
@@ -140,7 +152,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
 
 
 def _restored(
-    file: TensorFiles, entry: str, parameter: nn.Parameter, share: Share | None, *, scalars_on: torch.device
+    file: Source, entry: str, parameter: nn.Parameter, share: Share | None, *, scalars_on: torch.device
 ) -> Tensor:
     """A tensor of the state: this rank's part of it if it is cut as its parameter is, else all of it."""
     part, shape = describe(parameter, share), file.shape(entry)
@@ -148,8 +160,9 @@ def _restored(
         value = torch.empty_like(parameter, dtype=file.dtype(entry), requires_grad=False)
         fill(part.with_local(value), file, entry)
         return value
-    device = parameter.device if shape else scalars_on
-    return file.read(entry, (0,) * len(shape), shape).to(device, copy=True)
+    value = torch.empty(shape, dtype=file.dtype(entry), device=parameter.device if shape else scalars_on)
+    fill(describe(value, None), file, entry)
+    return value
 
 
 def _restore_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:

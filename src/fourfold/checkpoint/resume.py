@@ -15,6 +15,7 @@ from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
+from fourfold.models.shard_files import WEIGHTS, ShardFiles, has_shards
 from fourfold.models.tensor_files import HostTensors, NamedSource, TensorFiles
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import Part, everyone, fill, parts_of
@@ -22,11 +23,12 @@ from fourfold.parallel.whole import Part, everyone, fill, parts_of
 log = get_logger(__name__)
 
 
-def find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
+def find_checkpoint(resume: bool | str, output_dir: Path, *, rank: int = 0, num_ranks: int = 1) -> Path | None:
     """The checkpoint to resume.
 
     Args:
         resume: True for the newest of `output_dir`, or a folder's path.
+        rank, num_ranks: who calls; the ranks share the reading.
     Returns:
         a verified folder, or None when `resume` is True and there is none yet.
     Raises:
@@ -43,7 +45,7 @@ def find_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
             known = ", ".join(str(path) for _, path in found) or "none"
             raise CheckpointError(f"resume_from_checkpoint: {folder} does not exist. Checkpoints of this run: {known}.")
     try:
-        verify(folder)
+        verify(folder, share=rank, of=num_ranks)
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_offer_earlier(folder, [path for _, path in found])}") from error
     return folder
@@ -127,6 +129,8 @@ def _read_model(model: PreTrainedModel, folder: Path) -> NamedSource:
     Transformers writes some families (mixtures of experts) under the names of their published checkpoints; those
     are read by its own loader, at the price of a second copy in host memory. fp32 holds every dtype exactly.
     """
+    if has_shards(folder):
+        return ShardFiles(folder / WEIGHTS)
     files = TensorFiles(sorted(folder.glob("model*.safetensors")))
     if set(files.names) <= model.state_dict().keys():
         return files

@@ -24,6 +24,10 @@ class OutputConfig(Section):
     save_steps: Count = key(500, "Steps between checkpoints; below 1 a share of all steps.", gt=0)
     save_total_limit: int | None = key(None, "Keep this many checkpoints; default: all.", ge=1)
     save_only_model: bool = key(False, "Checkpoints without optimizer state; a run cannot resume from them.")
+    save_sharded: Literal["auto"] | bool = key(
+        "auto", "Each rank writes its part of the checkpoints; auto: if the ranks share a large model."
+    )
+    async_save: bool = key(False, "Write checkpoints beside the training; they are sharded then.")
 
     logging_strategy: Literal["steps", "epoch", "no"] = key("steps", "When figures are logged.", group="Logging")
     logging_steps: Count = key(500, "Steps between logs; below 1 a share of all steps.", group="Logging", gt=0)

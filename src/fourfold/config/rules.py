@@ -53,6 +53,14 @@ def _one_precision(run: Run) -> Iterator[str]:
         )
 
 
+def _async_is_sharded(run: Run) -> Iterator[str]:
+    if run.output.async_save and run.output.save_sharded is False:
+        yield (
+            "save_sharded: false contradicts async_save: true, which writes sharded checkpoints. "
+            "Use save_sharded: auto, or async_save: false."
+        )
+
+
 def _packing_stage(run: Run) -> Iterator[str]:
     stage = run.training.stage
     if run.data.packing and stage not in ("pt", "sft"):
@@ -323,6 +331,7 @@ def _later_losses(run: Run) -> Iterator[str]:
 _CONTRADICTIONS: tuple[Rule, ...] = (
     _one_precision,
     _packing_stage,
+    _async_is_sharded,
     _prompt_training,
     _streaming,
     _evaluation_sets,

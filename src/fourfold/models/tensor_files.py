@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fourfold.parallel.whole import Source
+
+_BLOCK_BYTES = 64 << 20
+"""Of a tensor, what is mapped at once: mapped pages count as memory of the process."""
 
 
 class NamedSource(Source, Protocol):
@@ -41,12 +45,16 @@ class HostTensors:
         """Of a tensor."""
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """A rectangle, as a view."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return self._tensors[name].dtype
+
+    def read_into(self, target: Tensor, name: str, offsets: tuple[int, ...]) -> None:
+        """Copy a rectangle."""
         tensor = self._tensors[name]
-        for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        for dim, (offset, size) in enumerate(zip(offsets, target.shape, strict=True)):
             tensor = tensor.narrow(dim, offset, size)
-        return tensor
+        target.copy_(tensor)
 
 
 class TensorFiles:
@@ -75,16 +83,24 @@ class TensorFiles:
         with safe_open(self._paths[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
-    def read(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """A rectangle, as a view of the mapped file: copy it, and let it go."""
-        with safe_open(self._paths[name], framework="pt") as file:
-            if not sizes:
-                return file.get_tensor(name)
-            return file.get_slice(name)[
-                tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-            ]
-
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor."""
         with safe_open(self._paths[name], framework="pt") as file:
-            return file.get_slice(name)[:0].dtype if file.get_slice(name).get_shape() else file.get_tensor(name).dtype
+            found = file.get_slice(name)
+            return (found[:0] if found.get_shape() else file.get_tensor(name)).dtype
+
+    def read_into(self, target: Tensor, name: str, offsets: tuple[int, ...]) -> None:
+        """Copy a rectangle, in blocks of rows: columns lie scattered over all pages of the file."""
+        path = self._paths[name]
+        if not offsets:
+            with safe_open(path, framework="pt") as file:
+                target.copy_(file.get_tensor(name))
+            return
+        row_bytes = math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
+        rows = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+        columns = tuple(slice(start, start + size) for start, size in zip(offsets[1:], target.shape[1:], strict=True))
+        start = offsets[0]
+        for block in target.split(rows):
+            with safe_open(path, framework="pt") as file:
+                block.copy_(file.get_slice(name)[(slice(start, start + len(block)), *columns)])
+            start += len(block)

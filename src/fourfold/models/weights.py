@@ -88,6 +88,14 @@ def gather_weights(model: PreTrainedModel | PeftModel, shares: Shares) -> dict[s
     return {name: tensor for name, tensor in gather(parts) if tensor is not None}
 
 
+def save_frame(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write to `folder` all that a model is without its weights: configs and tokenizer."""
+    _save_config(model, folder, None)
+    if model.generation_config is not None and model.can_generate():
+        model.generation_config.save_pretrained(str(folder))
+    _save_tokenizer(tokenizer, folder)
+
+
 def _save_whole(
     model: PreTrainedModel,
     folder: Path,
@@ -100,8 +108,14 @@ def _save_whole(
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
     with bars_on_terminals_only():
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
-    # As users of the saved model expect it: with the key-value cache on, and the written dtype.
+    _save_config(model, folder, dtype)
+
+
+def _save_config(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write the config as users of the saved model expect it: with the key-value cache on, and the written dtype."""
     published = copy.deepcopy(model.config)
+    published.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP makes a subclass
+    published.dtype = model.dtype
     published.use_cache = True
     if dtype is not None:
         published.dtype = dtype

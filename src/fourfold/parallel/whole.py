@@ -22,9 +22,6 @@ from fourfold.parallel.shares import Share, Shares, local
 
 Sizes = tuple[int, ...]
 
-_BLOCK_BYTES = 64 << 20
-"""Of the whole tensor, what is read at once: columns lie scattered over all of a file's pages."""
-
 
 class Box(NamedTuple):
     """A rectangle of a whole tensor.
@@ -51,8 +48,12 @@ class Source(Protocol):
         """Of the whole tensor."""
         ...
 
-    def read(self, name: str, offsets: Sizes, sizes: Sizes) -> Tensor:
-        """A rectangle, on the host; perhaps a view of a file, so it is to be copied at once."""
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor."""
+        ...
+
+    def read_into(self, target: Tensor, name: str, offsets: Sizes) -> None:
+        """Write the rectangle that begins at `offsets` and has the shape of `target` into `target`, cast to it."""
         ...
 
 
@@ -138,15 +139,8 @@ def fill(part: Part, source: Source, name: str) -> None:
     """
     if source.shape(name) != part.shape:
         raise ValueError(f"{name} has the shape {list(source.shape(name))}, not {list(part.shape)}")
-    row_bytes = math.prod(part.shape[1:]) * part.local.element_size()
-    rows = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
     for box in part.boxes:
-        target = part.view(box)
-        if not box.sizes:
-            target.copy_(source.read(name, (), ()))
-            continue
-        for begin, block in zip(range(0, box.sizes[0], rows), target.split(rows), strict=True):
-            block.copy_(source.read(name, (box.offsets[0] + begin, *box.offsets[1:]), tuple(block.shape)))
+        source.read_into(part.view(box), name, box.offsets)
 
 
 class _Outline(NamedTuple):
@@ -213,12 +207,16 @@ def _givers(held: Mapping[int, _Outline]) -> dict[int, list[Box]]:
     return givers
 
 
-def everyone(value: Any) -> list[Any]:
-    """What each rank gave, in the order of ranks; every rank must call."""
+def everyone(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each rank gave, in the order of ranks; every rank must call.
+
+    Args:
+        group: of all ranks, where the usual one is in use by another thread.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -22,7 +22,8 @@ from fourfold.models.groups import parameter_groups
 from fourfold.trackers.interface import RunInfo, Tracker, open_trackers
 from fourfold.trackers.reports.results import speed
 from fourfold.training.assemble import Parts
-from fourfold.training.checkpointer import Checkpointer
+from fourfold.training.background import Background
+from fourfold.training.checkpointer import Checkpointer, shards_checkpoints
 from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.loop import Loop, LoopSettings
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
@@ -46,7 +47,8 @@ def fit(parts: Parts) -> dict[str, float]:
     budget = plan_steps(run.training, num_samples, parts.mesh.layout.dp)
     facts = run_facts(parts, num_samples, budget)
     resume = run.output.resume_from_checkpoint
-    resumed = find_checkpoint(resume, output_dir) if resume else None
+    ranks = {"rank": parts.mesh.rank, "num_ranks": parts.mesh.layout.world_size}
+    resumed = find_checkpoint(resume, output_dir, **ranks) if resume else None
     state = TrainState() if resumed is None else TrainState.load(resumed, facts)
     _announce(parts, budget, num_samples, state)
     name = run.output.run_name or output_dir.name
@@ -56,8 +58,11 @@ def fit(parts: Parts) -> dict[str, float]:
         loop, checkpointer = build_loop(parts, budget, state, trackers, facts)
         if resumed is not None:
             checkpointer.restore(resumed)
-        with exhaustion_told(run, parts.mesh, partial(_place, parts, budget, state)):
-            loop.fit()
+        try:
+            with exhaustion_told(run, parts.mesh, partial(_place, parts, budget, state)):
+                loop.fit()
+        finally:
+            checkpointer.wait()
         if run.training.load_best_model_at_end:
             checkpointer.load_best()
     finally:
@@ -148,6 +153,8 @@ def build_loop(
         base=parts.base,
         only_model=output.save_only_model,
         limit=output.save_total_limit,
+        sharded=shards_checkpoints(run, parts.module, parts.split.shares, parts.mesh.layout),
+        background=Background() if output.async_save and run.tuning.finetuning_type != "lora" else None,
     )
     evaluator = None
     if parts.data.eval:
