@@ -66,9 +66,10 @@ class Layout:
         """
         return self.dp_shard * self.cp if self.dp_shard > 1 or self.cp_shards or self.ep > 1 else 1
 
+    @property
     def splits_model(self) -> bool:
         """Whether some rank holds only a part of the model."""
-        return self.world_size > self.dp_replicate or self.ep > 1
+        return self.world_size > self.dp_replicate * self.cp or self.shards > 1
 
     def as_dict(self) -> dict[str, Any]:
         """For logs and checkpoints."""
