@@ -161,7 +161,9 @@ def train(case: Case, mesh: Mesh) -> Curve:
     model.take(split)
     if case.recompute != "none":
         enable_recompute(module, case.recompute, noise)
-    policy = CutPolicy(packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple)
+    policy = CutPolicy(
+        packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple, min_batches=split.min_batches
+    )
     step = Step(
         model,
         TokenLoss(router_coefficient=case.router),
@@ -173,6 +175,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
         localize=split.localize,
         finish=split.finish,
         observe=split.observe,
+        staged=split.staged(model),
     )
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)

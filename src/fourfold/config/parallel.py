@@ -37,13 +37,15 @@ class ParallelConfig(Section):
     dp_shard: int | None = key(None, "Data-parallel ranks that share the weights (FSDP).", ge=1)
     cp: int | None = key(None, "Context-parallel ranks: each has a part of the sequence.", ge=1)
     tp: int | None = key(None, "Tensor-parallel ranks: each has a part of every matrix.", ge=1)
-    pp: int | None = _key(None, "Pipeline stages: each has a part of the layers.", ge=1)
+    pp: int | None = key(None, "Pipeline ranks: each has a part of the layers.", ge=1)
     ep: int | None = key(None, "Expert-parallel ranks, of those of dp_shard: each has a part of the experts.", ge=1)
     sequence_parallel: bool | None = key(None, "With tp: split norms and residuals along the sequence; default: yes.")
     loss_parallel: bool | None = key(None, "With tp: split the logits along the vocabulary; default: yes.")
-    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = _key("1f1b", "Order of work in the pipeline.")
-    pp_microbatches: int | None = _key(None, "Micro-batches in the pipeline per step.", ge=1)
-    pp_layers_per_stage: tuple[int, ...] | None = _key(None, "Layers of each stage, first to last.")
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = key("1f1b", "Order of work in the pipeline.")
+    pp_microbatches: int | None = key(
+        None, "Micro-batches in the pipeline per step, at least; default: as many as ranks.", ge=1
+    )
+    pp_layers_per_stage: tuple[int, ...] | None = key(None, "Layers of each stage, first to last; default: even.")
     reshard_after_forward: bool | None = _key(None, "FSDP: free gathered weights after the forward pass.")
     cp_method: Literal["allgather", "ulysses", "ring"] = key(
         "allgather",

@@ -28,6 +28,7 @@ class CutPolicy:
         max_samples: samples of a micro-batch; None for no limit but `max_tokens`.
         pad_token_id: fills padded positions.
         multiple: the positions of a row are made a multiple of this, so that ranks can share them evenly.
+        min_batches: micro-batches of a step, where it has as many samples; a pipeline needs several to be busy.
     """
 
     packed: bool
@@ -35,6 +36,7 @@ class CutPolicy:
     max_samples: int | None = None
     pad_token_id: int = 0
     multiple: int = 1
+    min_batches: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +68,18 @@ def _examples(samples: Sequence[Sample]) -> Iterator[tuple[Example, int, int]]:
 
 
 def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
-    """As few groups as first-fit finds, as even as that number allows: memory follows the largest.
+    """As few groups as first-fit finds (but `min_batches`), as even as that number allows: memory follows the largest.
 
     The samples of a group stay in their original order, and no sample is split.
     """
     lengths = [[len(example) for example in sample.sequences.values()] for sample in samples]
     groups = _first_fit(lengths, policy, policy.max_tokens)
+    count = max(len(groups), min(policy.min_batches, len(samples)))
     low, high = 1, policy.max_tokens
-    while len(groups) > 1 and low < high:
+    while count > 1 and low < high:
         middle = (low + high) // 2
         evener = _first_fit(lengths, policy, middle)
-        if len(evener) <= len(groups):
+        if len(evener) <= count:
             groups, high = evener, middle
         else:
             low = middle + 1
@@ -148,6 +151,31 @@ def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
         weights=pad(batch.weights),
         position_ids=torch.cat([batch.position_ids, positions], dim=1),
         **added,
+    )
+
+
+def equalize(batches: Sequence[Batch]) -> list[Batch]:
+    """The same micro-batches, all of one shape; what is added trains nothing and counts for nothing."""
+    rows = max(batch.input_ids.shape[0] for batch in batches)
+    width = max(batch.input_ids.shape[1] for batch in batches)
+    policy = CutPolicy(packed=batches[0].is_packed, max_tokens=width)
+    return [_more_rows(widen(batch, width, policy), rows) for batch in batches]
+
+
+def _more_rows(batch: Batch, rows: int) -> Batch:
+    """A padded batch with rows of padding below."""
+    missing = rows - batch.input_ids.shape[0]
+    if missing == 0:
+        return batch
+    below = (0, 0, 0, missing)
+    positions = torch.arange(batch.input_ids.shape[1]).expand(missing, -1)
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, below),
+        targets=F.pad(batch.targets, below, value=IGNORE_INDEX),
+        weights=F.pad(batch.weights, below),
+        position_ids=torch.cat([batch.position_ids, positions]),
+        document_ids=F.pad(batch.document_ids, below, value=-1),
     )
 
 

@@ -23,6 +23,7 @@ from fourfold.parallel.apply import Parallelized
 from fourfold.parallel.context import ContextParallel, ContextRows
 from fourfold.parallel.exchange import scale_gradient
 from fourfold.parallel.loss import Outputs
+from fourfold.parallel.stages import Part
 from fourfold.parallel.vocabulary import VocabularyShare
 
 log = get_logger(__name__)
@@ -43,14 +44,15 @@ def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     Source: the `forward` of Transformers' `...ForCausalLM` classes (granite divides by `logits_scaling`, cohere
     multiplies by `logit_scale`, gemma caps by `final_logit_softcapping`).
     """
-    lm_head = model.get_output_embeddings()
-    assert lm_head is not None, "a causal language model has a head"
+    assert model.get_output_embeddings() is not None, "a causal language model has a head"
     config = model.config
     divide: float | None = getattr(config, "logits_scaling", None)
     multiply: float | None = getattr(config, "logit_scale", None)
     cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def head(hidden: Tensor) -> Tensor:
+        lm_head = model.get_output_embeddings()  # looked up late: a pipeline drops it on other ranks
+        assert lm_head is not None
         logits = lm_head(hidden)
         if divide is not None:
             logits = logits / divide
@@ -139,24 +141,42 @@ class StepModel:
 
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""
+        outputs = self._call(batch, input_ids=batch.input_ids, hidden_only=self._head is not None)
+        return self._outputs(outputs, None if self._head is None else self._router_loss(outputs, batch))
+
+    def stage(self, batch: Batch, part: Part, received: tuple[Tensor, ...]) -> Outputs | tuple[Tensor, ...]:
+        """One stage of a pipeline on one micro-batch.
+
+        Args:
+            received: what the stage before returned; nothing for the first.
+        Returns:
+            hidden states [B, S, hidden size], or the outputs of the last stage.
+        """
+        entry = {"input_ids": batch.input_ids} if part.is_first else {"inputs_embeds": received[0]}
+        with part.running():
+            outputs = self._call(batch, hidden_only=self._head is not None or not part.is_last, **entry)
+        return self._outputs(outputs, None) if part.is_last else (outputs.last_hidden_state.to(part.dtype),)
+
+    def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the tensors that go from stage to stage for such a micro-batch."""
+        return [((*batch.input_ids.shape, hidden_size), dtype)]
+
+    def _call(self, batch: Batch, **inputs: object) -> Any:
+        """The runner's own outputs."""
         kwargs = self._boundaries(batch)
         if self.noise is not None and self.module.training:
             self.noise.enter(batch)
         if self.balance_experts:
             kwargs["output_router_logits"] = True
-        outputs = self.runner(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            hidden_only=self._head is not None,
-            **kwargs,
-        )
+        return self.runner(position_ids=batch.position_ids, use_cache=False, **inputs, **kwargs)
+
+    def _outputs(self, outputs: Any, router_loss: Tensor | None) -> Outputs:
         if self._head is None:
             return Outputs(outputs.logits, lambda logits: logits, vocabulary=self.vocabulary)
         return Outputs(
             outputs.last_hidden_state,
             self._head,
-            self._router_loss(outputs, batch),
+            router_loss,
             head_is_frozen=self._head_is_frozen(),
             vocabulary=self.vocabulary,
         )

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fourfold.base.log import get_logger
@@ -19,12 +20,15 @@ from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.pipeline import FsdpOnceAStep, NoStepSync, Pipeline, StepSync, SumOverReplicas
 from fourfold.parallel.reduce import Reducer, clip_gradients
 from fourfold.parallel.shares import Shares
-from fourfold.parallel.step import no_figures, nothing, whole
+from fourfold.parallel.stages import StageCut, cut_stages, note_tied
+from fourfold.parallel.step import Staged, StagedModel, no_figures, nothing, whole
 from fourfold.parallel.tensor import share_tensors
 from fourfold.parallel.vocabulary import VocabularyShare
 from fourfold.planning.layout import Layout
+from fourfold.planning.stages import min_microbatches, rank_of_last_stage
 
 log = get_logger(__name__)
 
@@ -47,6 +51,8 @@ class Parallelized:
         router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         multiple: the positions of a micro-batch's rows must be a multiple of this.
         context: the ranks that share each row's positions, None where one has them all.
+        pipeline: runs the stages of this rank; None for a model in one piece.
+        min_batches: micro-batches that a step should be cut into at least.
     """
 
     runner: nn.Module
@@ -62,6 +68,12 @@ class Parallelized:
     router_copies: int = 1
     multiple: int = 1
     context: ContextParallel | None = None
+    pipeline: Pipeline | None = None
+    min_batches: int = 1
+
+    def staged(self, model: StagedModel) -> Staged | None:
+        """How a step runs a model through the pipeline; None without one."""
+        return None if self.pipeline is None else Staged(self.pipeline, model)
 
 
 def parallelize(
@@ -81,20 +93,17 @@ def parallelize(
     if mesh.device_mesh is None:
         return Parallelized(root, observe=observe)
     shares = Shares()
-    split = Parallelized(
-        root,
-        shares=shares,
-        observe=observe,
-        reducer=Reducer(
-            group=mesh.group(("dp_replicate", "dp_shard", "cp")),
-            data=mesh.group(("dp_replicate", "dp_shard")),
-            world=torch.distributed.group.WORLD,
-        ),
-    )
+    split = Parallelized(root, shares=shares, reducer=_reducer(mesh), observe=observe)
     if layout.cp > 1:
         context = share_positions(mesh)
         split = replace(split, context=context, localize=context.localize, multiple=split.multiple * context.num_chunks)
         log.info("Positions shared by %d ranks (%s)", layout.cp, layout.cp_method)
+    cut = None
+    if layout.pp > 1:
+        cut = cut_stages(root, mesh, compute)
+        owned = {id(module) for module in root.modules()}
+        blocks = [block for block in blocks if id(block) in owned]
+        log.info("Cut into %d stages of a pipeline, %s layers here", cut.num_stages, len(blocks))
     if layout.tp * layout.pp * layout.ep > 1:
         split = replace(split, finish=partial(shares.add_up_gradients, root), clip=partial(_clip, root, shares, layout))
     experts: list[nn.Module] = []
@@ -103,18 +112,10 @@ def parallelize(
         log.info("Cut the experts of %d layers over %d ranks", len(experts), layout.ep)
     if layout.tp > 1:
         split = _share_tensors(split, blocks, mesh)
+    if cut is not None:
+        return _with_pipeline(split, root, mesh, cut, partial(_shard, root, blocks, mesh, 1, compute, experts))
     if layout.shards > 1:
-        axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else ("dp_shard",)
-        sharded = shard(
-            root,
-            blocks,
-            mesh.sharding(axes),
-            zero=layout.zero,
-            compute=compute,
-            apart=experts,
-            apart_mesh=None if mesh.expert_mesh is None else mesh.expert_mesh[axes],
-        )
-        log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), layout.zero)
+        sharded = _shard(root, blocks, mesh, layout.zero, compute, experts)
         return replace(split, sync=FsdpSync(sharded, layout.zero), autocast=nullcontext)
     if layout.dp_replicate * layout.cp > 1:
         wrapped = replicate(root, mesh.group(("dp_replicate", "cp")))
@@ -137,6 +138,51 @@ def _share_tensors(split: Parallelized, blocks: Sequence[nn.Module], mesh: Mesh)
         router_copies=tensors.router_copies,
         multiple=split.multiple * (layout.tp if sequence else 1),
     )
+
+
+def _reducer(mesh: Mesh) -> Reducer:
+    reducer = Reducer(
+        group=mesh.group(("dp_replicate", "dp_shard", "cp")),
+        data=mesh.group(("dp_replicate", "dp_shard")),
+        world=torch.distributed.group.WORLD,
+    )
+    pipeline = mesh.group(("pp",))
+    if pipeline is None:
+        return reducer
+    last = torch.distributed.get_global_rank(pipeline, rank_of_last_stage(mesh.layout))
+    return replace(reducer, pipeline=pipeline, loss_rank=last)
+
+
+def _shard(
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: Mesh,
+    zero: int,
+    compute: torch.dtype | None,
+    experts: Sequence[nn.Module],
+) -> FSDPModule:
+    axes = ("dp_replicate", "dp_shard") if mesh.layout.dp_replicate > 1 else ("dp_shard",)
+    log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), zero)
+    expert_mesh = None if mesh.expert_mesh is None else mesh.expert_mesh[axes]
+    return shard(root, blocks, mesh.sharding(axes), zero=zero, compute=compute, apart=experts, apart_mesh=expert_mesh)
+
+
+def _with_pipeline(
+    split: Parallelized, root: PreTrainedModel, mesh: Mesh, cut: StageCut, shard_stages: Callable[[], FSDPModule]
+) -> Parallelized:
+    """Data parallelism around the stages of a pipeline: gradients travel once a step, whatever the ZeRO stage."""
+    layout = mesh.layout
+    note_tied(split.shares, root, cut)  # on top of what matrices were cut into
+    sync: StepSync = NoStepSync()
+    if layout.shards > 1:
+        pipeline = mesh.group(("pp",))
+        assert pipeline is not None
+        sync = FsdpOnceAStep(shard_stages(), mesh.device, pipeline)
+        split = replace(split, autocast=nullcontext)
+    elif layout.dp_replicate * layout.cp > 1:
+        sync = SumOverReplicas(root, mesh.group(("dp_replicate", "cp")))
+        log.info("Replicated over %d pipelines", layout.dp_replicate * layout.cp)
+    return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))
 
 
 def _clip(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from fourfold.parallel.sharded import full
 from fourfold.parallel.shares import Share, local
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,23 @@ class Reducer:
         group: the ranks whose losses add up (data- and context-parallel ones), None for one.
         data: the ranks that have different samples, None for one.
         world: all ranks of the job, None for one.
+        pipeline: the ranks of this rank's pipeline, None for one.
+        loss_rank: which of them (of the job) has the last stage, which alone sees a loss.
     """
 
     group: dist.ProcessGroup | None = None
     data: dist.ProcessGroup | None = None
     world: dist.ProcessGroup | None = None
+    pipeline: dist.ProcessGroup | None = None
+    loss_rank: int = 0
+
+    def from_last_stage(self, found: _Found) -> _Found:
+        """What the rank of the last stage found, on every rank of its pipeline."""
+        if self.pipeline is None:
+            return found
+        box = [found]
+        dist.broadcast_object_list(box, self.loss_rank, self.pipeline, device=torch.device("cpu"))
+        return box[0]
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """What each rank computed, summed; every rank must give the same names."""

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fourfold.dataset.batch import Batch
+from fourfold.dataset.collate import equalize
 from fourfold.parallel.gradients import GradientSync, NoSync
 from fourfold.parallel.loss import Outputs
+from fourfold.parallel.pipeline import Pipeline
 from fourfold.parallel.reduce import Reducer
+from fourfold.parallel.stages import Part
 from fourfold.parallel.terms import LossTerms, Term
 
 
@@ -63,6 +66,30 @@ def no_figures() -> dict[str, float]:
     return {}
 
 
+def _ignore(number: int) -> None:
+    """No randomness to key."""
+
+
+class StagedModel(Protocol):
+    """A model that can be run one pipeline stage at a time."""
+
+    def stage(self, batch: Batch, part: Part, received: tuple[Tensor, ...]) -> Outputs | tuple[Tensor, ...]:
+        """What the stage before sent -> what goes to the next one, or the outputs of the last."""
+        ...
+
+    def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the tensors that go from stage to stage for such a micro-batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A pipeline and the model it runs."""
+
+    pipeline: Pipeline
+    model: StagedModel
+
+
 @dataclass(frozen=True)
 class Step:
     """Runs a model on the micro-batches of one optimizer step.
@@ -79,6 +106,7 @@ class Step:
         localize: a micro-batch on the host -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
         observe: further figures of the step that was trained, over all ranks.
+        staged: runs the micro-batches through a pipeline instead of one after the other.
     """
 
     model: Callable[[Batch], Outputs]
@@ -92,6 +120,7 @@ class Step:
     localize: Callable[[Batch], Batch] = whole
     finish: Callable[[], None] = nothing
     observe: Callable[[], dict[str, float]] = no_figures
+    staged: Staged | None = None
 
     def forward_backward(
         self,
@@ -105,54 +134,87 @@ class Step:
             batches: this rank's micro-batches, on the host; ranks may have different numbers of them, also none.
             before: called with its number before each micro-batch (seeds the randomness).
         """
-        batches, counts = self._prepare(batches)
-        sums = _Sums()
-        for number, batch in enumerate(batches):
-            if before is not None:
-                before(number)
-            on_device = self.localize(batch).to(self.device)
-            with self.sync.micro_batch(last=number == len(batches) - 1):
-                with self.autocast():
-                    found = self.objective.loss(self.model(on_device), on_device)
-                loss = torch.stack([_quotient(term, counts) for term in found.terms.values()]).sum()
-                (loss if self.scale is None else self.scale(loss)).backward()
-            sums.add(found)
+        result = self._run(batches, before or _ignore)
         self.finish()
-        result = self._result(sums, counts)
         return replace(result, metrics={**result.metrics, **self.observe()})
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:
         """The same figures without a gradient, for evaluation."""
+        return self._run(batches, _ignore)
+
+    def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> StepResult:
+        """All micro-batches, forward and (where gradients are enabled) backward."""
         batches, counts = self._prepare(batches)
         sums = _Sums()
-        for batch in batches:
-            on_device = self.localize(batch).to(self.device)
-            with self.autocast():
-                sums.add(self.objective.loss(self.model(on_device), on_device))
+
+        def loss_of(outputs: Outputs, batch: Batch) -> Tensor:
+            found = self.objective.loss(outputs, batch)
+            sums.add(found)
+            loss = torch.stack([_quotient(term, counts) for term in found.terms.values()]).sum()
+            return loss if self.scale is None else self.scale(loss)
+
+        if self.staged is None:
+            self._one_by_one(batches, before, loss_of)
+        else:
+            self._through_stages(self.staged, batches, before, loss_of)
         return self._result(sums, counts)
 
+    def _one_by_one(
+        self, batches: Sequence[Batch], before: Callable[[int], None], loss_of: Callable[[Outputs, Batch], Tensor]
+    ) -> None:
+        for number, batch in enumerate(batches):
+            before(number)
+            on_device = self.localize(batch).to(self.device)
+            with self.sync.micro_batch(last=number == len(batches) - 1):
+                with self.autocast():
+                    loss = loss_of(self.model(on_device), on_device)
+                if torch.is_grad_enabled():
+                    loss.backward()
+
+    def _through_stages(
+        self,
+        staged: Staged,
+        batches: Sequence[Batch],
+        before: Callable[[int], None],
+        loss_of: Callable[[Outputs, Batch], Tensor],
+    ) -> None:
+        on_device = [self.localize(batch).to(self.device) for batch in equalize(batches)]
+
+        def forward(part: Part, number: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            before(number)
+            with self.autocast():
+                found = staged.model.stage(on_device[number], part, received)
+                return (loss_of(found, on_device[number]),) if isinstance(found, Outputs) else found
+
+        cut = staged.pipeline.cut
+        wires = staged.model.wires(on_device[0], cut.hidden_size, cut.dtype)
+        staged.pipeline.run(len(on_device), wires, forward)
+
     def _prepare(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        """As many micro-batches as the rank with most has, and over all ranks the denominators and the tokens.
+        """As many micro-batches as the rank with most has (and a pipeline needs), and over all ranks the denominators
+        and the tokens.
 
         They are counted on whole micro-batches: ranks that share one count the same.
         """
-        missing = max(self.reducer.largest(len(batches)), 1) - len(batches)
-        filled = [*batches, *(self.filler() for _ in range(missing))]
+        count = max(self.reducer.largest(len(batches)), 1)
+        if self.staged is not None:
+            count = self.staged.pipeline.count(count)
+        filled = [*batches, *(self.filler() for _ in range(count - len(batches)))]
         tokens = float(sum(batch.num_tokens for batch in filled))
         return filled, self.reducer.counts({**self.objective.denominators(filled), _TOKENS: tokens})
 
     def _result(self, sums: _Sums, counts: dict[str, float]) -> StepResult:
         """Global figures: this rank's sums, added up over ranks, divided once."""
-        names = {**sums.terms, **sums.metrics}
-        totals = self.reducer.sums({name: float(term.total) for name, term in names.items()})
+        found = self.reducer.from_last_stage([*sums.figures(sums.terms, True), *sums.figures(sums.metrics, False)])
+        totals = self.reducer.sums({figure.name: figure.total for figure in found})
         denominators = {name: count for name, count in counts.items() if name != _TOKENS}
-        quotients = {name: totals[name] / max(denominators[term.denominator], 1e-12) for name, term in names.items()}
+        quotients = {f.name: totals[f.name] / max(denominators[f.denominator], 1e-12) for f in found}
         return StepResult(
-            terms={name: quotients[name] for name in sums.terms},
-            metrics={name: quotients[name] for name in sums.metrics},
+            terms={f.name: quotients[f.name] for f in found if f.is_term},
+            metrics={f.name: quotients[f.name] for f in found if not f.is_term},
             denominators=denominators,
-            denominator_of={name: term.denominator for name, term in names.items()},
+            denominator_of={f.name: f.denominator for f in found},
             num_tokens=round(counts[_TOKENS]),
         )
 
@@ -163,6 +225,16 @@ _TOKENS = "__tokens__"
 def _quotient(term: Term, denominators: dict[str, float]) -> Tensor:
     # A step without a single target has the sum 0; it is left at 0 instead of 0 / 0.
     return term.total / max(denominators[term.denominator], 1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """One sum of this rank, on the host: a term of the loss, or a metric."""
+
+    name: str
+    total: float
+    denominator: str
+    is_term: bool
 
 
 class _Sums:
@@ -179,3 +251,8 @@ class _Sums:
                 if name in into:
                     total = into[name].total + total
                 into[name] = Term(total, term.denominator)
+
+    @staticmethod
+    def figures(sums: dict[str, Term], is_term: bool) -> list[_Figure]:
+        """The sums as numbers."""
+        return [_Figure(name, float(term.total), term.denominator, is_term) for name, term in sums.items()]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fourfold.planning.layout import Layout
+from fourfold.planning.stages import check_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,6 @@ def _tensor_rule(size: int, facts: ModelFacts) -> Iterator[str]:
         )
 
 
-def _pipeline_rule(size: int, facts: ModelFacts) -> Iterator[str]:
-    if size > facts.layers:
-        yield f"parallel.pp: {size} stages are more than the model's {facts.layers} layers. Use at most {facts.layers}."
-
-
 def _expert_rule(size: int, facts: ModelFacts) -> Iterator[str]:
     if size > 1 and not facts.experts:
         yield f"parallel.ep: {size} needs a mixture of experts, and this model is dense. Use parallel.ep: 1."
@@ -112,7 +108,7 @@ def _context_rule(layout: Layout, facts: ModelFacts) -> Iterator[str]:
 
 
 AXES: tuple[Axis, ...] = (
-    Axis("pp", "layers", "activations between neighbouring stages", _pipeline_rule),
+    Axis("pp", "layers", "activations between neighbouring stages", _any_size),
     Axis("dp_replicate", "samples; weights are whole on each rank", "an all-reduce of gradients a step", _any_size),
     Axis(
         "dp_shard",
@@ -133,4 +129,9 @@ def check_layout(layout: Layout, facts: ModelFacts) -> list[str]:
     sizes = layout.sizes()
     axes = (*AXES, EXPERT_AXIS)
     problems = [problem for axis in axes if sizes[axis.name] > 1 for problem in axis.rule(sizes[axis.name], facts)]
-    return [*problems, *_expert_ranks_rule(layout, facts), *_context_rule(layout, facts)]
+    return [
+        *problems,
+        *_expert_ranks_rule(layout, facts),
+        *_context_rule(layout, facts),
+        *check_stages(layout, facts.layers),
+    ]

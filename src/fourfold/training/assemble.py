@@ -89,6 +89,7 @@ class Parts:
             localize=self.split.localize,
             finish=self.split.finish,
             observe=self.split.observe,
+            staged=self.split.staged(self.model),
         )
 
     def evaluator(self) -> Evaluator:
@@ -118,6 +119,7 @@ class Parts:
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
             multiple=self.split.multiple,
+            min_batches=self.split.min_batches,
         )
         compute, sharing = self.precision.compute, self.mesh.layout.cp
         fit = fit_to_memory(allowed, self.module, sizes, compute, self._asked_recompute(), sharing)
