@@ -4,6 +4,8 @@
 
 equality     a small llama under every layout against one GPU: losses of 10 steps, fp32 and bf16.
 throughput   a 1B-parameter llama, full and LoRA in bf16: tokens/s and peak memory of rank 0.
+experts      a 0.9B-parameter qwen3_moe, sharded with and without expert parallelism: losses in fp32, speed in bf16;
+             only when named.
 ddp_variants what of a replica's step costs time (ddp_variants.py); only when named.
 
 Each run is the command that a user types, in a process of its own. Results are merged into FOLDER/multi_gpu.json.
@@ -24,7 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from environment import environment
 from made_up_rows import write_rows
@@ -33,6 +35,14 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
 PRECISIONS = ["fp32", "bf16"]
 TUNINGS = ["full", "lora"]
+MIXTURE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 768,
+}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "ddp": (0, {"strategy": "ddp"}),
@@ -55,7 +65,8 @@ def write_model(folder: Path, tokenizer: Path, shape: dict[str, int]) -> Path:
     """A config and a tokenizer; the weights are made at random from the run's seed."""
     shutil.copytree(tokenizer, folder)
     heads = shape["hidden_size"] // 64
-    config = LlamaConfig(**shape, vocab_size=128256, num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1))
+    kind: type[PreTrainedConfig] = Qwen3MoeConfig if "num_experts" in shape else LlamaConfig
+    config = kind(**shape, vocab_size=128256, num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1))
     config.save_pretrained(folder)
     return folder
 
@@ -147,6 +158,25 @@ def throughput(work: Path, model: Path, data: Path, gpus: int, limit: float) -> 
     return found
 
 
+def experts(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
+    """Experts gathered layer by layer (zero3) against experts that stay where they are (ep)."""
+    found: dict[str, Any] = {}
+    common = {"nproc": gpus, "strategy": "fsdp", "finetuning_type": "full", "learning_rate": 1e-4}
+    settings = {
+        "fp32": {"max_steps": 10, "global_batch_size": 8, "cutoff_len": 512},
+        "bf16": {"max_steps": 12, "bf16": True, "packing": True, "cutoff_len": 2049, "num_train_epochs": 100},
+    }
+    for precision, keys in settings.items():
+        for layout, parallel in (("zero3", {}), ("ep", {"ep": gpus})):
+            name = f"experts_{precision}_{layout}"
+            found[name] = run_training(work, model, data, name, {**common, **keys, "parallel": parallel}, limit)
+            sharded = found[f"experts_{precision}_zero3"].get("losses")
+            if sharded and (losses := found[name].get("losses")):
+                found[name]["largest_difference"] = max(abs(a - b) for a, b in zip(losses, sharded, strict=True))
+            _show(name, found[name])
+    return found
+
+
 def ddp_variants(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
     """Run ddp_variants.py by torchrun."""
     script = Path(__file__).with_name("ddp_variants.py")
@@ -163,7 +193,12 @@ def _show(name: str, found: dict[str, Any]) -> None:
         print(found.get("log", ""), flush=True)
 
 
-CASES = {"equality": (equality, SMALL), "throughput": (throughput, LARGE), "ddp_variants": (ddp_variants, SMALL)}
+CASES = {
+    "equality": (equality, SMALL),
+    "throughput": (throughput, LARGE),
+    "experts": (experts, MIXTURE),
+    "ddp_variants": (ddp_variants, SMALL),
+}
 
 
 def main() -> None:

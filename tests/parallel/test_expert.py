@@ -36,6 +36,7 @@ LAYOUTS = {
     "fsdp2xep2": Layout(dp_shard=4, ep=2),
     "zero1-ep2": Layout(dp_shard=2, ep=2, zero=1),
     "hsdp2xep2": Layout(dp_replicate=2, dp_shard=2, ep=2),
+    "ep2xtp2": Layout(dp_shard=2, ep=2, tp=2),
 }
 COVER = {
     ("qwen3_moe", "ep2"),
@@ -46,6 +47,7 @@ COVER = {
     ("gpt_oss", "fsdp2xep2"),
     ("gpt_oss-lora", "ep4"),
     ("deepseek_v3", "hsdp2xep2"),
+    ("deepseek_v3-lora-padded", "ep2xtp2"),
 }
 
 

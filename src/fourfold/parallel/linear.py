@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from fourfold.base.errors import PlanError
@@ -57,6 +58,26 @@ def cut_linear(layer: nn.Module, name: str, cut: Cut, *, copies: int) -> Iterato
             if isinstance(dropout, KeyedByFeature):
                 dropout.first_feature = cut.ranges[0][0]
     layer.in_features, layer.out_features = base.in_features, base.out_features
+
+
+def cut_adapters_of_experts(region: nn.Module, experts: nn.Module, name: str, cut: Cut) -> Iterator[Noted]:
+    """Keep the part of PEFT's adapters that goes with a part of stacked weights, in place.
+
+    A is [experts * r, in] and B [out, r * experts].
+
+    Args:
+        region: a module that holds the experts and what PEFT wraps around them.
+        name: of the experts' parameter, [experts, out, in], or [experts, in, out] where they say so.
+        cut: of that parameter, along `in` or `out`.
+    """
+    of_output = cut.dim == (2 if bool(experts.is_transposed) else 1)
+    for wrapper in region.modules():
+        if not isinstance(wrapper, ParamWrapper) or wrapper.get_base_layer() is not experts:
+            continue
+        if wrapper.parameter_name == name:
+            for adapter in (wrapper.lora_B if of_output else wrapper.lora_A).values():
+                assert isinstance(adapter, nn.Linear)
+                yield from _cut_plain(adapter, Cut(0 if of_output else 1, cut.ranges))
 
 
 def _cut_base(layer: nn.Linear, name: str, cut: Cut, copies: int) -> Iterator[Noted]:

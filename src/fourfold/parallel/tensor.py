@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
 from fourfold.parallel import exchange
-from fourfold.parallel.linear import cut_linear
+from fourfold.parallel.linear import cut_adapters_of_experts, cut_linear
 from fourfold.parallel.shares import Cut, Share, Shares
 from fourfold.parallel.vocabulary import VocabularyShare, share_embedding
 
@@ -156,8 +156,9 @@ class _Sharer:
                 self._share_linear(child, path, style)
                 found[child_name] = style
             for parameter in [name for name, _ in child.named_parameters(recurse=False)]:
-                if (style := self._style(f"{path}.{parameter}")) is not None:
-                    self._share_stacked(child, parameter, style)
+                # PEFT's wrappers of stacked experts lie between the names
+                if (style := self._style(f"{path.replace('.base_layer', '')}.{parameter}")) is not None:
+                    self._share_stacked(region, child, parameter, style)
                     found[f"{child_name}.{parameter}"] = style
         split = bool(found)
         if found.get("o_proj") == "rowwise":
@@ -192,8 +193,8 @@ class _Sharer:
         elif style == "rowwise_split_input":
             layer.register_forward_pre_hook(_TakeFeatures(cut))
 
-    def _share_stacked(self, module: nn.Module, name: str, style: str) -> None:
-        """Stacked experts [E, out, in], or one number a head."""
+    def _share_stacked(self, region: nn.Module, module: nn.Module, name: str, style: str) -> None:
+        """Stacked experts [E, out, in] with their adapters, or one number a head."""
         parameter = getattr(module, name)
         assert isinstance(parameter, nn.Parameter)
         dim = {"colwise": 0, "packed_colwise": parameter.ndim - 2, "rowwise": parameter.ndim - 1}.get(style)
@@ -205,7 +206,11 @@ class _Sharer:
         part = nn.Parameter(cut.take(parameter.data), requires_grad=parameter.requires_grad)
         shape = tuple(parameter.shape)
         setattr(module, name, part)
-        self._put(module, name, (shape, cut), Share((), parts=self._size))
+        note = Share((), parts=self._size)
+        self._put(module, name, (shape, cut), note)
+        if part.ndim == 3:
+            for owner, adapter, cut_part in cut_adapters_of_experts(region, module, name, cut):
+                self._put(owner, adapter, cut_part, note)
 
     def _put(self, module: nn.Module, name: str, part: tuple[tuple[int, ...], Cut], note: Share) -> None:
         """Note a cut, on top of what expert parallelism may have cut before."""
