@@ -37,6 +37,8 @@ LAYOUTS = {
     "zero1-ep2": Layout(dp_shard=2, ep=2, zero=1),
     "hsdp2xep2": Layout(dp_replicate=2, dp_shard=2, ep=2),
     "ep2xtp2": Layout(dp_shard=2, ep=2, tp=2),
+    "ep2xcp2": Layout(cp=2, ep=2),
+    "ep4xcp2": Layout(dp_shard=2, cp=2, ep=4),
 }
 COVER = {
     ("qwen3_moe", "ep2"),
@@ -48,6 +50,7 @@ COVER = {
     ("gpt_oss-lora", "ep4"),
     ("deepseek_v3", "hsdp2xep2"),
     ("deepseek_v3-lora-padded", "ep2xtp2"),
+    ("mixtral", "ep2xcp2"),
 }
 
 
