@@ -25,8 +25,10 @@ from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
+from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.sharded import full
 from fourfold.parallel.shares import Share
@@ -55,6 +57,7 @@ class Case:
         recompute: what the backward pass computes again.
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
+        offload_activations: move what the backward pass needs to the host.
     """
 
     family: str = "llama"
@@ -68,6 +71,7 @@ class Case:
     recompute: Recompute = "none"
     dropout: float = 0.0
     longest: int = 24
+    offload_activations: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,8 @@ def train(case: Case, mesh: Mesh) -> Curve:
     inner = base_model(module)
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=None)
     model.take(split)
+    if case.offload_activations:
+        offload_activations(inner, list(decoder_blocks(inner)[1]), smallest=1)
     if case.recompute != "none":
         enable_recompute(module, case.recompute, noise)
     policy = CutPolicy(
@@ -178,7 +184,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
         staged=split.staged(model),
     )
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = _optimizer(parameters, mesh.layout)
     losses, norms, gradients, metrics = [], [], {}, {}
     for number, samples in enumerate(make_steps(inner.config.vocab_size, case.longest)):
         mine = samples[mesh.dp_rank :: mesh.layout.dp]
@@ -194,6 +200,13 @@ def train(case: Case, mesh: Mesh) -> Curve:
     noted = split.shares.by_parameter(inner)
     shares = {name: replace(noted[p], sum_over=None) for name, p in module.named_parameters() if p in noted}
     return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer), shares, metrics)
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], layout: Layout) -> torch.optim.Optimizer:
+    if layout.offload == "none":
+        return torch.optim.AdamW(parameters, lr=1e-3)
+    groups = [{"params": parameters}]
+    return host_adamw.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
 
 
 def _numel(parameters: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from fourfold.config.key import Section, key, later
+from fourfold.config.key import LocalPath, Section, key, later
 
 _LAYOUTS = "layouts over several devices"
 
@@ -46,17 +46,25 @@ class ParallelConfig(Section):
         None, "Micro-batches in the pipeline per step, at least; default: as many as ranks.", ge=1
     )
     pp_layers_per_stage: tuple[int, ...] | None = key(None, "Layers of each stage, first to last; default: even.")
-    reshard_after_forward: bool | None = _key(None, "FSDP: free gathered weights after the forward pass.")
     cp_method: Literal["allgather", "ulysses", "ring"] = key(
         "allgather",
         "How context-parallel ranks see each other's keys: gathered, passed round a ring (least memory), or heads "
         "exchanged for positions (fastest where heads divide).",
     )
-    offload: Literal["none", "optimizer", "params"] = _key("none", "What is kept in host memory.")
-    offload_folder: str | None = _key(None, "Keep the optimizer's state in files of this folder (NVMe).")
+    reshard_after_forward: bool | None = key(
+        None, "FSDP: free gathered weights after the forward pass; default: zero3 does, zero1 and zero2 do not."
+    )
+    offload: Literal["none", "optimizer", "params"] = key(
+        "none", "What is kept in host memory: AdamW's state, or with FSDP the weights and gradients as well."
+    )
+    offload_folder: LocalPath | None = key(
+        None, "With offload: keep AdamW's state in files of this folder (on a fast disk) instead of in host memory."
+    )
     recompute: Literal["auto", "none", "selective", "full"] = key(
         "auto",
         "What the backward pass computes again: nothing, all but the results of products, or whole layers; auto takes "
         "the least that fits. gradient_checkpointing: true means full.",
     )
-    offload_activations: bool = _key(False, "Keep saved activations in host memory.")
+    offload_activations: bool = key(
+        False, "Keep in host memory what the backward pass needs; recompute: auto is then full."
+    )

@@ -226,6 +226,19 @@ def _checkpointing(run: Run) -> Iterator[str]:
         yield f"parallel.recompute: {asked} and {given} contradict each other. Keep one."
 
 
+def _offload(run: Run) -> Iterator[str]:
+    asked, optim = run.parallel.offload, run.training.optim
+    if run.parallel.offload_folder and asked == "none":
+        yield (
+            f"parallel.offload_folder: {run.parallel.offload_folder} holds what is offloaded, but parallel.offload is "
+            "none. Set parallel.offload: optimizer."
+        )
+    if asked == "optimizer" and optim != "adamw_torch":
+        yield f"parallel.offload: optimizer is AdamW's, and optim is {optim}. Use optim: adamw_torch."
+    if asked != "none" and run.training.fp16:
+        yield f"parallel.offload: {asked} does not go with fp16, which checks gradients on the GPU. Use bf16: true."
+
+
 _SCHEDULE_NEEDS = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
@@ -343,6 +356,7 @@ _CONTRADICTIONS: tuple[Rule, ...] = (
     _resume,
     _batch,
     _checkpointing,
+    _offload,
     _schedule,
 )
 

@@ -164,7 +164,16 @@ def _shard(
     axes = ("dp_replicate", "dp_shard") if mesh.layout.dp_replicate > 1 else ("dp_shard",)
     log.info("Sharded by FSDP over %s, ZeRO stage %d", " x ".join(axes), zero)
     expert_mesh = None if mesh.expert_mesh is None else mesh.expert_mesh[axes]
-    return shard(root, blocks, mesh.sharding(axes), zero=zero, compute=compute, apart=experts, apart_mesh=expert_mesh)
+    return shard(
+        root,
+        blocks,
+        mesh.sharding(axes),
+        reshard=mesh.layout.reshards if mesh.layout.pp == 1 else False,
+        compute=compute,
+        on_host=mesh.layout.offload == "params",
+        apart=experts,
+        apart_mesh=expert_mesh,
+    )
 
 
 def _with_pipeline(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
 def shard(
@@ -20,8 +21,9 @@ def shard(
     blocks: Sequence[nn.Module],
     mesh: DeviceMesh,
     *,
-    zero: int,
+    reshard: bool,
     compute: torch.dtype | None,
+    on_host: bool = False,
     apart: Sequence[nn.Module] = (),
     apart_mesh: DeviceMesh | None = None,
 ) -> FSDPModule:
@@ -31,23 +33,23 @@ def shard(
         root: the module whose forward pass is called; what no block holds (embedding, last norm, head) is its own unit.
         blocks: the decoder layers.
         mesh: [dp_shard] or [dp_replicate, dp_shard].
-        zero: 3 frees gathered weights after each forward pass, 1 and 2 keep them.
+        reshard: free gathered weights after each forward pass.
         compute: dtype of gathered weights and of the computation; None for that of the parameters.
+        on_host: keep the shards, their gradients and so the optimizer's work on the host.
         apart: modules of the blocks that fewer ranks hold alike (a part of the experts), which are their own units.
         apart_mesh: those ranks, [dp_shard] or [dp_replicate, dp_shard].
     """
+    # pinned where a GPU reads it; without one there is nothing to pin for
+    host: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if on_host else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)
     for module in apart:
         # Their inputs stay as the layer made them: routers may weight in fp32.
-        fully_shard(
-            module,
-            mesh=apart_mesh,
-            reshard_after_forward=zero == 3,
-            mp_policy=replace(policy, cast_forward_inputs=False),
-        )
+        uncast = replace(policy, cast_forward_inputs=False)
+        fully_shard(module, mesh=apart_mesh, reshard_after_forward=reshard, mp_policy=uncast, offload_policy=host)
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": host}
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=zero == 3, mp_policy=policy)
-    sharded = fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        fully_shard(block, reshard_after_forward=reshard, **settings)
+    sharded = fully_shard(root, reshard_after_forward=False, **settings)
     assert isinstance(sharded, FSDPModule)
     for module in root.modules():
         if isinstance(module, FSDPModule):

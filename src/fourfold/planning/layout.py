@@ -24,6 +24,8 @@ class Layout:
         ep: ranks that share the experts (of the data-parallel ranks).
         zero: what dp_shard keeps whole between its uses: 3 nothing, 2 weights during a step, 1 weights and
             gradients during a step.
+        reshard: free gathered weights after the forward pass; None for what the stage says.
+        offload: what the host keeps: nothing, the optimizer's state, or the shards of weights as well.
         sequence_parallel: tp ranks also share the positions between attention and MLP.
         loss_parallel: tp ranks share the vocabulary of the loss; False gathers the logits.
         cp_method: how cp ranks see each other's keys and values.
@@ -40,6 +42,8 @@ class Layout:
     pp: int = 1
     ep: int = 1
     zero: int = 3
+    reshard: bool | None = None
+    offload: Literal["none", "optimizer", "params"] = "none"
     sequence_parallel: bool = True
     loss_parallel: bool = True
     cp_method: Literal["allgather", "ulysses", "ring"] = "allgather"
@@ -70,6 +74,11 @@ class Layout:
     def splits_model(self) -> bool:
         """Whether some rank holds only a part of the model."""
         return self.world_size > self.dp_replicate * self.cp or self.shards > 1
+
+    @property
+    def reshards(self) -> bool:
+        """Whether dp_shard frees gathered weights after the forward pass."""
+        return self.zero == 3 if self.reshard is None else self.reshard
 
     def as_dict(self) -> dict[str, Any]:
         """For logs and checkpoints."""
@@ -121,6 +130,8 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
         **sizes,
         ep=config.ep or 1,
         zero=_ZERO.get(strategy, 3),
+        reshard=config.reshard_after_forward,
+        offload=config.offload,
         sequence_parallel=config.sequence_parallel is not False,
         loss_parallel=config.loss_parallel is not False,
         cp_method=config.cp_method,

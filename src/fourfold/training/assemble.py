@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base import registry
 from fourfold.base.log import get_logger, told_elsewhere
@@ -30,6 +30,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.interface import Objective
 from fourfold.parallel.apply import Parallelized, parallelize
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.step import Step
 from fourfold.training.evaluate import Evaluator
@@ -121,8 +122,16 @@ class Parts:
             multiple=self.split.multiple,
             min_batches=self.split.min_batches,
         )
-        compute, sharing = self.precision.compute, self.mesh.layout.cp
-        fit = fit_to_memory(allowed, self.module, sizes, compute, self._asked_recompute(), sharing)
+        fit = fit_to_memory(
+            allowed,
+            self.module,
+            sizes,
+            self.precision.compute,
+            self._asked_recompute(),
+            device=self.mesh.device,
+            sharing=self.mesh.layout.cp,
+            offload=self.run.parallel.offload,
+        )
         if fit.recompute != "none":
             enable_recompute(self.module, fit.recompute, self.noise)
             self.recompute = fit.recompute
@@ -143,6 +152,8 @@ class Parts:
         asked, on = self.run.parallel.recompute, self.run.training.gradient_checkpointing
         if asked != "auto":
             return asked
+        if on is None and self.run.parallel.offload_activations and self.mesh.device.type == "cuda":
+            return "full"  # so that one tensor a layer travels
         return None if on is None else "full" if on else "none"
 
 
@@ -187,6 +198,8 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)
     model.take(split)
+    if run.parallel.offload_activations:
+        _offload_activations(inner, mesh.device)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
     return Parts(
         run,
@@ -204,6 +217,13 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
         num_parameters,
         base,
     )
+
+
+def _offload_activations(inner: PreTrainedModel, device: torch.device) -> None:
+    if device.type == "cpu":
+        log.info("offload_activations: on a CPU activations are in host memory already.")
+        return
+    offload_activations(inner, list(decoder_blocks(inner)[1]))
 
 
 def _load_module(

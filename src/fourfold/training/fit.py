@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fourfold.config.training import TrainingConfig
 from fourfold.dataset.loader import Loader, StepLoader, StreamLoader
 from fourfold.dataset.prepare import name_eval
 from fourfold.models.groups import parameter_groups
+from fourfold.parallel.host_adamw import AdamW
 from fourfold.trackers.interface import RunInfo, Tracker, open_trackers
 from fourfold.trackers.reports.results import speed
 from fourfold.training.assemble import Parts
@@ -197,9 +199,30 @@ def _build_loader(parts: Parts, budget: Budget) -> Loader:
 def _build_optimizer(parts: Parts, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     training = parts.run.training
     try:
+        if parts.run.parallel.offload != "none" and training.optim == "adamw_torch":
+            return host_adamw(groups, parts.run)
         return registry.load(_OPTIMIZERS, training.optim, key="optim").build(groups, parts.module, parts.run)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim_args: {training.optim} does not take it ({error}). Check its settings.") from error
+
+
+def host_adamw(groups: list[dict[str, Any]], run: Run) -> AdamW:
+    """AdamW on the host, its state in memory or in the files of `parallel.offload_folder`."""
+    training, folder = run.training, run.parallel.offload_folder
+    settings: dict[str, Any] = {
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+        **training.optim_args,
+    }
+    where = "host memory" if folder is None else folder
+    log.info("The optimizer's state is kept in %s, and updated there", where)
+    return AdamW(
+        groups,
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        folder=None if folder is None else Path(folder),
+        **settings,
+    )
 
 
 def _settings(parts: Parts, budget: Budget) -> LoopSettings:

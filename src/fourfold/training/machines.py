@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -48,8 +49,9 @@ def choose_layout(run: Run, world_size: int) -> Layout:
     """
     layout = resolve_layout(run.parallel, world_size)
     if run.parallel.strategy == "auto" and layout.dp_replicate == world_size > 1 and not _replica_fits(run):
-        layout = Layout(dp_shard=world_size)
-    problems = [*check_layout(layout, _facts(run)), *_not_yet(run, layout)]
+        layout = replace(layout, dp_replicate=1, dp_shard=world_size)
+    facts = _facts(run) if layout.world_size > 1 else None
+    problems = [*([] if facts is None else check_layout(layout, facts)), *_not_yet(run, layout)]
     if problems:
         raise PlanError("\n".join(problems))
     return layout
@@ -75,7 +77,8 @@ def _replica_fits(run: Run) -> bool:
     if run.training.use_cpu or not torch.cuda.is_available():
         return True
     weights = 4.5 / 8 if run.model.quantization_bit == 4 else 2
-    per_parameter = _BYTES_FULL if run.tuning.finetuning_type == "full" else weights
+    full = _BYTES_FULL if run.parallel.offload == "none" else _BYTES_FULL // 2
+    per_parameter = full if run.tuning.finetuning_type == "full" else weights
     total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
     return count_parameters(run.model) * per_parameter <= _SHARE * total
 
@@ -118,6 +121,23 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
             problems.append("fp16: loss scaling does not work on sharded gradients. Use bf16: true.")
         if run.tuning.pissa_init:
             problems.append("pissa_init: does not work with sharded adapters. Use strategy: ddp.")
+    if layout.offload == "params" and layout.shards == 1:
+        problems.append(
+            "parallel.offload: params works on shards only. Use strategy: fsdp with several processes, or "
+            "parallel.offload: optimizer."
+        )
+    if layout.offload == "params" and layout.pp > 1:
+        problems.append(
+            "parallel.offload: params does not go with parallel.pp, which keeps weights gathered for a whole step. Use "
+            "parallel.offload: optimizer."
+        )
+    if layout.reshard is True and layout.pp > 1:
+        problems.append("parallel.reshard_after_forward: true does not go with parallel.pp. Leave it out.")
+    if layout.reshard is True and layout.zero < 3:
+        problems.append(
+            f"parallel.reshard_after_forward: true frees the weights that strategy: zero{layout.zero} keeps. "
+            "Use strategy: zero3."
+        )
     if layout.world_size > 1 and run.training.predict_with_generate:
         problems.append("predict_with_generate: needs one process. Predict in a run of its own with nproc: 1.")
     return problems

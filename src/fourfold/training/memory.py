@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -122,7 +123,10 @@ def fit_to_memory(
     sizes: StepSizes,
     dtype: torch.dtype,
     recompute: Recompute | None,
+    *,
+    device: torch.device,
     sharing: int = 1,
+    offload: Literal["none", "optimizer", "params"] = "none",
 ) -> Fit:
     """Choose for a loaded model on its device. A CPU's memory is left to the system: nothing is cut for it.
 
@@ -130,15 +134,17 @@ def fit_to_memory(
         dtype: of the activations.
         recompute: the user's word, None to choose.
         sharing: ranks that share the positions of a row.
+        device: where it computes.
+        offload: what the host keeps.
     """
-    device = base_model(module).device
     if device.type != "cuda":
         return Fit(policy, recompute or "none")
     config = base_model(module).config
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     trained = sum(local(p).nbytes for p in module.parameters() if p.requires_grad)
-    # Gradients and Adam's two moments of what is trained are still to come.
-    left = max(int((free - 3 * trained) * _SHARE) - logits_bytes(config), 0)
+    # Gradients and Adam's two moments of what is trained are still to come, as far as the device holds them.
+    to_come = {"none": 3, "optimizer": 1, "params": 0}[offload] * trained
+    left = max(int((free - to_come) * _SHARE) - logits_bytes(config), 0)
     fit = choose_fit(
         policy,
         sizes,

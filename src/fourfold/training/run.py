@@ -54,9 +54,9 @@ def train(run: Run) -> dict[str, Any]:
     if is_worker():
         return _work_in_job(run, None)
     machines = machines_of(run)
+    layout = choose_layout(run, machines.world_size)
     if machines.world_size == 1:
         return _work(run, folder.claim(run), single(local_device(run.training.use_cpu)))
-    layout = choose_layout(run, machines.world_size)
     output_dir = folder.claim(run)
     # Here and not in the workers, so that they find the data tokenised and any fault of it is told once.
     tokenizer, renderer = load_renderer(run)
