@@ -106,6 +106,22 @@ def assert_same(curve: Curve, reference: Curve, *, loss: float = 1e-5) -> None:
         assert float((curve.gradients[name] - grad).abs().max()) <= 1e-6 * largest, name
 
 
+def assert_together_same(curves: list[Curve], reference: Curve, *, loss: float = 1e-5) -> None:
+    """As one process: losses and norms on every rank, and each parameter's first gradient on one that has it."""
+    largest = max(float(grad.abs().max()) for grad in reference.gradients.values())
+    seen: set[str] = set()
+    for curve in curves:
+        assert len(curve.losses) == STEPS
+        assert curve.losses == pytest.approx(reference.losses, abs=loss)
+        assert curve.norms == pytest.approx(reference.norms, rel=1e-3)
+        for name, grad in curve.gradients.items():
+            whole = reference.gradients[name]
+            part = curve.shares[name].take(whole) if name in curve.shares else whole
+            assert float((part - grad).abs().max()) <= 1e-6 * largest, name
+            seen.add(name)
+    assert seen == reference.gradients.keys()
+
+
 def make_model(case: Case) -> TunedModel:
     """The model of a case; the same weights in every process."""
     model = tiny_model(case.family, **dict(case.overrides)).train()
