@@ -24,6 +24,8 @@ LAYOUTS = {
     "cp4": Layout(cp=4),
     "cp2-ulysses": Layout(cp=2, cp_method="ulysses"),
     "cp4-ulysses": Layout(cp=4, cp_method="ulysses"),
+    "cp2-ring": Layout(cp=2, cp_method="ring"),
+    "cp4-ring": Layout(cp=4, cp_method="ring"),
     "cp2-fsdp2": Layout(cp=2, dp_shard=2),
     "cp2-tp2": Layout(cp=2, tp=2),
     "cp2-tp2-ulysses": Layout(cp=2, tp=2, cp_method="ulysses", sequence_parallel=False),
@@ -92,6 +94,8 @@ def test_run_when_positions_are_shared_logs_the_losses_of_one_process(tmp_path: 
     layouts = {
         "one": {},
         "cp2": {"nproc": 2, "parallel": {"cp": 2}},
+        "cp2-ring": Layout(cp=2, cp_method="ring"),
+        "cp4-ring": Layout(cp=4, cp_method="ring"),
         "cp2-fsdp2": {"nproc": 4, "strategy": "fsdp", "parallel": {"cp": 2, "cp_method": "ulysses"}},
     }
     for name, layout in layouts.items():

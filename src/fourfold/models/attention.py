@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 
 from fourfold.parallel.context import ContextRows, Method, Stretch
+from fourfold.parallel.ring import ring_attention
+from fourfold.parallel.scores import Scores
 
 NAME = "fourfold"
 
@@ -78,30 +80,6 @@ def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(NAME)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """How scores are made and turned into weights.
-
-    Attributes:
-        dropout: probability, training only.
-        scaling: factor on the scores; None for head_dim ** -0.5.
-        sliding_window: how many positions a query sees, itself included; None for all.
-        softcap: scores become softcap * tanh(scores / softcap).
-        sinks: [heads] one extra logit a head (gpt-oss).
-    """
-
-    dropout: float = 0.0
-    scaling: float | None = None
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    @property
-    def fused(self) -> bool:
-        """Whether torch's attention knows everything that is asked."""
-        return self.softcap is None and self.sinks is None
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -129,7 +107,7 @@ def packed_attention(
         lengths: length of each document; they sum to S. Unused with `context_rows`.
         cu_seqlens: [D + 1] int32, the same as offsets.
         context_rows: the whole rows that the S positions are a part of.
-        dropout, scaling, sliding_window, softcap: see _Scores.
+        dropout, scaling, sliding_window, softcap: see Scores.
         s_aux: its sinks.
     Returns:
         [B, S, heads, value dim] and None (no weights are kept).
@@ -138,7 +116,7 @@ def packed_attention(
         # Beside fp32 masters the rotation leaves queries and keys in fp32; every attention kernel would cast them, but
         # the choice of the kernel is made here.
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
-    scores = _Scores(dropout, scaling, sliding_window, softcap, s_aux)
+    scores = Scores(dropout, scaling, sliding_window, softcap, s_aux)
     if context_rows is not None:
         return _in_context(query, key, value, context_rows, scores), None
     offsets = None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
@@ -146,11 +124,13 @@ def packed_attention(
     return _attend(query, key, value, Stretch(((0, query.shape[2]),), (documents,), offsets), scores), None
 
 
-def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: _Scores) -> Tensor:
+def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:
     """The same for a rank's part of each row: every rank of its context calls this at the same time."""
     context = rows.context
     if context.method == "ulysses":
         return _ulysses(query, key, value, rows, scores)
+    if context.method == "ring":
+        return ring_attention(query, key, value, rows, scores).transpose(1, 2)
     key, value = context.gather(key), context.gather(value)
     queries = query.chunk(len(rows.stretches), dim=2)
     return torch.cat(
@@ -158,7 +138,7 @@ def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, sc
     )
 
 
-def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: _Scores) -> Tensor:
+def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:
     """The whole rows with a part of the heads, arXiv:2309.14509."""
     context = rows.context
     kv_heads = key.shape[1]
@@ -173,7 +153,7 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, score
     return context.positions_for_heads(out.transpose(1, 2)).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: _Scores) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
     """query [B, heads, S, d], key and value [B, KV heads, K, d] -> [B, S, heads, value dim]."""
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if half and scores.fused and scores.dropout == 0.0 and stretch.offsets is not None:
@@ -192,7 +172,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores:
     return torch.cat(rows)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: _Scores) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
     assert stretch.offsets is not None
@@ -213,7 +193,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores:
     return out.unflatten(0, (query.shape[0], -1))
 
 
-def _document(query: Tensor, key: Tensor, value: Tensor, scores: _Scores) -> Tensor:
+def _document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """One document's queries, of which the last sees the last key: [1, heads, N, d] -> [1, heads, N, value dim]."""
     num_queries, window = query.shape[2], scores.sliding_window
     if window is not None and key.shape[2] > num_queries + window - 1:
@@ -236,11 +216,10 @@ def _causal_mask(num_queries: int, num_keys: int, sliding_window: int | None, de
     return mask if sliding_window is None else mask & (distance < sliding_window)
 
 
-def _eager(query: Tensor, key: Tensor, value: Tensor, groups: int, settings: _Scores) -> Tensor:
+def _eager(query: Tensor, key: Tensor, value: Tensor, groups: int, settings: Scores) -> Tensor:
     """Attention with soft-capped scores (gemma 2) or sinks (gpt-oss), softmax in fp32."""
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if settings.scaling is None else settings.scaling
-    scores = query @ key.transpose(-1, -2) * scale
+    scores = query @ key.transpose(-1, -2) * settings.scale(query.shape[-1])
     if settings.softcap is not None:
         scores = settings.softcap * torch.tanh(scores / settings.softcap)
     num_queries, num_keys = scores.shape[-2:]

@@ -14,7 +14,8 @@ Shape legend: B rows, S positions of a whole row, s = S / cp of this rank, d hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
@@ -26,6 +27,7 @@ from torch import Tensor
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.positions import all_gather, all_to_all
+from fourfold.parallel.ring_kernels import Piece
 
 Method = Literal["allgather", "ulysses", "ring"]
 
@@ -46,12 +48,13 @@ class ContextParallel:
     size: int
     method: Method
 
-    @cached_property
+    @property
     def chunks(self) -> tuple[int, ...]:
-        """Which of a row's `num_chunks` equal chunks this rank has, in the order in which they lie in its part."""
-        return self._chunks_of(self.rank)
+        """This rank's chunks."""
+        return self.chunks_of(self.rank)
 
-    def _chunks_of(self, rank: int) -> tuple[int, ...]:
+    def chunks_of(self, rank: int) -> tuple[int, ...]:
+        """Which of a row's `num_chunks` equal chunks a rank has, in the order in which they lie in its part."""
         return (rank,) if self.method == "ulysses" else (rank, 2 * self.size - 1 - rank)
 
     @property
@@ -84,7 +87,7 @@ class ContextParallel:
         """Keys or values of the whole row from every rank's: [B, KV heads, s, d] -> [B, KV heads, S, d]."""
         by_rank = all_gather(local.permute(2, 0, 1, 3), self.group)
         chunks = by_rank.chunk(self.num_chunks)
-        held = [number for rank in range(self.size) for number in self._chunks_of(rank)]
+        held = [number for rank in range(self.size) for number in self.chunks_of(rank)]
         return torch.cat([chunks[held.index(number)] for number in range(self.num_chunks)]).permute(1, 2, 0, 3)
 
     def heads_for_positions(self, local: Tensor) -> Tensor:
@@ -154,6 +157,7 @@ class ContextRows:
     context: ContextParallel
     documents: tuple[tuple[int, ...], ...]
     device: torch.device
+    _pieces: dict[tuple[int, int | None], tuple[Piece, ...]] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -173,3 +177,42 @@ class ContextRows:
     def whole(self) -> Stretch:
         """Every position of the rows."""
         return Stretch.of(0, self.length, self.documents, self.device)
+
+    def pieces(self, source: int, window: int | None) -> tuple[Piece, ...]:
+        """Which of this rank's queries see which keys of the rank `source` within a sliding window (None: any)."""
+        if (source, window) not in self._pieces:
+            found = (
+                piece
+                for row, lengths in enumerate(self.documents)
+                for piece in self._pieces_of_row(row, lengths, source, window)
+            )
+            self._pieces[source, window] = tuple(found)
+        return self._pieces[source, window]
+
+    def _pieces_of_row(self, row: int, lengths: tuple[int, ...], source: int, window: int | None) -> Iterator[Piece]:
+        size = self.length // self.context.num_chunks
+        edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        for own, number in enumerate(self.context.chunks):
+            first = number * size
+            for other, theirs in enumerate(self.context.chunks_of(source)):
+                start = theirs * size
+                if theirs == number:
+                    [stretch] = Stretch.of(first, first + size, (lengths,), self.device).documents
+                    documents = tuple((queries, queries) for queries, _ in stretch)
+                    yield self._piece(row, own * size, other * size, documents, 0)
+                elif theirs < number:
+                    # The one document that reaches from the end of those keys to the first of these queries, if any.
+                    begin = max(edge for edge in edges if edge < start + size)
+                    end = min(edge for edge in edges if edge > begin)
+                    if window is None:
+                        window = self.length
+                    begin = max(begin, start, first - window + 1)
+                    end = min(end, first + size, start + size + window - 1)
+                    if end > first and begin < start + size:
+                        documents = ((end - first, start + size - begin),)
+                        yield self._piece(row, own * size, other * size + begin - start, documents, first - begin)
+
+    def _piece(self, row: int, query: int, key: int, documents: tuple[tuple[int, int], ...], distance: int) -> Piece:
+        queries, keys = (sum(numbers) for numbers in zip(*documents, strict=True))
+        offsets = _offsets([documents], self.device) if self.device.type == "cuda" else None
+        return Piece(row, (query, query + queries), (key, key + keys), documents, distance, offsets)

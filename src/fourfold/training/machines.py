@@ -148,6 +148,4 @@ def _context_problems(run: Run, layout: Layout) -> list[str]:
     reasons = list(context_obstacles(load_config(run.model).get_text_config(), layout.cp_method))
     if run.training.stage not in ("pt", "sft"):
         reasons.append(f"stage {run.training.stage} needs whole sequences on a rank")
-    if layout.cp_method == "ring":
-        reasons.append("cp_method ring is not supported by this version; allgather is")
     return [f"parallel.cp: {layout.cp} cannot be used: {reason}. Use parallel.cp: 1." for reason in reasons]
