@@ -173,6 +173,15 @@ def test_evaluate_and_predict_when_nothing_is_trained_use_the_adapter(train: Tra
     results = read(predicted / "predict_results.json")
     assert results["predict_loss"] == pytest.approx(tuned, abs=1e-6)
     assert results == read(predicted / "all_results.json")
+    assert {"predict_bleu-4", "predict_rouge-1", "predict_rouge-2", "predict_rouge-l"} <= set(results)
+
+
+def test_evaluate_when_answers_are_generated_tells_how_alike_they_are(train: Train, out: Path) -> None:
+    sets = ("eval_dataset=tiny", "eval_on_each_dataset=true", "max_samples=2", "dataset=", "do_train=false")
+    done = train(*sets, "do_eval=true", "predict_with_generate=true", "max_new_tokens=4")
+    results = read(out / "eval_results.json")
+    assert {f"eval_tiny_{key}" for key in ("loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l")} <= set(results)
+    assert "2 predictions written to" in done.err
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

@@ -79,6 +79,19 @@ def _prompt_training(run: Run) -> Iterator[str]:
         yield "mask_history: true and train_on_prompt: true contradict each other. Keep one of them."
 
 
+def _generated_answers(run: Run) -> Iterator[str]:
+    training = run.training
+    if not training.predict_with_generate:
+        return
+    if training.stage != "sft":
+        yield (
+            f"predict_with_generate: true answers prompts, which stage {training.stage} does not have. Remove it, or "
+            "use stage sft."
+        )
+    if not (training.do_eval or training.do_predict):
+        yield "predict_with_generate: true needs do_eval or do_predict. Set one of them, or remove it."
+
+
 def _streaming(run: Run) -> Iterator[str]:
     data = run.data
     if not data.streaming:
@@ -346,6 +359,7 @@ _CONTRADICTIONS: tuple[Rule, ...] = (
     _packing_stage,
     _async_is_sharded,
     _prompt_training,
+    _generated_answers,
     _streaming,
     _evaluation_sets,
     _mixing,

@@ -32,8 +32,10 @@ class TrainingConfig(Section):
     )
     do_train: bool = key(False, "Train. Without do_train, do_eval and do_predict the verb train still trains.")
     do_eval: bool = key(False, "Evaluate after training, or without it.")
-    do_predict: bool = key(False, "Generate an answer for each row of the evaluation set and write them to a file.")
-    predict_with_generate: bool = key(False, "Generate answers while predicting; without it only the loss is computed.")
+    do_predict: bool = key(False, "As do_eval, with the figures in a file of their own.")
+    predict_with_generate: bool = key(
+        False, "Let do_eval and do_predict generate answers, and tell how like the labels they are (BLEU, ROUGE)."
+    )
     num_train_epochs: float = key(3.0, "Passes over the data.", gt=0)
     max_steps: int = key(-1, "Optimizer steps; above 0 it goes before num_train_epochs.", ge=-1)
     per_device_train_batch_size: int = key(8, "Sequences per data-parallel rank and micro-batch.", ge=1)

@@ -111,13 +111,22 @@ def _verbs(parts: Parts) -> dict[str, Any]:
                 log.info("Figure saved at %s", path)
         log.info(_what_next(parts))
     with exhaustion_told(run, mesh, partial(_place_of_evaluation, parts)):
-        if training.do_eval:
-            results |= _report(parts, "eval", parts.evaluator().run("eval"))
-        if training.do_predict:
-            figures = parts.evaluator().run("predict")
-            if training.predict_with_generate:
-                figures |= generate_predictions(parts)
-            results |= _report(parts, "predict", figures)
+        results |= _evaluate(parts)
+    return results
+
+
+def _evaluate(parts: Parts) -> dict[str, Any]:
+    """The figures of do_eval and do_predict; answers are generated once for both."""
+    training = parts.run.training
+    splits: list[Split] = [*(["eval"] if training.do_eval else []), *(["predict"] if training.do_predict else [])]
+    answered = generate_predictions(parts) if training.predict_with_generate and splits else {}
+    results: dict[str, Any] = {}
+    for split in splits:
+        figures = parts.evaluator().run(split)
+        for name, found in answered.items():
+            label = f"{split}_{name}" if name else split
+            figures |= {f"{label}_{key}": value for key, value in found.items()}
+        results |= _report(parts, split, figures)
     return results
 
 

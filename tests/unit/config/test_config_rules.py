@@ -71,6 +71,11 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
             "load_best_model_at_end: needs save_steps (10) to be a multiple of eval_steps (3)",
         ),
         ({"resume_from_checkpoint": True, "overwrite_output_dir": True}, "overwrite_output_dir: true deletes"),
+        (
+            {"predict_with_generate": True, "do_predict": True, "stage": "pt"},
+            "predict_with_generate: true answers prompts, which stage pt does not have",
+        ),
+        ({"predict_with_generate": True, "do_train": True}, "predict_with_generate: true needs do_eval or do_predict"),
         ({"global_batch_size": 8, "gradient_accumulation_steps": 4}, "global_batch_size: 8 says how many"),
         (
             {"disable_gradient_checkpointing": True, "gradient_checkpointing": True},
