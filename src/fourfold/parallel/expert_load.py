@@ -19,11 +19,14 @@ class ExpertLoad:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        """Watch the experts of a model; before it is cut, so that all ranks number its layers alike."""
-        self._layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
-        self._counts: list[Tensor | None] = [None] * len(self._layers)
-        self._sizes = [int(experts.num_experts) for experts in self._layers]  # type: ignore[arg-type] - an int
-        for number, experts in enumerate(self._layers):
+        """Watch the experts of a model; before it is cut, so that all ranks number its layers alike.
+
+        The layers themselves are not kept: a pipeline frees those of other ranks.
+        """
+        layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
+        self._sizes = [int(experts.num_experts) for experts in layers]  # type: ignore[arg-type] - an int
+        self._counts: list[Tensor | None] = [None] * len(layers)
+        for number, experts in enumerate(layers):
             experts.register_forward_pre_hook(self._counter(number), with_kwargs=True)
 
     def _counter(self, number: int) -> Any:
@@ -43,13 +46,13 @@ class ExpertLoad:
             expert_max_share: the largest share of a layer's pairs that one expert got; 1 / experts is even.
             expert_load_cv: standard deviation of the experts' loads over their mean, averaged over layers; 0 is even.
         """
-        if not self._layers:
+        if not self._sizes:
             return {}
-        found = torch.zeros(len(self._layers), max(self._sizes), dtype=torch.float64)
+        found = torch.zeros(len(self._sizes), max(self._sizes), dtype=torch.float64)
         for row, size, counts in zip(found, self._sizes, self._counts, strict=True):
             if counts is not None:
                 row[:size] = counts.cpu()
-        self._counts = [None] * len(self._layers)
+        self._counts = [None] * len(self._sizes)
         if dist.is_initialized():
             dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
         shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, self._sizes, strict=True)]
