@@ -141,26 +141,40 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         if name in parameters:
             parameter = parameters[name]
             place = torch.device("cpu") if parameter in host_scalars else parameter.device
-            value = _restored(file, entry, parameter, noted.get(parameter), scalars_on=place)
+            # An optimizer that keeps its state elsewhere than its parameter has it already; it is filled where it is.
+            there = optimizer.state.get(parameter, {}).get(key)
+            value = _restored(file, entry, parameter, noted.get(parameter), scalars_on=place, into=there)
             states.setdefault(parameter, {})[key] = value
     for name, entries in content["numbers"].items():
         if name in parameters:
             states.setdefault(parameters[name], {}).update(entries)
-    optimizer.state.clear()
-    optimizer.state.update(states)
+    for parameter, state in states.items():
+        optimizer.state[parameter].update(state)
     _restore_groups(optimizer, content["groups"])
 
 
 def _restored(
-    file: Source, entry: str, parameter: nn.Parameter, share: Share | None, *, scalars_on: torch.device
+    file: Source,
+    entry: str,
+    parameter: nn.Parameter,
+    share: Share | None,
+    *,
+    scalars_on: torch.device,
+    into: Tensor | None,
 ) -> Tensor:
-    """A tensor of the state: this rank's part of it if it is cut as its parameter is, else all of it."""
+    """A tensor of the state: this rank's part of it if it is cut as its parameter is, else all of it.
+
+    Args:
+        scalars_on: where a single number belongs.
+        into: the tensor to fill; None for a new one.
+    """
     part, shape = describe(parameter, share), file.shape(entry)
     if shape == part.shape:
-        value = torch.empty_like(parameter, dtype=file.dtype(entry), requires_grad=False)
+        value = torch.empty_like(parameter, dtype=file.dtype(entry), requires_grad=False) if into is None else into
         fill(part.with_local(value), file, entry)
         return value
-    value = torch.empty(shape, dtype=file.dtype(entry), device=parameter.device if shape else scalars_on)
+    device = parameter.device if shape else scalars_on
+    value = torch.empty(shape, dtype=file.dtype(entry), device=device) if into is None else into
     fill(describe(value, None), file, entry)
     return value
 
