@@ -20,6 +20,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
     "fsdp2": {"nproc": 2, "strategy": "fsdp"},
     "ep2": {"nproc": 2, "strategy": "fsdp", "parallel": {"ep": 2}},
+    "ep2xtp2": {"nproc": 4, "strategy": "fsdp", "parallel": {"ep": 2, "tp": 2}},
 }
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "learning_rate": 1e-3},
@@ -52,7 +53,9 @@ def _run(model: Path, data: Path, output: Path, tuning: str, layout: str, **over
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize(("tuning", "chain"), [("full", ("ep2", "fsdp2", "one", "ep2")), ("lora", ("ep2", "one"))])
+@pytest.mark.parametrize(
+    ("tuning", "chain"), [("full", ("ep2", "fsdp2", "ep2xtp2", "one")), ("lora", ("fsdp2", "ep2", "one"))]
+)
 def test_run_when_resumed_under_other_layouts_goes_on_as_one_process(
     tuning: str, chain: tuple[str, ...], model: Path, data: Path, tmp_path: Path
 ) -> None:

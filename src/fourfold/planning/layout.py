@@ -102,7 +102,8 @@ _SHARDED = ("zero1", "zero2", "zero3", "fsdp")
 def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
     """The layout that strategy and sizes ask for on so many ranks.
 
-    Sizes that are given hold; what is left of the world goes to the axis that the strategy names (`auto`: replicas).
+    Sizes that are given hold; what is left of the world goes to the axis that the strategy names (`auto`: replicas, and
+    shards where experts are cut).
 
     Raises:
         PlanError: the sizes do not multiply to the world, with those that would.
@@ -112,7 +113,8 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
     product = 1
     for size in sizes.values():
         product *= size
-    strategy = config.strategy
+    # experts are shared by ranks that shard, so these get what is left
+    strategy = "fsdp" if config.strategy == "auto" and (config.ep or 1) > 1 else config.strategy
     rest, remainder = divmod(world_size, product)
     if remainder or (strategy in ("single", "custom") and rest > 1):
         raise PlanError(_mismatch(given, product, world_size))

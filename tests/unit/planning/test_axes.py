@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fourfold.config.parallel import ParallelConfig
 from fourfold.planning.axes import ModelFacts, check_layout
-from fourfold.planning.layout import Layout
+from fourfold.planning.layout import Layout, resolve_layout
 
 _MIXTURE = ModelFacts(layers=4, heads=8, kv_heads=8, intermediate=64, experts=8)
 _DENSE = ModelFacts(layers=4, heads=8, kv_heads=8, intermediate=64)
@@ -58,3 +59,7 @@ def test_check_layout_when_ep_divides_experts_and_ranks_finds_nothing(layout: La
 )
 def test_check_layout_when_ep_does_not_fit_tells_what_does(layout: Layout, facts: ModelFacts, message: str) -> None:
     assert check_layout(layout, facts) == [message]
+
+
+def test_resolve_layout_when_ep_is_all_that_is_given_shards() -> None:
+    assert resolve_layout(ParallelConfig(ep=2), 4) == Layout(dp_shard=4, ep=2)
