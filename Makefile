@@ -43,6 +43,8 @@ test: check $(MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 grid: $(INSTALLED) $(MODEL)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/grid.py
+	$(BIN)/python tests/parallel/grid.py --render docs/parallel-grid.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel -m "grid or not grid"
 
 unit: $(INSTALLED)

@@ -57,6 +57,7 @@ class Case:
         recompute: what the backward pass computes again.
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
+        stage: sft leaves the first third of a sample out of the loss, pt trains on all of it.
         offload_activations: move what the backward pass needs to the host.
     """
 
@@ -71,6 +72,7 @@ class Case:
     recompute: Recompute = "none"
     dropout: float = 0.0
     longest: int = 24
+    stage: str = "sft"
     offload_activations: bool = False
 
 
@@ -154,7 +156,7 @@ def make_model(case: Case) -> TunedModel:
     return tuned
 
 
-def make_steps(vocab_size: int, longest: int = 24) -> list[list[Sample]]:
+def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[list[Sample]]:
     """Five steps of 7 or 8 samples of uneven lengths; the last has a single sample."""
     generator = torch.Generator().manual_seed(11)
     steps, index = [], 0
@@ -163,7 +165,7 @@ def make_steps(vocab_size: int, longest: int = 24) -> list[list[Sample]]:
         for _ in range(count):
             length = int(torch.randint(4, longest + 1, (1,), generator=generator))
             ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
-            prompt = length // 3
+            prompt = length // 3 if stage == "sft" else 0
             samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
             index += 1
         steps.append(samples)
@@ -202,7 +204,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, mesh.layout)
     losses, norms, gradients, metrics = [], [], {}, {}
-    for number, samples in enumerate(make_steps(inner.config.vocab_size, case.longest)):
+    for number, samples in enumerate(make_steps(inner.config.vocab_size, case.longest, case.stage)):
         mine = samples[mesh.dp_rank :: mesh.layout.dp]
         optimizer.zero_grad()
         result = step.forward_backward(cut(mine, policy))
