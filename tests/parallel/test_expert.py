@@ -23,6 +23,12 @@ CASES = {
     "qwen3_moe-8-padded": Case("qwen3_moe", packed=False, max_tokens=32, overrides=(("num_experts", 8),)),
     "qwen3_moe-lora": Case("qwen3_moe", tuning="lora"),
     "qwen3_moe-lora-attention": Case("qwen3_moe", tuning="lora", targets=_ATTENTION),
+    # columns of a 4-bit weight are cut in blocks of 64
+    "qwen3_moe-qlora": Case(
+        "qwen3_moe",
+        tuning="qlora",
+        overrides=(("hidden_size", 128), ("head_dim", 64), ("moe_intermediate_size", 64), ("initializer_range", 0.05)),
+    ),
     "mixtral": Case("mixtral"),
     "mixtral-lora-padded": Case("mixtral", tuning="lora", packed=False),
     "gpt_oss": Case("gpt_oss"),
@@ -46,6 +52,7 @@ COVER = {
     ("qwen3_moe-8-padded", "ep4"),
     ("qwen3_moe-lora", "fsdp2xep2"),
     ("qwen3_moe-lora-attention", "ep2"),
+    ("qwen3_moe-qlora", "ep2"),
     ("mixtral", "zero1-ep2"),
     ("gpt_oss", "fsdp2xep2"),
     ("gpt_oss-lora", "ep4"),
