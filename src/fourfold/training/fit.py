@@ -28,6 +28,7 @@ from fourfold.training.background import Background
 from fourfold.training.checkpointer import Checkpointer, shards_checkpoints
 from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.loop import Loop, LoopSettings
+from fourfold.training.ranks import peak_memory_of_ranks
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
 
@@ -77,6 +78,7 @@ def fit(parts: Parts) -> dict[str, float]:
         "train_loss": state.loss_sum / max(state.step, 1),
         **speed("train", state.train_runtime_s, state.num_samples, state.step),
         **_token_figures(run.output, state),
+        **peak_memory_of_ranks(parts.mesh),
     }
 
 

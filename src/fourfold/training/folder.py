@@ -84,15 +84,19 @@ def record(folder: Path, run: Run, datasets: Mapping[str, Any], layout: Mapping[
     """Write the resolved config, the versions and the data sets' fingerprints."""
     text = yaml.safe_dump({"schema_version": SCHEMA_VERSION, **run.flat()}, sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
-    versions = {
+    (folder / VERSIONS).write_text(json.dumps(versions(), indent=2), encoding="utf-8")
+    facts = {"datasets": dict(datasets), "layout": dict(layout)}
+    (folder / DATASETS).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def versions() -> dict[str, Any]:
+    """What this process runs: Fourfold, its checkpoint format, Python and the libraries, by name."""
+    return {
         "fourfold": __version__,
         "format_version": FORMAT_VERSION,
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
-    (folder / VERSIONS).write_text(json.dumps(versions, indent=2), encoding="utf-8")
-    facts = {"datasets": dict(datasets), "layout": dict(layout)}
-    (folder / DATASETS).write_text(json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

@@ -35,6 +35,7 @@ from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.fit import fit
 from fourfold.training.machines import choose_layout, machines_of
 from fourfold.training.predict import generate_predictions
+from fourfold.training.ranks import RankFacts, compare_ranks
 
 log = get_logger(__name__)
 
@@ -76,6 +77,7 @@ def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
     begin_logging(run)  # a fresh interpreter has none yet
     device = local_device(run.training.use_cpu)
     start_process_group(device, run.parallel.ddp_timeout)
+    compare_ranks(RankFacts.of(run, device))
     mesh = build_mesh(choose_layout(run, world_size_of_environment()), device)
     if output_dir is None and mesh.rank == 0:
         folder.claim(run)
