@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +17,7 @@ from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
 from fourfold.models.shard_files import WEIGHTS, ShardFiles, has_shards
 from fourfold.models.tensor_files import HostTensors, NamedSource, TensorFiles
+from fourfold.models.weights import adapter_parts
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import Part, everyone, fill, parts_of
 
@@ -84,7 +85,8 @@ def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
             if unexpected:
                 raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
         else:
-            _load_parts(_adapter_parts(model, shares), TensorFiles([path]), path)
+            parts = {name: (part, [name]) for name, part in adapter_parts(model, shares).items()}
+            _load_parts(parts, TensorFiles([path]), path)
         return
     assert isinstance(model, PreTrainedModel)
     parts: dict[str, tuple[Part, list[str]]] = {}
@@ -110,17 +112,6 @@ def _load_parts(parts: Mapping[str, tuple[Part, list[str]]], source: NamedSource
     unknown = sorted(set(source.names) - known)
     if unknown:
         raise CheckpointError(f"{place}: has weights that this model does not: {unknown[:3]}.")
-
-
-def _adapter_parts(model: PeftModel, shares: Shares) -> dict[str, tuple[Part, list[str]]]:
-    """What is trained of an adapter, by the names that PEFT saves it under."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parts = {name: part for name, part in parts_of(model, shares).items() if name in trained}
-    # PEFT renames what it is given; the tensors go through it unchanged
-    marks = {name: torch.empty(0) for name in parts}
-    renamed = get_peft_model_state_dict(model, state_dict=marks, save_embedding_layers=False)
-    by_mark = {id(mark): name for name, mark in marks.items()}
-    return {saved: (parts[by_mark[id(mark)]], [saved]) for saved, mark in renamed.items()}
 
 
 def _read_model(model: PreTrainedModel, folder: Path) -> NamedSource:

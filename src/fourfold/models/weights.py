@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.parallel.shares import Shares
-from fourfold.parallel.whole import gather, parts_of
+from fourfold.parallel.whole import Part, gather, parts_of
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _README = "README.md"
@@ -71,7 +71,9 @@ def _save_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | Non
     theirs = readme.read_bytes() if readme.exists() else None
     # Explicit, since "auto" looks for the base model's config on the hub to find out whether its vocabulary grew.
     with peft_noise_ignored():
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=None if state is None else {})
+    if state is not None:  # PEFT would leave out what belongs to layers that this rank does not have
+        save_file(state, folder / _ADAPTER_FILE, {"format": "pt"})
     if theirs is not None:  # PEFT writes its card into a page that is there already, whoever wrote that
         readme.write_bytes(theirs)
 
@@ -81,11 +83,19 @@ def gather_weights(model: PreTrainedModel | PeftModel, shares: Shares) -> dict[s
 
     Every rank of a model that is split must call.
     """
-    parts = parts_of(model, shares)
-    if isinstance(model, PeftModel):
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        parts = {name: part for name, part in parts.items() if name in trained}
+    parts = adapter_parts(model, shares) if isinstance(model, PeftModel) else parts_of(model, shares)
     return {name: tensor for name, tensor in gather(parts) if tensor is not None}
+
+
+def adapter_parts(model: PeftModel, shares: Shares) -> dict[str, Part]:
+    """What is trained of an adapter on this rank, by the names that PEFT saves it under."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = {name: part for name, part in parts_of(model, shares).items() if name in trained}
+    # PEFT renames what it is given; the tensors go through it unchanged
+    marks = {name: torch.empty(0) for name in parts}
+    renamed = get_peft_model_state_dict(model, state_dict=marks, save_embedding_layers=False)
+    by_mark = {id(mark): name for name, mark in marks.items()}
+    return {saved: parts[by_mark[id(mark)]] for saved, mark in renamed.items()}
 
 
 def save_frame(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from fourfold.base.errors import PlanError
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.context import ContextParallel, share_positions
@@ -181,6 +182,12 @@ def _with_pipeline(
 ) -> Parallelized:
     """Data parallelism around the stages of a pipeline: gradients travel once a step, whatever the ZeRO stage."""
     layout = mesh.layout
+    if not any(parameter.requires_grad for parameter in root.parameters()):
+        layers = ", ".join(f"{part.layers.start} to {part.layers.stop - 1}" for part in cut.parts)
+        raise PlanError(
+            f"parallel.pp: nothing is trained in layers {layers}, and a stage of its own would only pass gradients on. "
+            "Train something in every stage, or use dp_shard."
+        )
     note_tied(split.shares, root, cut)  # on top of what matrices were cut into
     sync: StepSync = NoStepSync()
     if layout.shards > 1:

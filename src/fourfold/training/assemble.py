@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -135,7 +135,8 @@ class Parts:
         if fit.recompute != "none":
             enable_recompute(self.module, fit.recompute, self.noise)
             self.recompute = fit.recompute
-        return fit.policy
+        # Ranks that share micro-batches must cut alike, whatever each has free.
+        return replace(fit.policy, max_tokens=-self.split.reducer.largest(-fit.policy.max_tokens))
 
     def sizes(self) -> StepSizes:
         """Tokens of the longest sample and of a step."""

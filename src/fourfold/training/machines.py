@@ -102,11 +102,9 @@ def _tensor_problems(run: Run) -> list[str]:
 
 def _not_yet(run: Run, layout: Layout) -> list[str]:
     """What this version cannot split."""
-    problems = [
-        f"parallel.{axis}: {size} is not supported by this version. Use dp_replicate and dp_shard."
-        for axis, size in layout.sizes().items()
-        if axis in ("pp",) and size > 1
-    ]
+    problems: list[str] = []
+    if layout.pp > 1:
+        problems += _pipeline_problems(run)
     if layout.tp > 1:
         problems += _tensor_problems(run)
     if layout.cp > 1:
@@ -140,6 +138,18 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
         )
     if layout.world_size > 1 and run.training.predict_with_generate:
         problems.append("predict_with_generate: needs one process. Predict in a run of its own with nproc: 1.")
+    return problems
+
+
+def _pipeline_problems(run: Run) -> list[str]:
+    """What cannot be trained in stages."""
+    problems = []
+    if run.training.fp16:
+        problems.append("fp16: stages would scale their losses each for itself. Use bf16: true.")
+    if run.tuning.pissa_init:
+        problems.append("pissa_init: is undone when saving, which needs the whole model. Use plain LoRA.")
+    if run.training.stage not in ("pt", "sft"):
+        problems.append(f"parallel.pp: stage {run.training.stage} needs the whole model on a rank. Use parallel.pp: 1.")
     return problems
 
 
