@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp3": {"nproc": 3, "strategy": "fsdp"},
     "hsdp4": {"nproc": 4, "strategy": "hsdp"},
     "tp2": {"nproc": 2, "strategy": "tp"},
+    "pp2": {"nproc": 2, "strategy": "pp"},
     "fsdp2xtp2": {"nproc": 4, "strategy": "fsdp", "parallel": {"tp": 2}},
 }
 TUNINGS: dict[str, dict[str, Any]] = {

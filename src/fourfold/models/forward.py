@@ -23,6 +23,7 @@ from fourfold.parallel.apply import Parallelized
 from fourfold.parallel.context import ContextParallel, ContextRows
 from fourfold.parallel.exchange import scale_gradient
 from fourfold.parallel.loss import Outputs
+from fourfold.parallel.pipeline import Wire
 from fourfold.parallel.stages import Part
 from fourfold.parallel.vocabulary import VocabularyShare
 
@@ -157,8 +158,8 @@ class StepModel:
             outputs = self._call(batch, hidden_only=self._head is not None or not part.is_last, **entry)
         return self._outputs(outputs, None) if part.is_last else (outputs.last_hidden_state.to(part.dtype),)
 
-    def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of the tensors that go from stage to stage for such a micro-batch."""
+    def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[Wire]:
+        """What goes from stage to stage for such a micro-batch."""
         return [((*batch.input_ids.shape, hidden_size), dtype)]
 
     def _call(self, batch: Batch, **inputs: object) -> Any:

@@ -29,7 +29,7 @@ from fourfold.parallel.step import Staged, StagedModel, no_figures, nothing, who
 from fourfold.parallel.tensor import share_tensors
 from fourfold.parallel.vocabulary import VocabularyShare
 from fourfold.planning.layout import Layout
-from fourfold.planning.stages import min_microbatches, rank_of_last_stage
+from fourfold.planning.stages import min_microbatches, rank_of_stage
 
 log = get_logger(__name__)
 
@@ -150,7 +150,7 @@ def _reducer(mesh: Mesh) -> Reducer:
     pipeline = mesh.group(("pp",))
     if pipeline is None:
         return reducer
-    last = torch.distributed.get_global_rank(pipeline, rank_of_last_stage(mesh.layout))
+    last = torch.distributed.get_global_rank(pipeline, rank_of_stage(mesh.layout, -1))
     return replace(reducer, pipeline=pipeline, loss_rank=last)
 
 

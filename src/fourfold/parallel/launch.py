@@ -9,10 +9,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -23,6 +24,8 @@ from fourfold.base.log import get_logger
 log = get_logger(__name__)
 
 _GRACE_S = 5.0
+_ECHO_S = 0.5
+"""After a failure, how long others are given to tell of theirs, which may be the cause."""
 
 
 class WorkerError(FourfoldError):
@@ -35,9 +38,16 @@ class WorkerError(FourfoldError):
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
+    """Why a worker ended.
+
+    Attributes:
+        at: when, in seconds of the system's monotonic clock, which all processes share.
+    """
+
     rank: int
     message: str
     exit_code: int
+    at: float = field(default_factory=time.monotonic)
 
 
 def is_worker() -> bool:
@@ -152,8 +162,17 @@ def _watch(processes: dict[int, BaseProcess], readers: dict[int, Any]) -> _Failu
             process.join()
             del running[rank]
             if process.exitcode:
-                return _failure_of(rank, process.exitcode, readers[rank])
+                return _first_failure({rank: process, **running}, readers)
     return None
+
+
+def _first_failure(processes: dict[int, BaseProcess], readers: dict[int, Any]) -> _Failure:
+    """The one that came first: a rank that dies takes along those that wait for it, with errors of their own."""
+    deadline = time.monotonic() + _ECHO_S
+    while time.monotonic() < deadline and any(process.is_alive() for process in processes.values()):
+        wait([process.sentinel for process in processes.values() if process.is_alive()], _ECHO_S / 10)
+    failed = {rank: process.exitcode for rank, process in processes.items() if process.exitcode}
+    return min((_failure_of(rank, code, readers[rank]) for rank, code in failed.items()), key=lambda found: found.at)
 
 
 def _failure_of(rank: int, code: int, reader: Any) -> _Failure:
@@ -164,7 +183,8 @@ def _failure_of(rank: int, code: int, reader: Any) -> _Failure:
             return found
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = " (often the system, out of memory)" if code == -signal.SIGKILL else ""
-    return _Failure(rank, f"The worker of rank {rank} {how}{hint}; the others were ended.", 1)
+    # It could not say when; whatever else was told came of it.
+    return _Failure(rank, f"The worker of rank {rank} {how}{hint}; the others were ended.", 1, at=0.0)
 
 
 def _signal_all(processes: dict[int, BaseProcess], number: int) -> None:

@@ -29,10 +29,13 @@ from torch.distributed.pipelining import (
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import local
 from fourfold.parallel.stages import Part, StageCut
-from fourfold.planning.stages import round_microbatches
+from fourfold.planning.stages import rank_of_stage, round_microbatches
 
 _SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 _DOUBLE = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
+
+Wire = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor that goes from stage to stage, for one micro-batch."""
 
 
 class StageForward(Protocol):
@@ -152,37 +155,54 @@ class Pipeline:
         """The least number of micro-batches from `wanted` on that the schedule can run."""
         return round_microbatches(self._layout, wanted)
 
-    def run(self, count: int, wires: Sequence[tuple[tuple[int, ...], torch.dtype]], forward: StageForward) -> None:
+    def run(self, count: int, wires: Sequence[Wire], forward: StageForward) -> None:
         """Forward and, where gradients are enabled, backward of all micro-batches of a step.
 
         Args:
             count: of micro-batches, as `count` allows.
-            wires: shape and dtype of each tensor that goes from stage to stage, for one micro-batch.
+            wires: what goes from stage to stage.
             forward: runs a stage; it is called for every micro-batch, in order, and its losses are differentiated.
         """
-        schedule = self._schedule(count, wires, forward)
-        first, last = (any(flags) for flags in zip(*((p.is_first, p.is_last) for p in self.cut.parts), strict=True))
-        numbers = torch.arange(count, device=self._device)
-        inputs, options = (numbers,) if first else (), {"return_outputs": False}
         if not torch.is_grad_enabled():
-            schedule.step(*inputs, **options)
+            self._run_forward(count, wires, forward)
             return
+        schedule = self._schedule(count, wires, forward)
+        numbers = torch.arange(count, device=self._device)
+        inputs = (numbers,) if any(part.is_first for part in self.cut.parts) else ()
+        target = numbers if any(part.is_last for part in self.cut.parts) else None
         with self._sync.step():
-            schedule.step(*inputs, target=numbers if last else None, **options)
+            schedule.step(*inputs, target=target, return_outputs=False)
 
-    def _schedule(self, count: int, wires: Sequence[tuple[tuple[int, ...], torch.dtype]], forward: StageForward) -> Any:
+    def _run_forward(self, count: int, wires: Sequence[Wire], forward: StageForward) -> None:
+        """Forward passes alone, which PyTorch's V-shaped schedule does not have.
+
+        A rank finishes a micro-batch before it begins the next: with one stage a rank that keeps all of them busy.
+        """
+        for number in range(count):
+            outputs: tuple[Tensor, ...] = ()
+            for part in self.cut.parts:
+                if not part.is_first and (before := self._rank_of(part.index - 1)) != dist.get_rank():
+                    outputs = tuple(torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in wires)
+                    for tensor in outputs:
+                        dist.recv(tensor, before, self._group)
+                outputs = forward(part, number, outputs)
+                if not part.is_last and (after := self._rank_of(part.index + 1)) != dist.get_rank():
+                    for tensor in outputs:
+                        dist.send(tensor.contiguous(), after, self._group)
+
+    def _rank_of(self, stage: int) -> int:
+        """The rank of the job that runs a stage of this pipeline."""
+        return dist.get_global_rank(self._group, rank_of_stage(self._layout, stage))
+
+    def _schedule(self, count: int, wires: Sequence[Wire], forward: StageForward) -> Any:
         stages = [self._stage(part, wires, forward) for part in self.cut.parts]
-        options: dict[str, Any] = {"scale_grads": False}
-        if torch.is_grad_enabled():
-            # A last stage's output is its loss already.
-            options["loss_fn"] = lambda output, number: output
+        # A last stage's output is its loss already.
+        options: dict[str, Any] = {"scale_grads": False, "loss_fn": lambda output, number: output}
         if len(stages) == 2:
             return _DOUBLE[self._layout.pp_schedule](list(stages), count, **options)
-        # Without a backward pass there is nothing to alternate with.
-        name = self._layout.pp_schedule if torch.is_grad_enabled() else "gpipe"
-        return _SINGLE[name](stages[0], count, **options)
+        return _SINGLE[self._layout.pp_schedule](stages[0], count, **options)
 
-    def _stage(self, part: Part, wires: Sequence[tuple[tuple[int, ...], torch.dtype]], forward: StageForward) -> _Stage:
+    def _stage(self, part: Part, wires: Sequence[Wire], forward: StageForward) -> _Stage:
         hidden = tuple(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape, dtype in wires)
         loss = torch.empty((), device="meta", requires_grad=True)
         number = torch.empty(1, dtype=torch.int64, device="meta")

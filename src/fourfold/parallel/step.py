@@ -14,7 +14,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.gradients import GradientSync, NoSync
 from fourfold.parallel.loss import Outputs
-from fourfold.parallel.pipeline import Pipeline
+from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
 from fourfold.parallel.terms import LossTerms, Term
@@ -77,8 +77,8 @@ class StagedModel(Protocol):
         """What the stage before sent -> what goes to the next one, or the outputs of the last."""
         ...
 
-    def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of the tensors that go from stage to stage for such a micro-batch."""
+    def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[Wire]:
+        """What goes from stage to stage for such a micro-batch."""
         ...
 
 

@@ -24,9 +24,10 @@ def stages_of_rank(layout: Layout, rank: int) -> tuple[int, ...]:
     return (rank, 2 * layout.pp - 1 - rank) if layout.pp_schedule == "zbv" else (rank, rank + layout.pp)
 
 
-def rank_of_last_stage(layout: Layout) -> int:
-    """The rank of the pipeline that computes the loss."""
-    return 0 if layout.pp_schedule == "zbv" else layout.pp - 1
+def rank_of_stage(layout: Layout, stage: int) -> int:
+    """The rank of the pipeline that runs a stage; a negative number counts from the last."""
+    index = stage % num_stages(layout)
+    return next(rank for rank in range(layout.pp) if index in stages_of_rank(layout, rank))
 
 
 def stage_layers(layout: Layout, num_layers: int) -> list[range]:
