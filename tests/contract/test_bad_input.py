@@ -48,6 +48,11 @@ def test_train_when_the_config_file_is_wrong_is_refused_before_heavy_imports(tmp
     assert refusal(done).startswith(f"{tmp_path / 'bad.yaml'}, line 3, column 5: bad YAML")
 
 
+def test_train_when_a_model_is_given_as_the_file_says_how_to_give_it(tiny_llama: Path) -> None:
+    done = run_light("train", tiny_llama)
+    assert refusal(done).endswith(f"is a model, not a config file. Give it as model_name_or_path={tiny_llama}.")
+
+
 # --- keys and their values -------------------------------------------------------------------------------------------
 
 

@@ -331,6 +331,19 @@ def test_train_when_the_loss_is_lost_says_so_once(train: Train) -> None:
     assert err.count("warning: ") == 1
 
 
+def test_train_when_samples_outgrow_the_context_says_so(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "long.json").write_text(json.dumps([{"instruction": "Say it", "output": "y " * 200}]), encoding="utf-8")
+    entries = {"long": {"file_name": str(tmp_path / "long.json")}}
+    done = train(f"dataset_dir={json.dumps(entries)}", "dataset=long", "cutoff_len=300", "strategy=fsdp", "nproc=1")
+    assert "cutoff_len: the longest sample has 300 tokens, but the model has 256 positions." in done.err
+    assert "strategy: fsdp splits nothing, since there is one process." in done.err
+
+
+def test_resume_when_all_is_done_says_what_to_raise(train: Train) -> None:
+    train()
+    assert "Nothing is left to train" in train("resume_from_checkpoint=true").err
+
+
 def test_train_when_a_setting_has_no_effect_on_this_model_says_so(train: Train) -> None:
     err = train("moe_aux_loss_coef=0.1", "enable_liger_kernel=true").err
     assert "warning: moe_aux_loss_coef: this llama model has no experts to balance, so it has no effect." in err

@@ -24,6 +24,19 @@ from fourfold.parallel.whole import Part, everyone, fill, parts_of
 log = get_logger(__name__)
 
 
+def check_named(resume: bool | str | None, output_dir: Path) -> None:
+    """Refuse a checkpoint that is named and not there, before anything is loaded.
+
+    Args:
+        resume: as `find_checkpoint` has it.
+    Raises:
+        CheckpointError: lists the checkpoints that there are.
+    """
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        known = ", ".join(str(path) for _, path in list_checkpoints(output_dir)) or "none"
+        raise CheckpointError(f"resume_from_checkpoint: {resume} does not exist. Checkpoints of this run: {known}.")
+
+
 def find_checkpoint(resume: bool | str, output_dir: Path, *, rank: int = 0, num_ranks: int = 1) -> Path | None:
     """The checkpoint to resume.
 
@@ -41,10 +54,8 @@ def find_checkpoint(resume: bool | str, output_dir: Path, *, rank: int = 0, num_
             return None
         folder = found[-1][1]
     else:
+        check_named(resume, output_dir)
         folder = Path(str(resume))
-        if not folder.is_dir():
-            known = ", ".join(str(path) for _, path in found) or "none"
-            raise CheckpointError(f"resume_from_checkpoint: {folder} does not exist. Checkpoints of this run: {known}.")
     try:
         verify(folder, share=rank, of=num_ranks)
     except CheckpointError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic_core import ErrorDetails
@@ -13,10 +14,17 @@ from fourfold.config.schema import Key, table
 
 def unknown_key(name: str) -> str:
     """The message for a key that there is not, with the nearest that there are."""
-    usable = (key.name for key in table().values() if key.spec.status is not Status.REFUSED)
-    close = registry.nearest(name, usable)
+    close = nearest_keys(name, (key.name for key in table().values() if key.spec.status is not Status.REFUSED))
     hint = f"Did you mean {' or '.join(close)}?" if close else "`fourfold help` lists the keys."
     return f"{name}: there is no such key. {hint}"
+
+
+def nearest_keys(name: str, keys: Iterable[str]) -> list[str]:
+    """Up to three keys like `name`: by its words (`epochs`), its initials (`lr`) or its spelling (`cutof_len`)."""
+    keys, word = list(keys), name.lower().replace("-", "_")
+    within = [key for key in keys if f"_{word}_" in f"_{key}_"]
+    initials = [key for key in keys if word == "".join(part[:1] for part in key.split("_"))]
+    return list(dict.fromkeys([*initials, *registry.nearest(name, keys), *within]))[:3]
 
 
 def wanted(key: Key) -> str:

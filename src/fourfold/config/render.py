@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fourfold.base import registry
 from fourfold.base.errors import ConfigError
 from fourfold.config.key import Status
-from fourfold.config.problems import wanted
+from fourfold.config.problems import nearest_keys, wanted
 from fourfold.config.schema import COMPAT, Key, groups, table
 
 WIDTH = 80
@@ -76,7 +75,7 @@ def key_help(name: str) -> str:
         return _one_key(key)
     by_group = {group.lower(): (group, keys) for group, keys in groups(table().values()).items()}
     if name.lower() not in by_group:
-        close = registry.nearest(name, [*table(), *by_group])
+        close = nearest_keys(name, [*table(), *by_group])
         hint = f"Did you mean {' or '.join(close)}?" if close else "`fourfold help` lists the groups."
         raise ConfigError(f"{name}: there is no such key or group. {hint}")
     group, keys = by_group[name.lower()]

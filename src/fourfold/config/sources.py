@@ -30,6 +30,8 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, another kind of file, bad syntax (with the line), or not a mapping.
     """
+    if (path / "config.json").exists():
+        raise ConfigError(f"{path}: is a model, not a config file. Give it as model_name_or_path={path}.")
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"{path}: a config file ends in .yaml, .yml or .json. Rename it, or give keys as key=value.")
     try:

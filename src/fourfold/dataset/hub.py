@@ -13,7 +13,6 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from fourfold.base.errors import DataError
-from fourfold.base.hub import WAYS_OUT
 from fourfold.dataset.info import DatasetEntry
 
 _FAILURES = (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, FileNotFoundError, ValueError)
@@ -79,6 +78,7 @@ def _load(
     except _FAILURES as error:
         raise DataError(
             f"data set {entry.name!r} cannot be loaded from the hub ({str(error).rstrip('.')}). Check hf_hub_url, "
-            "subset and split, or download it and name it with file_name. " + WAYS_OUT,
+            "subset and split; name a mirror that can be reached in HF_ENDPOINT; or download it and name it with "
+            "file_name.",
             file=entry.location,
         ) from error

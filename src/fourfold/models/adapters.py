@@ -86,7 +86,7 @@ def attach(
     model.requires_grad_(False)
     if config.upcast_layernorm:
         upcast_norms(model)
-    tuned: PreTrainedModel | PeftModel = _load_adapters(model, config, plan, trainable=trainable)
+    tuned: PreTrainedModel | PeftModel = _load_adapters(model, config, tuning, plan, trainable=trainable)
     if not trainable:
         tuned.requires_grad_(False)
         return tuned.eval()
@@ -112,7 +112,7 @@ def attach(
 
 
 def _load_adapters(
-    model: PreTrainedModel, config: ModelConfig, plan: AdapterPlan, *, trainable: bool
+    model: PreTrainedModel, config: ModelConfig, tuning: TuningConfig, plan: AdapterPlan, *, trainable: bool
 ) -> PreTrainedModel | PeftModel:
     """Merge and load what the plan says, after checking that each belongs to this base."""
     if not plan.merged and plan.continued is None:
@@ -134,7 +134,33 @@ def _load_adapters(
         return model
     loaded = _load_adapter(model, config, plan.continued, base, plan.merged, trainable=trainable)
     log.info("Loaded adapter %s.", plan.continued)
+    if trainable:
+        _tell_ignored(loaded, plan.continued, tuning)
     return loaded
+
+
+def _tell_ignored(loaded: PeftModel, name: str, tuning: TuningConfig) -> None:
+    """Warn of keys that ask for another adapter than the one that is trained further."""
+    kept = loaded.peft_config["default"]
+    if not isinstance(kept, LoraConfig):
+        return
+    has = {
+        "lora_rank": kept.r,
+        "lora_dropout": kept.lora_dropout,
+        "use_rslora": kept.use_rslora,
+        "use_dora": kept.use_dora,
+    }
+    for key, value in has.items():
+        asked = getattr(tuning, key)
+        if key in tuning.model_fields_set and asked != value:
+            log.warning(
+                "%s: %s has no effect, since adapter %s is trained further, which has %s. Remove it, or begin a new "
+                "adapter on top with create_new_adapter: true.",
+                key,
+                asked,
+                name,
+                value,
+            )
 
 
 def _load_adapter(

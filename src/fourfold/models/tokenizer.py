@@ -32,6 +32,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         with explained(name, "the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name, use_fast=config.use_fast_tokenizer, **hub_options(config))
     tokenizer.padding_side = "right"
+    # Sequences are cut to cutoff_len and checked against the model's context here; the library's own remark on a long
+    # text comes before that and says nothing to settle.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     tokenizer.split_special_tokens = config.split_special_tokens
     _add_tokens(tokenizer, config)
     _ensure_pad(tokenizer, name)

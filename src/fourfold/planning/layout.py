@@ -155,7 +155,12 @@ def _free_axis(strategy: str, given: dict[str, int | None]) -> str | None:
 
 
 def _mismatch(given: dict[str, int | None], product: int, world_size: int) -> str:
-    named = " x ".join(f"{name} {size}" for name, size in given.items() if size) or "no size"
+    named = " x ".join(f"{name} {size}" for name, size in given.items() if size)
+    if not named:
+        return (
+            f"strategy: takes one process, but there are {world_size}. Start one (--nproc 1), use fsdp or ddp, or give "
+            "the sizes of the axes under parallel."
+        )
     return (
         f"parallel: {named} make {product} ranks, but there are {world_size} processes. Start {product} "
         f"(--nproc {product}), or choose sizes whose product divides {world_size}; strategy fsdp or ddp takes the rest."

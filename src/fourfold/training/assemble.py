@@ -181,6 +181,7 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module = _load_module(run, precision, mesh.device, tokenizer)
+    _check_context(module, data)
     noise = NoiseKeys(training.seed)
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
@@ -225,6 +226,22 @@ def _offload_activations(inner: PreTrainedModel, device: torch.device) -> None:
         log.info("offload_activations: on a CPU activations are in host memory already.")
         return
     offload_activations(inner, list(decoder_blocks(inner)[1]))
+
+
+def _check_context(module: TunedModel, data: Prepared) -> None:
+    """Warn of training samples that are longer than the model's context."""
+    context = base_model(module).config.get_text_config().to_dict().get("max_position_embeddings")
+    if context is None or data.train is None or data.train.lengths.max(initial=0) <= context:
+        return
+    longest = int(data.train.document_lengths().max())  # of a pack, whose positions restart, each sample counts alone
+    if longest > context:
+        log.warning(
+            "cutoff_len: the longest sample has %d tokens, but the model has %d positions. Use cutoff_len: %d, or "
+            "stretch the positions with rope_scaling.",
+            longest,
+            context,
+            context,
+        )
 
 
 def _load_module(

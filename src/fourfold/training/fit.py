@@ -307,5 +307,7 @@ def _announce(parts: Parts, budget: Budget, num_samples: int, state: TrainState)
     ]
     if state.step:
         lines.append(f"  Continuing at step {state.step}")
+    if state.step >= budget.max_steps:
+        lines.append("  Nothing is left to train. To go on, raise num_train_epochs or max_steps.")
     for line in lines:
         log.info(line)

@@ -15,6 +15,7 @@ import yaml
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, prune
+from fourfold.checkpoint.resume import check_named
 from fourfold.config.schema import Run
 from fourfold.version import FORMAT_VERSION, SCHEMA_VERSION, __version__
 
@@ -43,6 +44,7 @@ def claim(run: Run) -> Path:
 
     Raises:
         ConfigError: it already holds a run, and the config says neither to resume nor to overwrite it.
+        CheckpointError: the config names a checkpoint that is not there.
     """
     output = run.output
     folder = Path(output.output_dir or "")
@@ -51,6 +53,7 @@ def claim(run: Run) -> Path:
             f"output_dir: {folder} already holds a run. Go on with it by resume_from_checkpoint=true, replace it "
             "by overwrite_output_dir=true, or name another folder."
         )
+    check_named(output.resume_from_checkpoint, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

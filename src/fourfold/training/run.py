@@ -57,6 +57,8 @@ def train(run: Run) -> dict[str, Any]:
     machines = machines_of(run)
     layout = choose_layout(run, machines.world_size)
     if machines.world_size == 1:
+        if run.parallel.strategy not in ("auto", "single"):
+            log.info("strategy: %s splits nothing, since there is one process.", run.parallel.strategy)
         return _work(run, folder.claim(run), single(local_device(run.training.use_cpu)))
     output_dir = folder.claim(run)
     # Here and not in the workers, so that they find the data tokenised and any fault of it is told once.

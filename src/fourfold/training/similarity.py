@@ -39,6 +39,7 @@ def segmenter() -> Callable[[str], list[str]] | None:
         import jieba  # pyright: ignore[reportMissingTypeStubs]
 
     jieba.setLogLevel(logging.WARNING)
+    jieba.initialize()  # now, so that the first answer does not wait for its dictionary
     return jieba.lcut
 
 

@@ -151,6 +151,8 @@ def test_load_when_many_keys_are_wrong_reports_all_at_once() -> None:
     ("keys", "expected"),
     [
         ({"lora_rnak": 8}, "lora_rnak: there is no such key. Did you mean lora_rank"),
+        ({"lr": 1e-3}, "lr: there is no such key. Did you mean lora_rank or learning_rate"),
+        ({"epochs": 3}, "epochs: there is no such key. Did you mean ppo_epochs or num_train_epochs?"),
         ({"cutoff_len": 0}, "cutoff_len: 0 is out of range. Use an integer of at least 1."),
         ({"learning_rate": -1.0}, "learning_rate: -1.0 is out of range. Use a number above 0."),
         ({"learning_rate": "abc"}, "learning_rate: 'abc' is not valid. Use a number above 0."),

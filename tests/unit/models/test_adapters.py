@@ -176,6 +176,19 @@ def test_an_adapter_used_on_a_different_stack_is_warned_about(
     assert "was trained on top of" in caplog.text
 
 
+def test_settings_that_a_continued_adapter_does_not_have_are_warned_about(
+    tmp_path: Path, load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _trained_adapter(load, tmp_path)
+    model, config = load(adapter_name_or_path=(str(folder),))
+    with caplog.at_level(logging.WARNING):
+        attach(model, config, TuningConfig(lora_rank=16, lora_dropout=0.0), trainable=True)
+    assert [line for line in caplog.messages if "has no effect" in line] == [
+        f"lora_rank: 16 has no effect, since adapter {folder} is trained further, which has 8. Remove it, or begin a "
+        "new adapter on top with create_new_adapter: true."
+    ]
+
+
 def test_plan_adapters_with_full_tuning_refuses_adapters() -> None:
     config = ModelConfig(model_name_or_path="m", adapter_name_or_path=("a",))
     with pytest.raises(ConfigError, match="adapters need finetuning_type: lora"):
