@@ -102,6 +102,13 @@ def test_router_loss_when_experts_are_cut_equals_sharding_alone() -> None:
         assert_same(curve, reference, loss=5e-5)
 
 
+@pytest.mark.parametrize("layout", [Layout(pp=2), pytest.param(Layout(dp_shard=2, ep=2, pp=2), marks=pytest.mark.grid)])
+def test_router_loss_when_layers_lie_in_stages_is_that_of_all_layers(layout: Layout) -> None:
+    case = Case("mixtral", router=0.1, max_tokens=24)  # more micro-batches than two stages ask for
+    reference = alone(case) if layout.dp == 1 else under(case, Layout(dp_shard=2))[0]
+    assert_together_same(under(case, layout), reference, loss=5e-5)
+
+
 def test_router_when_all_tokens_choose_one_rank_leaves_the_other_without_work() -> None:
     """DeepSeek's groups of experts lie on different ranks here; a bias makes every token choose the first group."""
     case = Case("deepseek_v3", bias_router=True)

@@ -17,7 +17,7 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.models import attention
 from fourfold.models.noise import NoiseKeys
-from fourfold.models.router import shared_balance
+from fourfold.models.router import balance, balance_sums
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
 from fourfold.parallel.context import ContextParallel, ContextRows
@@ -151,16 +151,24 @@ class StepModel:
         Args:
             received: what the stage before returned; nothing for the first.
         Returns:
-            hidden states [B, S, hidden size], or the outputs of the last stage.
+            hidden states [B, S, hidden size] and what the experts' balance is made of so far, if it is wanted; or the
+            outputs of the last stage.
         """
         entry = {"input_ids": batch.input_ids} if part.is_first else {"inputs_embeds": received[0]}
         with part.running():
             outputs = self._call(batch, hidden_only=self._head is not None or not part.is_last, **entry)
-        return self._outputs(outputs, None) if part.is_last else (outputs.last_hidden_state.to(part.dtype),)
+        sums = self._balance_sums(outputs, batch, received[1] if len(received) > 1 else None)
+        if part.is_last:
+            return self._outputs(outputs, None if sums is None else self._as_copy(balance(sums)))
+        hidden = outputs.last_hidden_state.to(part.dtype)
+        return (hidden,) if sums is None else (hidden, sums)
 
     def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[Wire]:
         """What goes from stage to stage for such a micro-batch."""
-        return [((*batch.input_ids.shape, hidden_size), dtype)]
+        hidden = ((*batch.input_ids.shape, hidden_size), dtype)
+        if not self._balances:
+            return [hidden]
+        return [hidden, ((2 * self._num_experts + 1,), torch.float32)]
 
     def _call(self, batch: Batch, **inputs: object) -> Any:
         """The runner's own outputs."""
@@ -198,13 +206,46 @@ class StepModel:
         """The load-balancing loss of all layers' experts (models/router.py); padding does not count."""
         if not self.balance_experts or not isinstance(outputs, MoeModelOutputWithPast) or not outputs.router_logits:
             return None
-        config = self._inner.config
         if self.context is not None:
             counted = batch.real_positions().reshape(-1)
-            loss = shared_balance(outputs.router_logits, config.num_experts_per_tok, counted, self.context.group)
+            loss = balance(balance_sums(outputs.router_logits, self._choices, counted, self.context.group))
         else:
-            experts = getattr(config, "num_local_experts", None) or config.num_experts
             mask = batch.real_positions() if 0 < batch.num_tokens < batch.document_ids.numel() else None
-            loss = load_balancing_loss_func(outputs.router_logits, experts, config.num_experts_per_tok, mask)
+            loss = load_balancing_loss_func(outputs.router_logits, self._num_experts, self._choices, mask)
             assert isinstance(loss, Tensor)
+        return self._as_copy(loss)
+
+    def _balance_sums(self, outputs: BaseModelOutput, batch: Batch, before: Tensor | None) -> Tensor | None:
+        """The sums of the experts' balance up to this stage (models/router.py); None if it is not wanted."""
+        if not self._balances:
+            return None
+        logits = outputs.router_logits if isinstance(outputs, MoeModelOutputWithPast) else None
+        counted = batch.real_positions().reshape(-1)
+        if logits:
+            group = None if self.context is None else self.context.group
+            own = balance_sums(logits, self._choices, counted, group)
+        else:
+            own = torch.zeros(2 * self._num_experts + 1, device=counted.device)
+        sums = own if before is None else before + own
+        # what goes to another stage gets a gradient back, also where no router here has one
+        return sums if sums.requires_grad or not torch.is_grad_enabled() else sums.requires_grad_()
+
+    @property
+    def _balances(self) -> bool:
+        """Whether the experts' balance goes with the hidden states from stage to stage."""
+        knows = "output_router_logits" in self._inner.config.to_dict()
+        return self.balance_experts and self._head is not None and knows
+
+    @property
+    def _num_experts(self) -> int:
+        config = self._inner.config
+        return getattr(config, "num_local_experts", None) or config.num_experts
+
+    @property
+    def _choices(self) -> int:
+        """Experts that a token chooses."""
+        return self._inner.config.num_experts_per_tok
+
+    def _as_copy(self, loss: Tensor) -> Tensor:
+        """A router loss whose gradient is this rank's share, where several compute the same."""
         return loss if self.router_copies == 1 else scale_gradient(loss, 1.0 / self.router_copies)

@@ -11,26 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def shared_balance(router_logits: tuple[Tensor, ...], top_k: int, counted: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of the loss of tokens that the ranks of a group share; the parts add up to it.
-
-    With n_e choices and probabilities p_t over the N tokens of all ranks, the loss is E * sum_e (n_e / N) (sum_t p_te
-    / N). The first factor has no gradient, so it is summed over the ranks; the second is linear in the tokens, so each
-    rank adds its own.
+def balance_sums(
+    router_logits: tuple[Tensor, ...], top_k: int, counted: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    """What some layers add to the sums that the loss of all is made of (see `balance`).
 
     Args:
         router_logits: of each layer [T, E].
         top_k: experts that a token chooses.
         counted: [T] bool, False for tokens that fill a row up.
+        group: ranks that share the tokens, over which choices and tokens are added up; None for one.
     Returns:
-        scalar fp32.
+        [2 E + 1] fp32: probabilities of each expert, choices of each, and layers x tokens; only the first has a
+        gradient.
     """
     logits = torch.stack(router_logits)
     num_experts = logits.shape[-1]
     weights = F.softmax(logits, dim=-1).float() * counted[:, None]
     chosen = F.one_hot(logits.topk(top_k, dim=-1).indices, num_experts).sum(-2) * counted[:, None]
     totals = torch.cat([chosen.sum((0, 1)), counted.sum()[None] * len(logits)]).double()
-    dist.all_reduce(totals, group=group)
-    tokens = totals[-1].clamp(min=1)
-    shares = (totals[:-1] / tokens).float()
-    return num_experts * torch.dot(shares, weights.sum((0, 1))) / tokens.float()
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    return torch.cat([weights.sum((0, 1)), totals.float()])
+
+
+def balance(sums: Tensor) -> Tensor:
+    """The loss of what `balance_sums` counted, added up over layers; this rank's part where ranks share the tokens.
+
+    With n_e choices and probabilities p_t over the N tokens of all layers and ranks, the loss is
+    E * sum_e (n_e / N) (sum_t p_te / N). The first factor has no gradient, so it is summed over the ranks; the second
+    is linear in the tokens, so each rank adds its own.
+    """
+    num_experts = len(sums) // 2
+    weights, chosen, tokens = sums.split([num_experts, num_experts, 1])
+    count = tokens.detach().clamp(min=1)
+    return (num_experts * torch.dot(chosen.detach() / count, weights) / count).squeeze(0)
