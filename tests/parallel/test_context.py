@@ -31,6 +31,9 @@ LAYOUTS = {
     "cp2-tp2-ring": Layout(cp=2, tp=2, cp_method="ring"),
     "cp2-tp2-ulysses": Layout(cp=2, tp=2, cp_method="ulysses", sequence_parallel=False),
     "cp2-ddp2": Layout(cp=2, dp_replicate=2),
+    "cp2-pp2": Layout(cp=2, pp=2),
+    "cp2-pp2-ring": Layout(cp=2, pp=2, cp_method="ring"),
+    "cp2-ep2": Layout(cp=2, ep=2),
     "cp2-hsdp2x2": Layout(cp=2, dp_replicate=2, dp_shard=2),
 }
 _LONG: dict[str, Any] = {"longest": 60, "max_tokens": 128}

@@ -121,7 +121,7 @@ def packed_attention(
         return _in_context(query, key, value, context_rows, scores), None
     offsets = None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
     documents = tuple((length, length) for length in lengths)
-    return _attend(query, key, value, Stretch(((0, query.shape[2]),), (documents,), offsets), scores), None
+    return attend(query, key, value, Stretch(((0, query.shape[2]),), (documents,), offsets), scores), None
 
 
 def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:
@@ -134,7 +134,7 @@ def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, sc
     key, value = context.gather(key), context.gather(value)
     queries = query.chunk(len(rows.stretches), dim=2)
     return torch.cat(
-        [_attend(q, key, value, stretch, scores) for q, stretch in zip(queries, rows.stretches, strict=True)], dim=1
+        [attend(q, key, value, stretch, scores) for q, stretch in zip(queries, rows.stretches, strict=True)], dim=1
     )
 
 
@@ -149,11 +149,11 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, score
     query, key, value = (context.heads_for_positions(t) for t in (query, key, value))
     if scores.sinks is not None:
         scores = replace(scores, sinks=scores.sinks.chunk(context.size)[context.rank])
-    out = _attend(query, key, value, rows.whole, scores)
+    out = attend(query, key, value, rows.whole, scores)
     return context.positions_for_heads(out.transpose(1, 2)).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
     """query [B, heads, S, d], key and value [B, KV heads, K, d] -> [B, S, heads, value dim]."""
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if half and scores.fused and scores.dropout == 0.0 and stretch.offsets is not None:
