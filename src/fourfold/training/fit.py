@@ -28,6 +28,7 @@ from fourfold.training.background import Background
 from fourfold.training.checkpointer import Checkpointer, shards_checkpoints
 from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.loop import Loop, LoopSettings
+from fourfold.training.precision import LossScaler
 from fourfold.training.ranks import peak_memory_of_ranks
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
@@ -140,7 +141,7 @@ def build_loop(
     groups = parameter_groups(parts.module, training, run.tuning)
     optimizer = _build_optimizer(parts, groups)
     scheduler = make_scheduler(training, optimizer, budget)
-    scaler = torch.amp.GradScaler(parts.mesh.device.type) if parts.precision.loss_scaling else None
+    scaler = LossScaler(parts.mesh.device) if parts.precision.loss_scaling else None
     step, policy = parts.step(scaler), parts.policy
     checkpointer = Checkpointer(
         output_dir=parts.output_dir,

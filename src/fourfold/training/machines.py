@@ -110,13 +110,7 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     if layout.cp > 1:
         problems += _context_problems(run, layout)
     if layout.shards * layout.tp > 1:
-        if run.training.optim not in ("adamw_torch", "sgd"):
-            problems.append(
-                f"optim: {run.training.optim} does not work on sharded parameters. Use adamw_torch or sgd, or "
-                "strategy: ddp."
-            )
-        if run.training.fp16:
-            problems.append("fp16: loss scaling does not work on sharded gradients. Use bf16: true.")
+        problems += _optimizer_problems(run.training.optim, layout)
         if run.tuning.pissa_init:
             problems.append("pissa_init: does not work with sharded adapters. Use strategy: ddp.")
     if layout.offload == "params" and layout.shards == 1:
@@ -151,6 +145,19 @@ def _pipeline_problems(run: Run) -> list[str]:
     if run.training.stage not in ("pt", "sft"):
         problems.append(f"parallel.pp: stage {run.training.stage} needs the whole model on a rank. Use parallel.pp: 1.")
     return problems
+
+
+def _optimizer_problems(optim: str, layout: Layout) -> list[str]:
+    """Why an optimizer cannot work on parts of parameters."""
+    reasons = {
+        "adamw_8bit": "quantises its state in blocks, which shards would cut",
+        "adafactor": "keeps the state of whole rows and columns, which shards would cut",
+    }
+    if layout.tp > 1:
+        reasons["muon"] = "needs whole matrices, and parallel.tp shares them"
+    if optim not in reasons:
+        return []
+    return [f"optim: {optim} {reasons[optim]}. Use optim: adamw_torch or sgd, or strategy: ddp."]
 
 
 def _context_problems(run: Run, layout: Layout) -> list[str]:

@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.config.schema import Run
+from fourfold.parallel.shares import local
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,34 @@ def resolve(run: Run) -> Precision:
     compute = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     load = torch.float32 if run.tuning.finetuning_type == "full" else compute
     return Precision(compute, load, torch.float32, loss_scaling=compute == torch.float16)
+
+
+class LossScaler(torch.amp.GradScaler):
+    """torch's loss scaler, for gradients of which each rank may hold a part: an overflow on one is one on all.
+
+    Otherwise the others would update their part of the weights, and go on with another scale.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device.type)
+        self.scale(torch.zeros((), device=device))  # makes the scale, also on pipeline stages that see no loss
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """Divide what this rank holds of the gradients by the scale, in place; every rank must call."""
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        grads: dict[torch.dtype, list[Tensor]] = {}
+        for grad in (local(p.grad) for p in parameters if p.grad is not None):
+            assert allow_fp16 or grad.dtype != torch.float16, "masters are wider than fp16"
+            grads.setdefault(grad.dtype, []).append(grad)
+        for alike in grads.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(  # pyright: ignore[reportPrivateImportUsage]
+                alike, found_inf, inv_scale
+            )
+        if dist.is_initialized():
+            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX)
+        return {found_inf.device: found_inf}
 
 
 def narrow_outputs(model: nn.Module, dtype: torch.dtype) -> None:

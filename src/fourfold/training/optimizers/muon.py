@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fourfold.config.schema import Run
 from fourfold.models.unwrap import base_model
+from fourfold.parallel.sharded import full
+from fourfold.parallel.shares import local
 
 
 class _Pair(torch.optim.Optimizer):
@@ -32,6 +35,42 @@ class _Pair(torch.optim.Optimizer):
             part.step(closure)
 
 
+class _Muon(torch.optim.Muon):
+    """Muon that puts sharded matrices together for their update, since orthogonalising needs them whole.
+
+    One at a time, on every rank alike: weight, gradient and momentum are gathered, and each rank keeps its shard.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update; every rank of a sharded matrix must call."""
+        assert closure is None, "gradients are there already"
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            super().step()
+            return
+        for group in self.param_groups:
+            settings = {name: group[name] for name in self.defaults}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    assert isinstance(parameter, DTensor), "FSDP shards all parameters or none"
+                    self._update(parameter, settings)
+
+    def _update(self, parameter: DTensor, settings: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
+        whole = nn.Parameter(full(parameter.detach()).clone())
+        whole.grad = full(parameter.grad)
+        alone = torch.optim.Muon([whole], **settings)
+        momentum = full(state["momentum_buffer"]).clone()
+        alone.state[whole]["momentum_buffer"] = momentum
+        alone.step()
+        for shard, updated in ((parameter, whole), (state["momentum_buffer"], momentum)):
+            mine = distribute_tensor(updated.detach(), shard.device_mesh, shard.placements, src_data_rank=None)
+            local(shard).copy_(mine.to_local())
+
+
 def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """Muon over 2-D parameters outside embedding and head, AdamW over the rest.
 
@@ -50,9 +89,7 @@ def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.opt
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         settings: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", **training.optim_args}
-        parts.append(
-            torch.optim.Muon(matrices, lr=training.learning_rate, weight_decay=training.weight_decay, **settings)
-        )
+        parts.append(_Muon(matrices, lr=training.learning_rate, weight_decay=training.weight_decay, **settings))
     if others:
         betas = (training.adam_beta1, training.adam_beta2)
         parts.append(
