@@ -35,6 +35,7 @@ from fourfold.parallel.shares import Share
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
 from fourfold.training.memory import enable_recompute
+from fourfold.training.precision import LossScaler
 from tiny_models import quantize, tiny_model
 
 _FORK = multiprocessing.get_context("fork")
@@ -59,6 +60,7 @@ class Case:
         longest: tokens of a sample at most.
         stage: sft leaves the first third of a sample out of the loss, pt trains on all of it.
         offload_activations: move what the backward pass needs to the host.
+        scaled: scale the loss as under fp16; in fp32 powers of two change nothing.
     """
 
     family: str = "llama"
@@ -74,6 +76,7 @@ class Case:
     longest: int = 24
     stage: str = "sft"
     offload_activations: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,12 +191,14 @@ def train(case: Case, mesh: Mesh) -> Curve:
     policy = CutPolicy(
         packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple, min_batches=split.min_batches
     )
+    scaler = LossScaler(_CPU) if case.scaled else None
     step = Step(
         model,
         TokenLoss(router_coefficient=case.router),
         _CPU,
         nullcontext,
         lambda: filler(policy),
+        scale=None if scaler is None else scaler.scale,
         sync=split.sync,
         reducer=split.reducer,
         localize=split.localize,
@@ -209,12 +214,18 @@ def train(case: Case, mesh: Mesh) -> Curve:
         optimizer.zero_grad()
         result = step.forward_backward(cut(mine, policy))
         losses.append(result.loss)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         if number == 0:
             metrics = dict(result.metrics)
             found = ((name, p.grad) for name, p in module.named_parameters() if p.requires_grad)
             gradients = {name: full(grad).clone() for name, grad in found if grad is not None}
         norms.append(float(split.clip(parameters, 1.0)))
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
     noted = split.shares.by_parameter(inner)
     shares = {name: replace(noted[p], sum_over=None) for name, p in module.named_parameters() if p in noted}
     return Curve(losses, norms, gradients, _numel(module.parameters()), _state_numel(optimizer), shares, metrics)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Case, Curve, alone, assert_same, make_model, under
+from harness import Case, Curve, alone, assert_same, assert_together_same, make_model, under
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -48,13 +48,15 @@ def test_training_when_recomputed_equals_without(kind: Recompute, case: str, ref
         (Layout(dp_shard=2), "llama-full"),
         (Layout(dp_shard=2), "llama-lora-dropout"),
         (Layout(dp_replicate=2), "llama-lora-dropout"),
+        (Layout(tp=2), "llama-full"),
+        (Layout(pp=2), "llama-lora-dropout"),
     ],
+    ids=lambda value: value.describe() if isinstance(value, Layout) else value,
 )
 def test_training_when_split_and_selectively_recomputed_equals_one_process(
     layout: Layout, case: str, references: dict[str, Curve]
 ) -> None:
-    for curve in under(_with(CASES[case], "selective"), layout):
-        assert_same(curve, references[case])
+    assert_together_same(under(_with(CASES[case], "selective"), layout), references[case])
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Case, make_model, run_ranks
+from harness import Case, Curve, alone, assert_together_same, make_model, run_ranks, under
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +21,20 @@ from fourfold.training.optimizers import muon
 from fourfold.training.precision import LossScaler
 
 _CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(dp_shard=2), Layout(tp=2), Layout(pp=2)], ids=lambda layout: layout.describe()
+)
+def test_training_when_the_loss_is_scaled_equals_one_process(layout: Layout, unscaled: Curve) -> None:
+    assert_together_same(under(Case(scaled=True), layout), unscaled)
+
+
+@pytest.fixture(scope="module")
+def unscaled() -> Curve:
+    """One process that does not scale."""
+    torch.set_num_threads(1)
+    return alone(Case())
 
 
 def _muon_weights(sharded: bool) -> dict[str, torch.Tensor]:

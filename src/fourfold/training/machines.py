@@ -138,8 +138,6 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
 def _pipeline_problems(run: Run) -> list[str]:
     """What cannot be trained in stages."""
     problems = []
-    if run.training.fp16:
-        problems.append("fp16: stages would scale their losses each for itself. Use bf16: true.")
     if run.tuning.pissa_init:
         problems.append("pissa_init: is undone when saving, which needs the whole model. Use plain LoRA.")
     if run.training.stage not in ("pt", "sft"):
