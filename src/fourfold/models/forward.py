@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
 from fourfold.parallel.context import ContextParallel, ContextRows
 from fourfold.parallel.exchange import scale_gradient
+from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.loss import Outputs
 from fourfold.parallel.pipeline import Wire
 from fourfold.parallel.stages import Part
@@ -92,6 +94,7 @@ class StepModel:
         router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         runner: what is called for a forward pass; the Transformers model, or what wraps it for several ranks.
         context: the ranks that share each row, None where one has it all.
+        load: counts how evenly experts are used.
     """
 
     module: nn.Module
@@ -102,6 +105,7 @@ class StepModel:
     router_copies: int = 1
     runner: nn.Module = field(init=False)
     context: ContextParallel | None = field(init=False, default=None)
+    load: ExpertLoad | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
@@ -177,7 +181,8 @@ class StepModel:
             self.noise.enter(batch)
         if self.balance_experts:
             kwargs["output_router_logits"] = True
-        return self.runner(position_ids=batch.position_ids, use_cache=False, **inputs, **kwargs)
+        with nullcontext() if self.load is None else self.load.watch(batch.real_positions()):
+            return self.runner(position_ids=batch.position_ids, use_cache=False, **inputs, **kwargs)
 
     def _outputs(self, outputs: Any, router_loss: Tensor | None) -> Outputs:
         if self._head is None:
@@ -194,7 +199,7 @@ class StepModel:
         """Run the model as it was split over ranks."""
         self.runner = split.runner
         self.vocabulary, self.router_copies = split.vocabulary, split.router_copies
-        self.context = split.context
+        self.context, self.load = split.context, split.load
         if self.context is not None:
             self._use_packed_attention()
 

@@ -25,7 +25,7 @@ from fourfold.parallel.pipeline import FsdpOnceAStep, NoStepSync, Pipeline, Step
 from fourfold.parallel.reduce import Reducer, clip_gradients
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.stages import StageCut, cut_stages, note_tied
-from fourfold.parallel.step import Staged, StagedModel, no_figures, nothing, whole
+from fourfold.parallel.step import Staged, StagedModel, nothing, whole
 from fourfold.parallel.tensor import share_tensors
 from fourfold.parallel.vocabulary import VocabularyShare
 from fourfold.planning.layout import Layout
@@ -47,7 +47,7 @@ class Parallelized:
         localize: a micro-batch on the host -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
-        observe: figures of the step that was trained, such as the experts' loads.
+        load: counts how evenly experts are used; None for a model that is not watched.
         vocabulary: the head's tokens on this rank, where ranks share the vocabulary.
         router_copies: how many ranks compute the same router loss, whose gradients are then added up.
         multiple: the positions of a micro-batch's rows must be a multiple of this.
@@ -64,13 +64,17 @@ class Parallelized:
     localize: Callable[[Batch], Batch] = whole
     finish: Callable[[], None] = nothing
     clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
-    observe: Callable[[], dict[str, float]] = no_figures
+    load: ExpertLoad | None = None
     vocabulary: VocabularyShare | None = None
     router_copies: int = 1
     multiple: int = 1
     context: ContextParallel | None = None
     pipeline: Pipeline | None = None
     min_batches: int = 1
+
+    def observe(self) -> dict[str, float]:
+        """Further figures of the step that was trained, over all ranks, which must all call."""
+        return {} if self.load is None else self.load.figures()
 
     def staged(self, model: StagedModel) -> Staged | None:
         """How a step runs a model through the pipeline; None without one."""
@@ -90,11 +94,11 @@ def parallelize(
     layout = mesh.layout
     if layout.ep > 1:
         check_experts(root, layout.ep)
-    observe = ExpertLoad(root).figures
+    load = ExpertLoad(root)
     if mesh.device_mesh is None:
-        return Parallelized(root, observe=observe)
+        return Parallelized(root, load=load)
     shares = Shares()
-    split = Parallelized(root, shares=shares, reducer=_reducer(mesh), observe=observe)
+    split = Parallelized(root, shares=shares, reducer=_reducer(mesh), load=load)
     if layout.cp > 1:
         context = share_positions(mesh)
         split = replace(split, context=context, localize=context.localize, multiple=split.multiple * context.num_chunks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +16,7 @@ from fourfold.parallel.expert import count_choices, find_experts, takes_choices
 class ExpertLoad:
     """Counts, for every layer, how many (token, choice) pairs each expert gets in the micro-batches of a step.
 
-    Only what is trained on is counted, padding of padded rows included: experts compute it, too. Layers that are
-    computed again in the backward pass count twice, all alike, which shares do not show.
+    Only what is trained on is counted, once: not padding, and not what the backward pass computes again.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -26,16 +27,28 @@ class ExpertLoad:
         layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
         self._sizes = [int(experts.num_experts) for experts in layers]  # type: ignore[arg-type] - an int
         self._counts: list[Tensor | None] = [None] * len(layers)
+        self._counted: Tensor | None = None
         for number, experts in enumerate(layers):
             experts.register_forward_pre_hook(self._counter(number), with_kwargs=True)
 
+    @contextmanager
+    def watch(self, counted: Tensor) -> Iterator[None]:
+        """Count in the forward passes within; `counted` [B, S] bool is False for positions that only fill rows up."""
+        self._counted = counted.reshape(-1, 1) if torch.is_grad_enabled() else None
+        try:
+            yield
+        finally:
+            self._counted = None
+
     def _counter(self, number: int) -> Any:
         def count(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.is_grad_enabled():
+            if self._counted is None:
                 return
             # the second argument of every family's experts, though not under one name
-            found, counts = count_choices([*args, *kwargs.values()][1], self._sizes[number]), self._counts[number]
-            self._counts[number] = found if counts is None else counts + found
+            size, indices = self._sizes[number], [*args, *kwargs.values()][1]
+            found = count_choices(torch.where(self._counted, indices, size), size)
+            before = self._counts[number]
+            self._counts[number] = found if before is None else before + found
 
         return count
 
