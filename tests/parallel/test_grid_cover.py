@@ -1,4 +1,4 @@
-"""Each layout of the grid once, with a pairwise cover of family, tuning, packing and stage; `make grid` runs them all."""
+"""Each layout of the grid once, covering pairs of family, tuning, packing and stage; `make grid` runs them all."""
 
 from __future__ import annotations
 
