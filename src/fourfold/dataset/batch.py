@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -126,9 +127,9 @@ class Batch:
         return tuple(tuple(counts.tolist()) for counts in rows)
 
     def real_positions(self) -> Tensor:
-        """[B, S] bool: what is neither padding nor a document that only fills a packed row up."""
-        added = sum(self.lengths) > self.num_tokens
-        return (self.document_ids >= 0) & (self.document_ids < len(self.lengths) - added)
+        """[B, S] bool: what is neither padding nor a document that only fills a packed row up (those come last)."""
+        num_real = sum(end <= self.num_tokens for end in accumulate(self.lengths))
+        return (self.document_ids >= 0) & (self.document_ids < num_real)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.dataset.collate import CutPolicy, cut, widen
 
 
 def _sample(index: int, length: int, documents: tuple[int, ...] = ()) -> Sample:
@@ -81,3 +81,13 @@ def test_cut_when_rows_are_shared_makes_their_length_a_multiple(packed: bool) ->
         assert widened.cu_seqlens is not None
         assert int(widened.cu_seqlens[-1]) == 16
         assert len(widened.samples) == len(widened.lengths)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_real_positions_when_widened_twice_leave_out_all_that_was_added(packed: bool) -> None:
+    policy = CutPolicy(packed=packed, max_tokens=100, multiple=8)
+    [batch] = cut([_sample(0, 5), _sample(1, 4)], policy)
+    wider = widen(batch, batch.input_ids.shape[1] + 8, policy)
+    assert wider.real_positions().sum(1).tolist() == ([9] if packed else [5, 4])
+    # two fillers of a packed row are two documents, and the padding of a padded row is one
+    assert wider.documents_of_rows() == (((5, 4, 7, 8),) if packed else ((5, 11), (4, 12)))
