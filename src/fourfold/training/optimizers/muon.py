@@ -35,7 +35,7 @@ class _Pair(torch.optim.Optimizer):
             part.step(closure)
 
 
-class _Muon(torch.optim.Muon):
+class Muon(torch.optim.Muon):
     """Muon that puts sharded matrices together for their update, since orthogonalising needs them whole.
 
     One at a time, on every rank alike: weight, gradient and momentum are gathered, and each rank keeps its shard.
@@ -89,7 +89,7 @@ def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.opt
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         settings: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", **training.optim_args}
-        parts.append(_Muon(matrices, lr=training.learning_rate, weight_decay=training.weight_decay, **settings))
+        parts.append(Muon(matrices, lr=training.learning_rate, weight_decay=training.weight_decay, **settings))
     if others:
         betas = (training.adam_beta1, training.adam_beta2)
         parts.append(
