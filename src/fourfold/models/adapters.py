@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from fourfold.config.tuning import TuningConfig
 from fourfold.models import pissa
 from fourfold.models.freeze import unfreeze
 from fourfold.models.identity import BaseIdentity, check_adapter, identify
-from fourfold.models.parameters import list_parameters, upcast_norms, upcast_trainable
-from fourfold.models.patches import peft_noise_ignored
+from fourfold.models.parameters import is_empty, list_parameters, upcast_norms, upcast_trainable
+from fourfold.models.patches import adapters_have_weights, peft_noise_ignored
 from fourfold.models.quantize import is_quantized
 from fourfold.models.source import check_source, explained
 from fourfold.models.targets import ALL, LoraTargets, lora_targets
@@ -178,7 +179,7 @@ def _load_adapter(
     if not Path(name).exists():
         options |= {"token": config.hf_hub_token, "cache_dir": config.cache_dir}
     try:
-        with peft_noise_ignored(), explained(name, "the adapter", key=_KEY):
+        with peft_noise_ignored(), _with_weights(model), explained(name, "the adapter", key=_KEY):
             return PeftModel.from_pretrained(
                 model, name, is_trainable=trainable, autocast_adapter_dtype=False, **options
             )
@@ -217,7 +218,7 @@ def _new_adapter(model: PreTrainedModel, config: ModelConfig, tuning: TuningConf
         ensure_weight_tying=bool(extra) and bool(model.config.tie_word_embeddings),
         init_lora_weights=pissa.init_name(tuning.pissa_iter) if tuning.pissa_init else True,  # type: ignore[arg-type]
     )
-    with peft_noise_ignored():
+    with peft_noise_ignored(), _with_weights(model):
         try:
             peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
         except ValueError as error:
@@ -229,6 +230,10 @@ def _new_adapter(model: PreTrainedModel, config: ModelConfig, tuning: TuningConf
         log.info("PiSSA: the adapter is saved as a plain LoRA adapter of rank %d, for the unchanged base model.",
                  2 * tuning.lora_rank)  # fmt: skip
     return peft_model
+
+
+def _with_weights(model: PreTrainedModel) -> AbstractContextManager[None]:
+    return adapters_have_weights() if is_empty(model) else nullcontext()
 
 
 def _without_experts(targets: LoraTargets, tuning: TuningConfig) -> LoraTargets:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.models import attention
 from fourfold.models.noise import NoiseKeys
+from fourfold.models.parameters import is_empty
 from fourfold.models.router import balance, balance_sums
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
@@ -115,7 +118,7 @@ class StepModel:
         elif attention.caps_scores(self._inner.config):
             self._inner.set_attn_implementation("eager")
         self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
-        if not self._head_is_right():
+        if not (self._head_is_right_alone() if is_empty(self._inner) else self._head_is_right()):
             log.info("The head of %s is not a plain one; its full logits are used.", type(self._inner).__name__)
             self._head = None
 
@@ -136,6 +139,24 @@ class StepModel:
         apart = self._head(hidden)
         self.module.train(was_training)
         return torch.allclose(whole, apart, rtol=1e-3, atol=1e-3)
+
+    @torch.no_grad()
+    def _head_is_right_alone(self) -> bool:
+        """The same of a model without weights: hidden states and a small head are made up."""
+        inner, own, decoder = self._inner, self._inner.get_output_embeddings(), self._inner.get_decoder()
+        size = inner.config.get_text_config().hidden_size
+        generator = torch.Generator().manual_seed(0)
+        small = nn.Linear(size, _CHECK_TOKENS, bias=False, device="meta")
+        small.weight = nn.Parameter(torch.randn(_CHECK_TOKENS, size, generator=generator) / math.sqrt(size))
+        hidden = torch.randn(1, _CHECK_TOKENS, size, generator=generator)
+        made_up = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        inner.set_output_embeddings(small)
+        try:
+            with mock.patch.object(decoder, "forward", lambda **_: made_up):
+                whole = inner(input_ids=torch.zeros(1, _CHECK_TOKENS, dtype=torch.long), use_cache=False).logits
+            return not whole.is_meta and torch.allclose(whole, make_head(inner)(hidden), rtol=1e-3, atol=1e-3)
+        finally:
+            inner.set_output_embeddings(own)
 
     def _boundaries(self, batch: Batch) -> dict[str, object]:
         """What attention is told of the documents."""

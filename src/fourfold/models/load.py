@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,12 +22,16 @@ from transformers import (
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
+from fourfold.config.tuning import TuningConfig
 from fourfold.models.attention import caps_scores
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
 from fourfold.models.patches import bars_on_terminals_only
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
+from fourfold.models.shard_files import has_shards
 from fourfold.models.source import explained, gguf_path, hub_options, model_name
+from fourfold.models.stream import Stream, load_generation_config, open_weights, why_not_streamed
 from fourfold.models.vocabulary import check_special_tokens, grows_vocabulary, resize_vocabulary
+from fourfold.parallel.shares import Shares
 
 log = get_logger(__name__)
 
@@ -81,13 +87,7 @@ def load_model(
         ConfigError: settings that do not fit the model.
     """
     name = model_name(config)
-    model_config = load_config(config, seq_len=seq_len)
-    model_config.use_cache = False
-    model_config.name_or_path = name
-    if config.trust_remote_code:
-        log.warning("trust_remote_code: Python code that comes with %s may run on this machine.", name)
-    attention = attention or _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    model_config, options = _prepare(config, dtype, seq_len, attention)
     if config.train_from_scratch:
         model = _from_scratch(model_config, config, options, device)
     else:
@@ -100,6 +100,58 @@ def load_model(
         check_special_tokens(model, tokenizer)
     settle_quantized(model)
     return model.eval()
+
+
+def _prepare(
+    config: ModelConfig, dtype: torch.dtype, seq_len: int | None, attention: str | None
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The model's config and the options that it is built with."""
+    name = model_name(config)
+    model_config = load_config(config, seq_len=seq_len)
+    model_config.use_cache = False
+    model_config.name_or_path = name
+    if config.trust_remote_code:
+        log.warning("trust_remote_code: Python code that comes with %s may run on this machine.", name)
+    attention = attention or _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
+    return model_config, {"dtype": dtype, "attn_implementation": attention}
+
+
+def load_streamed(
+    config: ModelConfig,
+    tuning: TuningConfig,
+    *,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int | None = None,
+) -> tuple[PreTrainedModel, Stream] | None:
+    """The base model without weights, on the meta device, and what reads each rank's part once it is split.
+
+    Returns:
+        None, after a line in the log, where a run needs the whole weights.
+    Raises:
+        ModelError, ConfigError: as `load_model`.
+    """
+    model_config, options = _prepare(config, dtype, seq_len, None)
+    reason = why_not_streamed(config, tuning, model_config)
+    if reason is None:
+        with explained(model_name(config), "the model"):
+            model = _without_weights(model_config, config, options)
+            found = open_weights(config, model, dtype)
+        if not isinstance(found, str):
+            check_special_tokens(model, tokenizer)
+            return model.eval(), Stream(found)
+        reason = found
+    log.info("Each rank loads the whole weights, since %s.", reason)
+    return None
+
+
+def _without_weights(model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The model with its buffers, but with parameters that take no memory."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
+    model.tie_weights()
+    load_generation_config(config, model)
+    return model
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -119,6 +171,8 @@ def _from_scratch(
 def _from_weights(
     name: str, model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any], device: torch.device
 ) -> PreTrainedModel:
+    if has_shards(Path(name).expanduser()):
+        return _from_shards(model_config, config, options, device)
     quantised = settle_own_quantization(model_config, config, options["dtype"])
     quantization = None if quantised else new_quantization(config, options["dtype"])
     if quantization is not None:
@@ -135,6 +189,23 @@ def _from_weights(
     weights = load_gguf_weights(path, model_config)
     with bars_on_terminals_only(), _kernel_explained(config), explained(name, "the model"):
         return model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
+
+
+def _from_shards(
+    model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any], device: torch.device
+) -> PreTrainedModel:
+    """The model of a sharded checkpoint, read tensor by tensor by this one process."""
+    if config.quantization_bit is not None:
+        raise ConfigError(
+            "quantization_bit: a sharded checkpoint cannot be quantised while it is loaded. Turn it into a plain "
+            "model with `fourfold export` first."
+        )
+    model = _without_weights(model_config, config, options)
+    found = open_weights(config, model, options["dtype"])
+    if isinstance(found, str):
+        raise ModelError(f"model_name_or_path: {config.model_name_or_path} cannot be loaded, since {found}.")
+    Stream(found).fill(model, device, Shares())
+    return model
 
 
 @contextmanager

@@ -30,6 +30,11 @@ def upcast_norms(model: nn.Module) -> None:
     log.info("upcast_layernorm: the norm layers' weights are held in fp32.")
 
 
+def is_empty(model: nn.Module) -> bool:
+    """Whether some weights are still to be read."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def describe_parameters(model: nn.Module) -> str:
     """How many parameters are trained, in the words that PEFT and others use.
 

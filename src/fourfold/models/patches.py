@@ -6,7 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 _PEFT_MESSAGES = (
@@ -26,6 +32,33 @@ def peft_noise_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         for message in _PEFT_MESSAGES:
             warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@contextmanager
+def adapters_have_weights() -> Iterator[None]:
+    """Let PEFT give adapters weights although their base has none yet.
+
+    PEFT 0.21 makes an adapter, initialises it, and then moves it, in two places, to where its base is: the meta device.
+    Ends when PEFT leaves adapters of a base on the meta device where they are.
+    """
+
+    def cast_only(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
+        base = self.get_param() if isinstance(self, ParamWrapper) else self.get_base_layer().weight
+        assert isinstance(base, Tensor)
+        for kind in self.adapter_layer_names:
+            entries = getattr(self, kind, None)
+            if isinstance(entries, nn.ModuleDict | nn.ParameterDict) and adapter_name in entries:
+                entries[adapter_name] = entries[adapter_name].to(dtype=base.dtype)
+
+    def replace_only(self: LoraModel, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
+        setattr(parent, name, new)
+
+    with (
+        mock.patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", cast_only),
+        mock.patch.object(ParamWrapper, "_move_adapter_to_device_of_base_layer", cast_only),
+        mock.patch.object(LoraModel, "_replace_module", replace_only),
+    ):
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -60,14 +60,25 @@ class HostTensors:
 class TensorFiles:
     """The tensors of some safetensors files.
 
-    A file is open only while it is read: what is mapped of an open one counts as this process's memory.
+    What is mapped of an open file counts as memory of this process, so a file is opened anew after so many bytes.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._paths: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._mapped_bytes = 0
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                self._paths.update(dict.fromkeys(file.keys(), path))
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    self._paths[name] = path
+                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Any:
+        path = self._paths[name]
+        if self._open is None or self._open[0] != path or self._mapped_bytes > _BLOCK_BYTES:
+            self._open, self._mapped_bytes = (path, safe_open(path, framework="pt")), 0
+        return self._open[1]
 
     @property
     def names(self) -> list[str]:
@@ -80,27 +91,23 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
-        with safe_open(self._paths[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor."""
-        with safe_open(self._paths[name], framework="pt") as file:
-            found = file.get_slice(name)
-            return (found[:0] if found.get_shape() else file.get_tensor(name)).dtype
+        file = self._file(name)
+        return (file.get_slice(name)[:0] if self._shapes[name] else file.get_tensor(name)).dtype
 
     def read_into(self, target: Tensor, name: str, offsets: tuple[int, ...]) -> None:
         """Copy a rectangle, in blocks of rows: columns lie scattered over all pages of the file."""
-        path = self._paths[name]
         if not offsets:
-            with safe_open(path, framework="pt") as file:
-                target.copy_(file.get_tensor(name))
+            target.copy_(self._file(name).get_tensor(name))
             return
-        row_bytes = math.prod(self.shape(name)[1:]) * self.dtype(name).itemsize
+        row_bytes = math.prod(self._shapes[name][1:]) * self.dtype(name).itemsize
         rows = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
         columns = tuple(slice(start, start + size) for start, size in zip(offsets[1:], target.shape[1:], strict=True))
         start = offsets[0]
         for block in target.split(rows):
-            with safe_open(path, framework="pt") as file:
-                block.copy_(file.get_slice(name)[(slice(start, start + len(block)), *columns)])
+            block.copy_(self._file(name).get_slice(name)[(slice(start, start + len(block)), *columns)])
+            self._mapped_bytes += len(block) * row_bytes
             start += len(block)

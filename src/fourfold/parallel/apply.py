@@ -81,8 +81,17 @@ class Parallelized:
         return None if self.pipeline is None else Staged(self.pipeline, model)
 
 
+def no_weights(shares: Shares) -> None:
+    """The weights are there already."""
+
+
 def parallelize(
-    root: PreTrainedModel, blocks: Sequence[nn.Module], mesh: Mesh, *, compute: torch.dtype | None
+    root: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    mesh: Mesh,
+    *,
+    compute: torch.dtype | None,
+    fill: Callable[[Shares], None] = no_weights,
 ) -> Parallelized:
     """Split a model, in place: pipeline stages, experts, matrices, then data parallelism around what is left.
 
@@ -90,6 +99,7 @@ def parallelize(
         root: the module whose forward pass is called.
         blocks: its decoder layers.
         compute: dtype of the computation where it differs from that of the parameters (mixed precision by FSDP).
+        fill: reads the weights of a model that has none yet, once this rank's parts of them are cut out.
     """
     layout = mesh.layout
     if layout.ep > 1:
@@ -118,10 +128,13 @@ def parallelize(
     if layout.tp > 1:
         split = _share_tensors(split, blocks, mesh)
     if cut is not None:
-        return _with_pipeline(split, root, mesh, cut, partial(_shard, root, blocks, mesh, 1, compute, experts))
+        shard_stages = partial(_shard, root, blocks, mesh, 1, compute, experts)
+        return _with_pipeline(split, root, mesh, cut, shard_stages, partial(fill, shares))
     if layout.shards > 1:
         sharded = _shard(root, blocks, mesh, layout.zero, compute, experts)
+        fill(shares)
         return replace(split, sync=FsdpSync(sharded, layout.zero), autocast=nullcontext)
+    fill(shares)
     if layout.dp_replicate * layout.cp > 1:
         wrapped = replicate(root, mesh.group(("dp_replicate", "cp")))
         log.info("Replicated by DDP over %d ranks", layout.dp_replicate * layout.cp)
@@ -182,7 +195,12 @@ def _shard(
 
 
 def _with_pipeline(
-    split: Parallelized, root: PreTrainedModel, mesh: Mesh, cut: StageCut, shard_stages: Callable[[], FSDPModule]
+    split: Parallelized,
+    root: PreTrainedModel,
+    mesh: Mesh,
+    cut: StageCut,
+    shard_stages: Callable[[], FSDPModule],
+    fill: Callable[[], None],
 ) -> Parallelized:
     """Data parallelism around the stages of a pipeline: gradients travel once a step, whatever the ZeRO stage."""
     layout = mesh.layout
@@ -197,9 +215,13 @@ def _with_pipeline(
     if layout.shards > 1:
         pipeline = mesh.group(("pp",))
         assert pipeline is not None
-        sync = FsdpOnceAStep(shard_stages(), mesh.device, pipeline)
+        sharded = shard_stages()
+        fill()
+        sync = FsdpOnceAStep(sharded, mesh.device, pipeline)
         split = replace(split, autocast=nullcontext)
-    elif layout.dp_replicate * layout.cp > 1:
+        return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))
+    fill()
+    if layout.dp_replicate * layout.cp > 1:
         sync = SumOverReplicas(root, mesh.group(("dp_replicate", "cp")))
         log.info("Replicated over %d pipelines", layout.dp_replicate * layout.cp)
     return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))

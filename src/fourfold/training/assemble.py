@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,15 +20,16 @@ from fourfold.models.adapters import attach, identify_base
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.liger import apply_liger
-from fourfold.models.load import load_model
+from fourfold.models.load import load_model, load_streamed
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.parameters import describe_parameters
 from fourfold.models.renderer import load_renderer
+from fourfold.models.stream import Stream
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.interface import Objective
-from fourfold.parallel.apply import Parallelized, parallelize
+from fourfold.parallel.apply import Parallelized, no_weights, parallelize
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
@@ -180,7 +181,7 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
         data = prepare(run, tokenizer, renderer)
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
-    module = _load_module(run, precision, mesh.device, tokenizer)
+    module, stream = _load_module(run, precision, mesh, tokenizer)
     _check_context(module, data)
     noise = NoiseKeys(training.seed)
     key_dropout(module, noise)
@@ -198,7 +199,10 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
         )
     inner = base_model(module)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
-    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed)
+    fill = no_weights
+    if stream is not None:
+        fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
+    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed, fill=fill)
     model.take(split)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
@@ -245,10 +249,14 @@ def _check_context(module: TunedModel, data: Prepared) -> None:
 
 
 def _load_module(
-    run: Run, precision: Precision, device: torch.device, tokenizer: PreTrainedTokenizerBase
-) -> TunedModel:
-    """The model with its adapters, on the device, ready to be trained."""
-    model = load_model(run.model, dtype=precision.load, device=device, tokenizer=tokenizer, seq_len=run.data.cutoff_len)
+    run: Run, precision: Precision, mesh: Mesh, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TunedModel, Stream | None]:
+    """The model with its adapters, ready to be split and trained.
+
+    Returns:
+        the model on the device, and None; or, where ranks share it, perhaps without weights, and what reads them.
+    """
+    model, stream = _load_base(run, precision, mesh, tokenizer)
     if run.model.enable_liger_kernel:
         apply_liger(model)
     if run.model.moe_aux_loss_coef and "output_router_logits" not in model.config.to_dict():
@@ -259,4 +267,15 @@ def _load_module(
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
     use_short_forward(module)
-    return module
+    return module, stream
+
+
+def _load_base(
+    run: Run, precision: Precision, mesh: Mesh, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, Stream | None]:
+    dtype, seq_len = precision.load, run.data.cutoff_len
+    if mesh.layout.splits_model:
+        streamed = load_streamed(run.model, run.tuning, dtype=dtype, tokenizer=tokenizer, seq_len=seq_len)
+        if streamed is not None:
+            return streamed
+    return load_model(run.model, dtype=dtype, device=mesh.device, tokenizer=tokenizer, seq_len=seq_len), None
