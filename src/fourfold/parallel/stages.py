@@ -252,7 +252,8 @@ def _refuse_what_changes_hidden_states(root: PreTrainedModel, nothing: Part, lik
     Raises:
         PlanError: it does.
     """
-    received = torch.linspace(-1, 1, 2 * like.shape[1], device=like.device, dtype=like.dtype).view(1, 2, -1)
+    device = torch.device("cpu") if like.is_meta else like.device  # without weights, buffers are on the host
+    received = torch.linspace(-1, 1, 2 * like.shape[1], device=device, dtype=like.dtype).view(1, 2, -1)
     decoder = root.get_decoder()
     with nothing.running():
         returned = decoder(inputs_embeds=received, use_cache=False).last_hidden_state
