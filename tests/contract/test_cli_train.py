@@ -70,8 +70,8 @@ def test_train_when_done_leaves_the_files_that_users_expect(train: Train, out: P
     results = read(out / "train_results.json")
     assert results == read(out / "all_results.json")
     assert sorted(results) == [
-        "epoch", "num_input_tokens_seen", "total_flos", "train_loss", "train_runtime", "train_samples_per_second",
-        "train_steps_per_second",
+        "epoch", "num_input_tokens_seen", "peak_memory_gib", "total_flos", "train_loss", "train_runtime",
+        "train_samples_per_second", "train_steps_per_second",
     ]  # fmt: skip
     state = read(out / "trainer_state.json")
     assert (state["global_step"], state["max_steps"], state["num_input_tokens_seen"]) == (

@@ -95,8 +95,13 @@ def _difference(first: RankFacts, other: RankFacts, rank: int) -> str:
 
 
 def peak_memory_of_ranks(mesh: Mesh) -> dict[str, float]:
-    """The least and the largest peak memory of all ranks in GiB, and whose they are; every rank must call."""
+    """The least and the largest peak memory of all ranks in GiB, and whose they are; every rank must call.
+
+    Of a single process `peak_memory_gib` alone.
+    """
     peaks: list[float] = everyone(peak_memory_figures()["peak_memory_gib"])
+    if len(peaks) == 1:
+        return {"peak_memory_gib": round(peaks[0], 4)}
     low, high = min(peaks), max(peaks)
     figures = {
         "peak_memory_gib_min": round(low, 4),
@@ -104,7 +109,7 @@ def peak_memory_of_ranks(mesh: Mesh) -> dict[str, float]:
         "peak_memory_min_rank": peaks.index(low),
         "peak_memory_max_rank": peaks.index(high),
     }
-    if len(peaks) > 1 and mesh.rank == 0:
+    if mesh.rank == 0:
         words = "Peak memory of the ranks: %.2f GiB (rank %d) to %.2f GiB (rank %d)"
         log.info(words, low, peaks.index(low), high, peaks.index(high))
     return figures
