@@ -6,9 +6,10 @@ ones. Here every number is a hash of where it is used: packing, accumulation, re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -56,9 +57,9 @@ class NoiseKeys:
         sizes = torch.tensor([*batch.lengths, 1], dtype=torch.float32, device=device)
         self.lengths = sizes[documents]
 
-    def remembered(self) -> AbstractContextManager[None]:
-        """A context with the keys of now, for a layer that is computed again after another micro-batch was entered."""
-        return self._with(self.tokens, self.lengths)
+    def remembered(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes contexts with the keys of now, for layers computed again after another micro-batch was entered."""
+        return partial(self._with, self.tokens, self.lengths)
 
     @contextmanager
     def _with(self, tokens: Tensor | None, lengths: Tensor | None) -> Iterator[None]:

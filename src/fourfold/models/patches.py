@@ -64,10 +64,18 @@ def adapters_have_weights() -> Iterator[None]:
 
 @contextmanager
 def recompute_noise_ignored() -> Iterator[None]:
-    """Transformers 5.24 renamed what turns recompute on; ends when 5.17, which has only the old name, is not met."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
-        yield
+    """Transformers 5.24 renamed what turns recompute on; ends when 5.17, which has only the old name, is not met.
+
+    It also misses the embedding of a later pipeline stage, which reentrant recompute would need; ours is not reentrant.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def parallelize(
         experts = split_experts(root, mesh, shares)
         log.info("Cut the experts of %d layers over %d ranks", len(experts), layout.ep)
     if layout.tp > 1:
-        split = _share_tensors(split, blocks, mesh)
+        split = _share_tensors(split, [blocks] if cut is None else [part.blocks() for part in cut.parts], mesh)
     if cut is not None:
         shard_stages = partial(_shard, root, blocks, mesh, 1, compute, experts)
         return _with_pipeline(split, root, mesh, cut, shard_stages, partial(fill, shares))
@@ -142,13 +142,11 @@ def parallelize(
     return split
 
 
-def _share_tensors(split: Parallelized, blocks: Sequence[nn.Module], mesh: Mesh) -> Parallelized:
+def _share_tensors(split: Parallelized, runs: Sequence[Sequence[nn.Module]], mesh: Mesh) -> Parallelized:
     layout, root = mesh.layout, split.runner
     assert isinstance(root, PreTrainedModel)
     sequence = layout.sequence_parallel
-    tensors = share_tensors(
-        root, blocks, mesh.view(("tp",)), split.shares, sequence=sequence, loss=layout.loss_parallel
-    )
+    tensors = share_tensors(root, runs, mesh.view(("tp",)), split.shares, sequence=sequence, loss=layout.loss_parallel)
     log.info("Matrices shared by %d ranks%s", layout.tp, ", positions between them, too" if sequence else "")
     return replace(
         split,

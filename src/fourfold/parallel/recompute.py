@@ -7,16 +7,16 @@ again what lies between them - norms, rotations, activations, dropout - which is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
-Remember = Callable[[], AbstractContextManager[object]]
-"""Called in the forward pass; makes a context that puts back what a layer read from outside, for its second time."""
+Remember = Callable[[], Callable[[], AbstractContextManager[object]]]
+"""Called in the forward pass; what it returns makes contexts that put back what a layer read from outside."""
 
 _KEPT = frozenset(
     {
@@ -55,13 +55,22 @@ def _contexts(
 ) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """The contexts of a layer's forward pass and of its second computation."""
     forward, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
-    return forward, again if remember is None else _both(remember(), again)
+    return forward, again if remember is None else _Again(remember(), again)
 
 
-@contextmanager
-def _both(first: AbstractContextManager[object], second: AbstractContextManager[object]) -> Iterator[None]:
-    with first, second:
-        yield
+class _Again(AbstractContextManager[None]):
+    """Where a layer is computed again: once, or twice where gradients of inputs and weights are made apart (zbv)."""
+
+    def __init__(self, remembered: Callable[[], AbstractContextManager[object]], inner: AbstractContextManager[object]):
+        self._remembered, self._inner = remembered, inner
+        self._entered = ExitStack()
+
+    def __enter__(self) -> None:
+        self._entered.enter_context(self._remembered())
+        self._entered.enter_context(self._inner)
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

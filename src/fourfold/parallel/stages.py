@@ -81,10 +81,14 @@ class Part:
         self.is_first, self.is_last = index == 0, index == total - 1
         self._tree = tree
 
+    def blocks(self) -> list[nn.Module]:
+        """Its layers."""
+        return [self._tree.layers[number] for number in self.layers]
+
     def modules(self) -> list[nn.Module]:
         """What this stage computes with: its layers, and embedding, norm and head where it has them."""
         return [
-            *(self._tree.layers[number] for number in self.layers),
+            *self.blocks(),
             *(self._tree.first if self.is_first else ()),
             *(self._tree.last if self.is_last else ()),
         ]

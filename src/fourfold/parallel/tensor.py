@@ -11,6 +11,7 @@ With sequence parallelism the positions are shared between regions, too: norms a
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +64,7 @@ class TensorSplit:
 
 def share_tensors(
     root: PreTrainedModel,
-    blocks: Sequence[nn.Module],
+    runs: Sequence[Sequence[nn.Module]],
     mesh: DeviceMesh,
     shares: Shares,
     *,
@@ -74,7 +75,8 @@ def share_tensors(
 
     Args:
         root: the model, possibly with PEFT's layers in it; parameters may be on the meta device.
-        blocks: the decoder layers that this rank runs, in order.
+        runs: the decoder layers that this rank runs, in order; one list for each time that it takes up and hands on
+            hidden states, as often as it has stages of a pipeline.
         mesh: one-dimensional: the tensor-parallel ranks, which are neighbours in the job.
         shares: gets a note of every parameter that is cut, or whose gradient is a partial sum.
         sequence: share the positions between regions.
@@ -85,7 +87,7 @@ def share_tensors(
     model_type = root.config.get_text_config().model_type
     if model_type not in FAMILIES:
         raise PlanError(not_shared(model_type))
-    return _Sharer(root, mesh, shares, sequence=sequence, loss=loss).run(blocks)
+    return _Sharer(root, mesh, shares, sequence=sequence, loss=loss).run(runs)
 
 
 def not_shared(model_type: str) -> str:
@@ -125,11 +127,11 @@ class _Sharer:
         self._kv_replicas = _replicas(mesh, self._kv_heads)
         self._cut: set[tuple[nn.Module, str]] = set()
 
-    def run(self, blocks: Sequence[nn.Module]) -> TensorSplit:
+    def run(self, runs: Sequence[Sequence[nn.Module]]) -> TensorSplit:
         vocabulary = self._share_vocabulary()
         names = {module: name for name, module in self._root.named_modules()}
         router_copies = 1
-        for block in blocks:
+        for block in itertools.chain.from_iterable(runs):
             for region in _regions(block):
                 split = self._share_region(region, names[region])
                 has_experts = any(parameter.ndim == 3 for parameter in region.parameters())
@@ -137,7 +139,7 @@ class _Sharer:
                     router_copies = self._size
             if self._sequence:
                 self._note_partial(block)
-        if self._sequence and blocks:
+        for blocks in runs if self._sequence else ():
             blocks[0].register_forward_pre_hook(self._enter_blocks, with_kwargs=True, prepend=True)
             blocks[-1].register_forward_hook(self._leave_blocks)
         return TensorSplit(vocabulary, router_copies)
