@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.dataset.batch import Batch
+from fourfold.parallel.exchange import gather, swap
 from fourfold.parallel.mesh import Mesh
-from fourfold.parallel.positions import all_gather, all_to_all
 from fourfold.parallel.ring_kernels import Piece
 
 Method = Literal["allgather", "ulysses", "ring"]
@@ -85,7 +85,7 @@ class ContextParallel:
 
     def gather(self, local: Tensor) -> Tensor:
         """Keys or values of the whole row from every rank's: [B, KV heads, s, d] -> [B, KV heads, S, d]."""
-        by_rank = all_gather(local.permute(2, 0, 1, 3), self.group)
+        by_rank = gather(local.permute(2, 0, 1, 3), 0, self.group)
         chunks = by_rank.chunk(self.num_chunks)
         held = [number for rank in range(self.size) for number in self.chunks_of(rank)]
         return torch.cat([chunks[held.index(number)] for number in range(self.num_chunks)]).permute(1, 2, 0, 3)
@@ -93,12 +93,12 @@ class ContextParallel:
     def heads_for_positions(self, local: Tensor) -> Tensor:
         """This rank's heads of the whole row: [B, heads, s, d] -> [B, heads / cp, S, d]."""
         pieces = local.unflatten(1, (self.size, -1)).permute(1, 3, 0, 2, 4)  # [cp, s, B, heads / cp, d]
-        return all_to_all(pieces, self.group).flatten(0, 1).permute(1, 2, 0, 3)
+        return swap(pieces, self.group).flatten(0, 1).permute(1, 2, 0, 3)
 
     def positions_for_heads(self, whole: Tensor) -> Tensor:
         """The reverse: [B, heads / cp, S, d] -> [B, heads, s, d]."""
         pieces = whole.unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4)  # [cp, heads / cp, B, s, d]
-        return all_to_all(pieces, self.group).flatten(0, 1).transpose(0, 1)
+        return swap(pieces, self.group).flatten(0, 1).transpose(0, 1)
 
 
 def share_positions(mesh: Mesh) -> ContextParallel:

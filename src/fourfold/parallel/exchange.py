@@ -127,6 +127,21 @@ class _Join(torch.autograd.Function):
         return _own(grad, ctx.dim, ctx.group), None, None
 
 
+class _Swap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pieces: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.group = group
+        received = torch.empty_like(pieces, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, pieces.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        returned = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(returned, grad.contiguous(), group=ctx.group)
+        return returned, None
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -166,6 +181,15 @@ def split(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 def join(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Parts are joined for work that all ranks do alike: the gradient is the same on all, each takes its part's."""
     return _Join.apply(x, dim, group)  # type: ignore[return-value]
+
+
+def swap(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The i-th piece goes to the i-th rank and that one's comes in its place; so do the gradients.
+
+    Args:
+        pieces: [ranks, ...], the same shape on every rank of the group.
+    """
+    return _Swap.apply(pieces, group)  # type: ignore[no-any-return]
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
