@@ -127,8 +127,7 @@ def cut(samples: Sequence[Sample], policy: CutPolicy) -> list[Batch]:
 def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
     """The same batch with rows of `width` positions; what is added trains nothing and counts for nothing.
 
-    A packed row gets one more document, which belongs to no sample (its entry of `samples` is (0, 0)), or a longer one
-    if it has such a document already.
+    A packed row gets one more document, which belongs to no sample (its entry of `samples` is (0, 0)).
     """
     missing = width - batch.input_ids.shape[1]
     if missing == 0:
@@ -138,13 +137,6 @@ def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
     if batch.cu_seqlens is None:
         positions = positions + batch.position_ids[:, -1:] + 1
         added: dict[str, Any] = {"document_ids": pad(batch.document_ids, value=-1)}
-    elif sum(batch.lengths) > batch.num_tokens:
-        positions = positions + batch.position_ids[:, -1:] + 1
-        added = {
-            "document_ids": pad(batch.document_ids, value=len(batch.lengths) - 1),
-            "cu_seqlens": torch.cat([batch.cu_seqlens[:-1], batch.cu_seqlens.new_tensor([width])]),
-            "lengths": (*batch.lengths[:-1], batch.lengths[-1] + missing),
-        }
     else:
         added = {
             "document_ids": pad(batch.document_ids, value=len(batch.lengths)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.collate import CutPolicy, cut, widen
+from fourfold.dataset.collate import CutPolicy, cut, equalize, widen
 
 
 def _sample(index: int, length: int, documents: tuple[int, ...] = ()) -> Sample:
@@ -91,3 +91,26 @@ def test_real_positions_when_widened_twice_leave_out_all_that_was_added(packed: 
     assert wider.real_positions().sum(1).tolist() == ([9] if packed else [5, 4])
     # two fillers of a packed row are two documents, and the padding of a padded row is one
     assert wider.documents_of_rows() == (((5, 4, 7, 8),) if packed else ((5, 11), (4, 12)))
+
+
+def test_cut_when_more_batches_are_wanted_spreads_the_samples() -> None:
+    samples = [_sample(i, 10) for i in range(6)]
+    batches = cut(samples, CutPolicy(packed=True, max_tokens=100, min_batches=3))
+    assert [len(batch.samples) for batch in batches] == [2, 2, 2]
+    assert len(cut(samples[:2], CutPolicy(packed=True, max_tokens=100, min_batches=3))) == 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_equalize_when_shapes_differ_adds_what_counts_for_nothing(packed: bool) -> None:
+    policy = CutPolicy(packed=packed, max_tokens=24, multiple=4)
+    batches = cut([_sample(0, 15), _sample(1, 3), _sample(2, 5), _sample(3, 2)], policy)
+    assert len({batch.input_ids.shape for batch in batches}) > 1
+    equal = equalize(batches)
+    assert len({batch.input_ids.shape for batch in equal}) == 1
+    for before, after in zip(batches, equal, strict=True):
+        assert after.num_targets == before.num_targets
+        assert after.num_tokens == before.num_tokens == int(after.real_positions().sum())
+        assert float(after.weights.sum()) == float(before.weights.sum())
+        if packed:
+            assert after.cu_seqlens is not None
+            assert after.cu_seqlens.diff().tolist() == list(after.lengths)
