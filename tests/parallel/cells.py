@@ -54,7 +54,7 @@ _SHAPE: dict[str, Any] = {
     "initializer_range": 0.04,
 }
 """Large enough for 4 ranks to share columns of 4-bit weights, which come in blocks of 64."""
-_FAMILY_SHAPE: dict[str, dict[str, Any]] = {"gemma3_text": {"query_pre_attn_scalar": 32, "initializer_range": 0.3}}
+_FAMILY_SHAPE: dict[str, dict[str, Any]] = {"gemma3_text": {"query_pre_attn_scalar": 64, "initializer_range": 0.3}}
 """Scores as mild as a trained model's, so that they do not magnify rounding."""
 
 

@@ -154,7 +154,6 @@ def make_model(case: Case) -> TunedModel:
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:  # as small beside the base as adapters become, so that its rounding is not magnified
             parameter.data *= 0.1
-    use_short_forward(tuned)
     assert isinstance(tuned, PeftModel)
     return tuned
 
@@ -178,6 +177,8 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
 def train(case: Case, mesh: Mesh) -> Curve:
     """Five AdamW steps, each with the samples that belong to this data-parallel rank."""
     module = make_model(case)
+    if not mesh.layout.splits_backward:
+        use_short_forward(module)
     noise = NoiseKeys(seed=3)
     key_dropout(module, noise)
     model = StepModel(module, packed=case.packed, balance_experts=case.router > 0, noise=noise)

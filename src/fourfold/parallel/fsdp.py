@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from fourfold.parallel.packed import store_packed_as
+
 
 def shard(
     root: nn.Module,
@@ -39,6 +41,7 @@ def shard(
         apart: modules of the blocks that fewer ranks hold alike (a part of the experts), which are their own units.
         apart_mesh: those ranks, [dp_shard] or [dp_replicate, dp_shard].
     """
+    store_packed_as(root, compute or torch.float32)
     # pinned where a GPU reads it; without one there is nothing to pin for
     host: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if on_host else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None)

@@ -31,7 +31,7 @@ def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
         PlanError: the part does not consist of whole blocks.
     """
     from bitsandbytes.functional import QuantState, dequantize_blockwise
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     assert isinstance(layer, Linear4bit)
     weight: Any = layer.weight
@@ -48,7 +48,7 @@ def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
     if state.nested:
         absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
     storage = weight.data.dtype
-    packed = weight.data.view(torch.uint8).view(rows, columns // 2)
+    packed = weight.data.reshape(-1).view(torch.uint8).view(rows, columns // 2)
     scales = absmax.float().view(rows, columns // block)
     if cut.dim == 0:
         packed, scales = cut.take(packed), cut.take(scales)
@@ -64,15 +64,38 @@ def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
+    layer.weight = _wrap(layer, packed.reshape(-1).contiguous().view(storage).reshape(-1, 1), part)
+    layer.quant_state = part  # type: ignore[assignment]
+
+
+def store_packed_as(root: nn.Module, dtype: torch.dtype) -> None:
+    """Let packed weights lie in tensors of a floating dtype, in place: the same bytes under another name.
+
+    FSDP gathers them with the rest of their layer, and before torch 2.12 it cannot hold parameters of integers.
+
+    Args:
+        dtype: the one that FSDP gathers in, so that it casts nothing.
+    """
+    for layer in root.modules():
+        if isinstance(layer, nn.Linear) and is_packed(layer) and layer.weight.dtype != dtype:
+            weight: Any = layer.weight
+            data = weight.data.reshape(-1).view(torch.uint8).view(dtype).reshape(-1, 1)
+            layer.weight = _wrap(layer, data, weight.quant_state)
+            layer.quant_storage = dtype  # type: ignore[assignment]
+
+
+def _wrap(layer: nn.Linear, data: torch.Tensor, state: Any) -> nn.Parameter:
+    """Packed data as bitsandbytes' parameter."""
+    from bitsandbytes.nn.modules import Params4bit
+
     make: Any = Params4bit  # its constructor is not typed
-    layer.weight = make(
-        packed.reshape(-1, 1).contiguous().view(storage),
+    return make(
+        data,
         requires_grad=False,
-        quant_state=part,
-        blocksize=block,
+        quant_state=state,
+        blocksize=state.blocksize,
         quant_type=state.quant_type,
-        quant_storage=storage,
+        quant_storage=data.dtype,
         bnb_quantized=True,
         module=layer,
     )
-    layer.quant_state = part  # type: ignore[assignment]

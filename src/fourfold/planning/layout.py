@@ -80,6 +80,11 @@ class Layout:
         """Whether dp_shard frees gathered weights after the forward pass."""
         return self.zero == 3 if self.reshard is None else self.reshard
 
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a stage makes the gradients of its weights apart from those of its inputs, and later."""
+        return self.pp > 1 and self.pp_schedule == "zbv"
+
     def as_dict(self) -> dict[str, Any]:
         """For logs and checkpoints."""
         return asdict(self)

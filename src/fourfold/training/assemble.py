@@ -183,6 +183,8 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module, stream = _load_module(run, precision, mesh, tokenizer)
     _check_context(module, data)
+    if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
+        use_short_forward(module)
     noise = NoiseKeys(training.seed)
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
@@ -266,7 +268,6 @@ def _load_module(
         )
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     log.info(describe_parameters(module))
-    use_short_forward(module)
     return module, stream
 
 
