@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import Case, Curve, alone, assert_same, make_model, under
 from torch import nn
 
-from fourfold.base.errors import ConfigError
+from fourfold.base.errors import ConfigError, PlanError
+from fourfold.config.load import load
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import base_model
 from fourfold.parallel import host_adamw
 from fourfold.parallel.offload import offload_activations
 from fourfold.planning.layout import Layout
+from fourfold.training.machines import choose_layout
 
 CASES = {"llama-full": Case(), "llama-lora": Case(tuning="lora")}
 
@@ -124,3 +128,17 @@ def test_adamw_when_the_folder_cannot_hold_the_state_says_so(tmp_path: Path) -> 
     settings = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     with pytest.raises(ConfigError, match=r"parallel.offload_folder: .*file cannot hold .*0.78 KiB more"):
         host_adamw.AdamW([{"params": [nn.Parameter(torch.zeros(200))]}], folder=file, **settings)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"parallel": {"offload": "params"}}, "parallel.offload: params works on shards only"),
+        ({"strategy": "zero2", "parallel": {"reshard_after_forward": True}}, "frees the weights that strategy: zero2"),
+        ({"parallel": {"tp": 2}}, "tp 2 make 2 ranks, but there are 1 processes"),
+    ],
+)
+def test_layout_when_one_process_cannot_have_it_says_so(keys: dict[str, Any], message: str) -> None:
+    run = load({"model_name_or_path": "m", "output_dir": "o", "dataset": "d", **keys}, verb="train")
+    with pytest.raises(PlanError, match=re.escape(message)):
+        choose_layout(run, 1)

@@ -81,6 +81,11 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
             {"disable_gradient_checkpointing": True, "gradient_checkpointing": True},
             "disable_gradient_checkpointing: true and gradient_checkpointing: true contradict",
         ),
+        ({"parallel": {"offload_folder": "/nvme"}}, "parallel.offload_folder: /nvme holds what is offloaded, but"),
+        (
+            {"parallel": {"offload": "optimizer"}, "optim": "sgd"},
+            "parallel.offload: optimizer is AdamW's, and optim is",
+        ),
         (
             {"gradient_checkpointing": True, "parallel": {"recompute": "none"}},
             "parallel.recompute: none and gradient_checkpointing: true contradict",
