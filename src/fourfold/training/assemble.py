@@ -133,9 +133,13 @@ class Parts:
             sharing=self.mesh.layout.cp,
             offload=self.run.parallel.offload,
         )
-        if fit.recompute != "none":
-            enable_recompute(self.module, fit.recompute, self.noise)
-            self.recompute = fit.recompute
+        recompute = fit.recompute
+        layout = self.mesh.layout
+        if recompute == "selective" and layout.pp > 1 and layout.pp_schedule == "zbv":
+            recompute = "full"  # zbv computes a layer again twice, and selective hands out what it kept once
+        if recompute != "none":
+            enable_recompute(self.module, recompute, self.noise)
+            self.recompute = recompute
         # Ranks that share micro-batches must cut alike, whatever each has free.
         return replace(fit.policy, max_tokens=-self.split.reducer.largest(-fit.policy.max_tokens))
 

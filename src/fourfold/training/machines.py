@@ -104,7 +104,7 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     """What this version cannot split."""
     problems: list[str] = []
     if layout.pp > 1:
-        problems += _pipeline_problems(run)
+        problems += _pipeline_problems(run, layout)
     if layout.tp > 1:
         problems += _tensor_problems(run)
     if layout.cp > 1:
@@ -135,9 +135,14 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
     return problems
 
 
-def _pipeline_problems(run: Run) -> list[str]:
+def _pipeline_problems(run: Run, layout: Layout) -> list[str]:
     """What cannot be trained in stages."""
     problems = []
+    if layout.pp_schedule == "zbv" and run.parallel.recompute == "selective":
+        problems.append(
+            "parallel.recompute: selective hands out what it kept once, and zbv computes each layer again twice. "
+            "Use recompute: full, or parallel.pp_schedule: 1f1b."
+        )
     if run.tuning.pissa_init:
         problems.append("pissa_init: is undone when saving, which needs the whole model. Use plain LoRA.")
     if run.training.stage not in ("pt", "sft"):
