@@ -12,14 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
+from safetensors.torch import load_file
 from split_block import Block, split
 from test_train_layouts import LAYOUTS, TUNINGS, run_apart
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fourfold.base.errors import CheckpointError
+from fourfold.checkpoint.export import export
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.checkpoint.resume import find_checkpoint
 from fourfold.checkpoint.sharded import write_shards
+from fourfold.config.load import load
 from fourfold.models.shard_files import ShardFiles
 from fourfold.parallel.whole import fill, parts_of
 from tiny_models import save_tiny_model
@@ -161,3 +164,12 @@ def test_resume_when_a_shard_is_damaged_names_it_and_offers_the_one_before(
         shard.unlink()
     with pytest.raises(CheckpointError, match=r"__1_0.distcp: .*checkpoint-6"):
         find_checkpoint(True, folder)
+
+
+def test_export_when_a_checkpoint_is_sharded_writes_a_plain_model(finished: dict[str, Path], tmp_path: Path) -> None:
+    """One process reads it tensor by tensor; the last checkpoint has the weights of the result."""
+    target = tmp_path / "model"
+    export(load({"model_name_or_path": str(finished["hsdp4"] / "checkpoint-9"), "export_dir": str(target)}))
+    found, expected = (load_file(folder / "model.safetensors") for folder in (target, finished["hsdp4"]))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fourfold.base.errors import CheckpointError
+from fourfold.models.parameters import tied_names
 from fourfold.models.shard_files import ShardFiles
 from fourfold.models.tensor_files import TensorFiles
 from fourfold.parallel.shares import Share, Shares, local
@@ -71,7 +72,7 @@ def split_state(
     Returns:
         the tensors as parts of whole ones, by `<parameter name>|<state name>`, and the numbers by parameter name.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in _saved_parameters(model).items()}
     noted = shares.by_parameter(model)
     tensors: dict[str, Part] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -84,6 +85,12 @@ def split_state(
             else:
                 numbers.setdefault(name, {})[key] = value
     return tensors, numbers
+
+
+def _saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by the names that they are saved under."""
+    saved_as = tied_names(model)
+    return {saved_as.get(name, name): parameter for name, parameter in model.named_parameters()}
 
 
 def _like(value: Tensor, part: Part) -> Part:
@@ -120,7 +127,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
             f"{folder}: holds the state of {content['class']}, this run uses {type(optimizer).__name__}. "
             "Set optim as it was, or start a new run from the checkpoint's weights."
         )
-    parameters = dict(model.named_parameters())
+    parameters = _saved_parameters(model)
     known = set().union(*everyone(set(parameters)))
     noted = shares.by_parameter(model)
     host_scalars = {

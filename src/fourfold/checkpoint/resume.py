@@ -15,6 +15,7 @@ from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
+from fourfold.models.parameters import tied_names
 from fourfold.models.shard_files import WEIGHTS, ShardFiles, has_shards
 from fourfold.models.tensor_files import HostTensors, NamedSource, TensorFiles
 from fourfold.models.weights import adapter_parts
@@ -102,10 +103,10 @@ def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
     assert isinstance(model, PreTrainedModel)
     parts: dict[str, tuple[Part, list[str]]] = {}
     first: dict[int, str] = {}  # one parameter under several names is saved under one of them
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own, saved_as = dict(model.named_parameters(remove_duplicate=False)), tied_names(model)
     for name, part in parts_of(model, shares).items():
         key = first.setdefault(id(own.get(name, part)), name)
-        parts.setdefault(key, (part, []))[1].append(name)
+        parts.setdefault(key, (part, []))[1].extend([name, saved_as.get(name, name)])
     _load_parts(parts, _read_model(model, folder), folder)
 
 

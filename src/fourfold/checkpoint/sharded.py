@@ -28,8 +28,9 @@ from fourfold.base.errors import CheckpointError
 from fourfold.checkpoint.folder import Entry, entries_of, incomplete, write_folder
 from fourfold.checkpoint.optimizer import SHARDS, describe_optimizer, split_state, write_numbers
 from fourfold.models.shard_files import WEIGHTS
+from fourfold.models.weights import model_parts
 from fourfold.parallel.shares import Shares
-from fourfold.parallel.whole import Box, Part, everyone, parts_of
+from fourfold.parallel.whole import Box, Part, everyone
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,7 @@ def take_snapshot(
         optimizer: None to leave its state out.
         copied: onto the host, so that training may go on; else what is written is what is there by then.
     """
-    named = {id(parameter): name for name, parameter in model.named_parameters()}
-    tied = {name for name, p in model.named_parameters(remove_duplicate=False) if named[id(p)] != name}
-    weights = {name: part for name, part in parts_of(model, shares).items() if name not in tied}
+    weights = model_parts(model, shares)
     state, numbers = (None, {}) if optimizer is None else split_state(optimizer, model, shares)
     described = {} if optimizer is None else describe_optimizer(optimizer, numbers)
     if copied:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_count
@@ -33,6 +34,14 @@ def upcast_norms(model: nn.Module) -> None:
 def is_empty(model: nn.Module) -> bool:
     """Whether some weights are still to be read."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of tied parameters -> the one name that they are saved under.
+
+    Stages of a pipeline have a copy each, under another name; so both are known by one.
+    """
+    return dict(model.all_tied_weights_keys) if isinstance(model, PreTrainedModel) else {}
 
 
 def describe_parameters(model: nn.Module) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
+from fourfold.models.parameters import tied_names
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import Part, gather, parts_of
@@ -83,8 +84,14 @@ def gather_weights(model: PreTrainedModel | PeftModel, shares: Shares) -> dict[s
 
     Every rank of a model that is split must call.
     """
-    parts = adapter_parts(model, shares) if isinstance(model, PeftModel) else parts_of(model, shares)
+    parts = adapter_parts(model, shares) if isinstance(model, PeftModel) else model_parts(model, shares)
     return {name: tensor for name, tensor in gather(parts) if tensor is not None}
+
+
+def model_parts(model: PreTrainedModel, shares: Shares) -> dict[str, Part]:
+    """All weights of a whole model on this rank, by the names that they are saved under: tied ones once."""
+    saved_as = tied_names(model)
+    return {saved_as.get(name, name): part for name, part in parts_of(model, shares).items()}
 
 
 def adapter_parts(model: PeftModel, shares: Shares) -> dict[str, Part]:
