@@ -122,6 +122,8 @@ def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
         "fsdp3": {"save_sharded": True},
         "hsdp4": {"async_save": True},
         "one": {"async_save": True},
+        "pp2": {"save_sharded": True},
+        "fsdp2xtp2": {"async_save": True},
     }
     for layout, more in kinds.items():
         run_apart(model, data, root / layout, **_settings(layout, **more))
@@ -130,7 +132,16 @@ def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("fsdp3", "one"), ("fsdp3", "hsdp4"), ("hsdp4", "fsdp3"), ("hsdp4", "one"), ("one", "fsdp3"), ("fsdp3", "ddp2")],
+    [
+        ("fsdp3", "one"),
+        ("fsdp3", "hsdp4"),
+        ("hsdp4", "fsdp3"),
+        ("hsdp4", "one"),
+        ("one", "fsdp3"),
+        ("fsdp3", "ddp2"),
+        ("pp2", "fsdp2xtp2"),
+        ("fsdp2xtp2", "pp2"),
+    ],
 )
 def test_resume_when_sharded_goes_on_as_if_never_stopped(
     before: str, after: str, model: Path, data: Path, finished: dict[str, Path], tmp_path: Path
