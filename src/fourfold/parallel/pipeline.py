@@ -117,8 +117,8 @@ class _StageModule(nn.Module):
     def forward(self, *received: Tensor) -> Tensor | tuple[Tensor, ...]:
         """received: what the stage before sent; the first stage gets a number that nobody reads."""
         outputs = self._run(self._part, self.number, () if self._part.is_first else received)
-        # Zero bubble detaches what a stage has sent, in place, which a view does not allow.
-        outputs = tuple(output.clone() if output._is_view() else output for output in outputs)
+        # Zero bubble detaches what a stage has sent, in place, which a view does not allow; strides are as was told.
+        outputs = tuple(output.clone() if output._is_view() else output for output in map(Tensor.contiguous, outputs))
         return outputs[0] if len(outputs) == 1 else outputs
 
 
