@@ -33,13 +33,13 @@ def _random(*shape: int) -> Tensor:
 
 def _close(found: Tensor, expected: Tensor) -> None:
     """Within bf16's rounding: a hundredth of the largest."""
-    assert float((found.float() - expected.float()).abs().max()) <= 1e-2 * float(expected.float().abs().max()) + 1e-3
+    one, other = found.detach().float(), expected.detach().float()
+    assert float((one - other).abs().max()) <= 1e-2 * float(other.abs().max()) + 1e-3
 
 
-@pytest.mark.parametrize("window", _WINDOWS)
-def test_flash_kernel_when_pieces_go_round_equals_the_plain_one(window: int | None) -> None:
+def test_flash_kernel_when_pieces_go_round_equals_the_plain_one() -> None:
     torch.manual_seed(0)
-    scores = Scores(sliding_window=window)
+    window, scores = None, Scores()  # with a window the plain one is used
     for rank, source in itertools.product(range(2), repeat=2):
         for piece in _rows(rank, 2, "ring").pieces(source, window):
             num_queries, num_keys = (sum(numbers) for numbers in zip(*piece.documents, strict=True))

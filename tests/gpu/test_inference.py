@@ -18,6 +18,7 @@ from tiny_models import save_tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:inner dimension"),  # the tiny model's, for bitsandbytes' fast kernel
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

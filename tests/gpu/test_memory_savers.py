@@ -117,6 +117,7 @@ def test_adamw_when_weights_are_on_the_gpu_updates_as_torch_does(
         assert optimizer.state[one]["exp_avg"].device.type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
 def test_attention_when_masters_are_fp32_takes_the_variable_length_kernel(model: PreTrainedModel) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         _step(model, lambda made: None)

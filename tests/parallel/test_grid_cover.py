@@ -30,7 +30,7 @@ def test_cover_when_listed_has_every_pair() -> None:
     assert {cell.layout for cell in cover()} == LAYOUTS.keys()
 
 
-@pytest.mark.parametrize("cell", cover(), ids=lambda cell: "-".join(cell.as_dict().values()))
+@pytest.mark.parametrize("cell", list(cover()), ids=lambda cell: "-".join(cell.as_dict().values()))
 def test_training_when_split_equals_one_process(cell: Cell, references: dict[Case, Curve]) -> None:
     for curve in under(cell.case(), LAYOUTS[cell.layout]):
         assert difference(curve, references[cell.reference()]).problem(cell.family) is None
