@@ -10,6 +10,7 @@ from harness import Case, Curve, alone, assert_same, assert_together_same, make_
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.recompute import Recompute, settings
@@ -85,7 +86,7 @@ def test_recompute_when_another_micro_batch_was_entered_sees_its_own_keys() -> N
     noise.tokens = torch.tensor([[1]], dtype=torch.int32)
     again = noise.remembered()
     noise.tokens = torch.tensor([[2]], dtype=torch.int32)
-    with again:
+    with again():
         assert int(noise.tokens) == 1
     assert int(noise.tokens) == 2
 
@@ -93,6 +94,7 @@ def test_recompute_when_another_micro_batch_was_entered_sees_its_own_keys() -> N
 def _kept_bytes(tuning: str, kind: Recompute) -> int:
     """Bytes that a forward pass allocates and that still live after it, by the allocator's count."""
     module = make_model(Case(tuning=tuning)).train()
+    use_short_forward(module)
     if kind != "none":
         enable_recompute(module, kind, NoiseKeys(seed=0))
     ids = torch.arange(64)[None]
