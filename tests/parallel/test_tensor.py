@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, Curve, alone, assert_same, run_ranks, train, under
+from harness import Case, Curve, alone, assert_same, make_model, run_ranks, train, under
 
 from fourfold.parallel.mesh import Mesh, build_mesh, single
 from fourfold.parallel.tensor import FAMILIES
@@ -81,3 +81,14 @@ def test_training_when_matrices_are_shared_equals_one_process_for_every_family(l
     for found in run_ranks(2, lambda: _all_families(lambda: build_mesh(LAYOUTS[layout], _CPU), FAMILIES)):
         for name, curve in found.items():
             assert_same(curve, references[name], loss=5e-5 if name in MOE_FAMILIES else 1e-5)
+
+
+def test_bytes_when_matrices_are_shared_are_a_share_on_each_rank() -> None:
+    """Every matrix is held once over all ranks, norms by each; the optimizer's two moments likewise."""
+    norms = sum(parameter.numel() for parameter in make_model(Case()).parameters() if parameter.ndim == 1)
+    whole = alone(Case())
+    for layout in (Layout(tp=2), Layout(dp_shard=2, tp=2)):
+        curves = under(Case(), layout)
+        assert sum(curve.local_numel for curve in curves) == whole.local_numel + norms * (layout.tp - 1)
+        assert all(curve.state_numel == 2 * curve.local_numel for curve in curves)
+        assert max(curve.local_numel for curve in curves) <= 1.1 * whole.local_numel / layout.world_size
