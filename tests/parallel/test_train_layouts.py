@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import time
@@ -133,9 +134,16 @@ def test_resume_when_the_optimizer_state_is_emptied_differs(
     assert losses(folder) != pytest.approx(losses(finished["full", "one"]), abs=1e-4)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 3])
+def _kills() -> list[Any]:
+    """Which worker is killed, and how many seconds after the first checkpoint: three, and seventeen for the grid."""
+    moments = random.Random(0)
+    more = [(moments.randrange(4), moments.uniform(0.0, 0.3)) for _ in range(17)]
+    return [(0, 0.0), (1, 0.0), (3, 0.0), *(pytest.param(*kill, marks=pytest.mark.grid) for kill in more)]
+
+
+@pytest.mark.parametrize(("victim", "delay"), _kills())
 def test_run_when_a_worker_is_killed_ends_and_resumes_exactly(
-    victim: int, model: Path, data: Path, finished: dict[tuple[str, str], Path], tmp_path: Path
+    victim: int, delay: float, model: Path, data: Path, finished: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     settings = {**_settings("full", "hsdp4"), "save_steps": 1}
     cfg = config(model, data, tmp_path, **settings)
@@ -146,6 +154,7 @@ def test_run_when_a_worker_is_killed_ends_and_resumes_exactly(
         time.sleep(0.01)
     workers = psutil.Process(parent.pid).children()
     assert len(workers) == 4
+    time.sleep(delay)
     os.kill(workers[victim].pid, signal.SIGKILL)
     started = time.monotonic()
     parent.join(60)
