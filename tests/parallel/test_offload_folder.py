@@ -18,7 +18,9 @@ from fourfold.training.fit import fit
 from tiny_models import save_tiny_model
 from training_runs import config, losses, write_dataset
 
-_FORK = multiprocessing.get_context("fork")
+_FRESH = multiprocessing.get_context("forkserver")
+"""Not a fork of this process: memory that earlier tests have freed here would be room in it beside the limit."""
+_FRESH.set_forkserver_preload(["fourfold.training.assemble", "fourfold.training.fit"])
 _SETTINGS: dict[str, Any] = {
     "finetuning_type": "full",
     "learning_rate": 1e-4,
@@ -66,9 +68,9 @@ def test_training_when_adam_does_not_fit_and_no_folder_is_given_fails(
 
 def _train(model: Path, data: Path, output: Path, *, limited: bool, **overrides: Any) -> str:
     """Train in a process of its own; returns its error, or nothing."""
-    reader, writer = _FORK.Pipe(duplex=False)
+    reader, writer = _FRESH.Pipe(duplex=False)
     keys = config(model, data, output, **_SETTINGS, **overrides)
-    process = _FORK.Process(target=_run, args=(keys, limited, writer))
+    process = _FRESH.Process(target=_run, args=(keys, limited, writer))
     process.start()
     problem = reader.recv()
     process.join(30)
