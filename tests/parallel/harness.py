@@ -30,7 +30,7 @@ from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
-from fourfold.parallel.sharded import full
+from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
@@ -101,14 +101,7 @@ def assert_same(curve: Curve, reference: Curve, *, loss: float = 1e-5) -> None:
 
     Of gradients that are parts of larger ones, the same part of the reference is compared.
     """
-    assert len(curve.losses) == STEPS
-    assert curve.losses == pytest.approx(reference.losses, abs=loss)
-    assert curve.norms == pytest.approx(reference.norms, rel=1e-3)
-    largest = max(float(grad.abs().max()) for grad in reference.gradients.values())
-    assert curve.gradients.keys() == reference.gradients.keys()
-    for name, whole in reference.gradients.items():
-        grad = curve.shares[name].take(whole) if name in curve.shares else whole
-        assert float((curve.gradients[name] - grad).abs().max()) <= 1e-6 * largest, name
+    assert_together_same([curve], reference, loss=loss)
 
 
 def assert_together_same(curves: list[Curve], reference: Curve, *, loss: float = 1e-5) -> None:
@@ -240,16 +233,12 @@ def _optimizer(parameters: list[torch.nn.Parameter], layout: Layout) -> torch.op
 
 
 def _numel(parameters: Any) -> int:
-    return sum(_local(p).numel() for p in parameters)
+    return sum(local(p).numel() for p in parameters)
 
 
 def _state_numel(optimizer: torch.optim.Optimizer) -> int:
     states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(_local(value).numel() for value in states if isinstance(value, torch.Tensor) and value.ndim)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return sum(local(value).numel() for value in states if isinstance(value, torch.Tensor) and value.ndim)
 
 
 def alone(case: Case) -> Curve:

@@ -48,7 +48,7 @@ def split(block: Block, dp: int, tp: int) -> Shares:
         for (path, name), cuts in _cuts(rank).items():
             module = block.get_submodule(path)
             whole = getattr(module, name).detach()
-            share = Share(tuple(whole.shape), cuts, parts=2 if cuts else 1, first=bool(cuts) or rank == 0)
+            share = Share(tuple(whole.shape), cuts, parts=2 if cuts else 1)
             setattr(module, name, nn.Parameter(share.take(whole)))
             shares.put(module, name, share)
     if dp > 1:

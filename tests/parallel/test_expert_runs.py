@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from fourfold.base.errors import PlanError
 from fourfold.checkpoint.folder import list_checkpoints
 from tiny_models import save_tiny_model
-from training_runs import losses, run, write_dataset
+from training_runs import losses, run
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -34,14 +34,6 @@ _FORK = multiprocessing.get_context("fork")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny qwen3_moe, whose weights are saved under the names of single experts."""
     return save_tiny_model(tmp_path_factory.mktemp("model") / "qwen3_moe", "qwen3_moe")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data sets."""
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder)
-    return folder
 
 
 def _run(model: Path, data: Path, output: Path, tuning: str, layout: str, **overrides: Any) -> None:

@@ -16,7 +16,7 @@ from fourfold.training import folder
 from fourfold.training.assemble import load_parts
 from fourfold.training.fit import fit
 from tiny_models import save_tiny_model
-from training_runs import config, losses, write_dataset
+from training_runs import config, losses
 
 _FRESH = multiprocessing.get_context("forkserver")
 """Not a fork of this process: memory that earlier tests have freed here would be room in it beside the limit."""
@@ -37,14 +37,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of 16 million parameters."""
     folder = tmp_path_factory.mktemp("model")
     return save_tiny_model(folder, hidden_size=512, intermediate_size=2048, num_hidden_layers=4, head_dim=128)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data sets."""
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder)
-    return folder
 
 
 def test_training_when_adam_does_not_fit_goes_on_in_files_and_resumes(model: Path, data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from safetensors.torch import load_file
 from split_block import Block, split
-from test_train_layouts import LAYOUTS, TUNINGS, run_apart
+from test_train_layouts import run_apart, settings_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from fourfold.base.errors import CheckpointError
@@ -25,8 +25,7 @@ from fourfold.checkpoint.sharded import write_shards
 from fourfold.config.load import load
 from fourfold.models.shard_files import ShardFiles
 from fourfold.parallel.whole import fill, parts_of
-from tiny_models import save_tiny_model
-from training_runs import losses, write_dataset
+from training_runs import losses
 
 
 def _write(folder: Path, dp: int, tp: int) -> None:
@@ -97,24 +96,6 @@ def test_shards_when_the_table_of_contents_is_not_one_runs_no_code(tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny qwen3, whose embeddings are tied."""
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data sets."""
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder)
-    return folder
-
-
-def _settings(layout: str, **more: Any) -> dict[str, Any]:
-    return {"global_batch_size": 4, "max_steps": 9, "val_size": 2, **TUNINGS["full"], **LAYOUTS[layout], **more}
-
-
-@pytest.fixture(scope="module")
 def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Whole runs with sharded checkpoints, from each rank at once, beside the training, and in one process."""
     root = tmp_path_factory.mktemp("runs")
@@ -126,7 +107,7 @@ def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
         "fsdp2xtp2": {"async_save": True},
     }
     for layout, more in kinds.items():
-        run_apart(model, data, root / layout, **_settings(layout, **more))
+        run_apart(model, data, root / layout, **settings_of("full", layout), **more)
     return {layout: root / layout for layout in kinds}
 
 
@@ -151,7 +132,7 @@ def test_resume_when_sharded_goes_on_as_if_never_stopped(
     shutil.rmtree(folder / "checkpoint-9")
     assert (folder / "checkpoint-6" / "model_shards").is_dir()
     assert not (folder / "checkpoint-6" / "model.safetensors").exists()
-    run_apart(model, data, folder, resume_from_checkpoint=True, **_settings(after))
+    run_apart(model, data, folder, resume_from_checkpoint=True, **settings_of("full", after))
     assert losses(folder) == pytest.approx(losses(finished["one"]), abs=1e-5)
 
 

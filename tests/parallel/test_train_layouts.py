@@ -22,8 +22,7 @@ from fourfold.checkpoint.folder import list_checkpoints, verify, write_folder
 from fourfold.config.load import load
 from fourfold.parallel.launch import WorkerError
 from fourfold.training.run import train
-from tiny_models import save_tiny_model
-from training_runs import config, losses, run, write_dataset
+from training_runs import config, losses, run
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {},
@@ -43,21 +42,8 @@ TUNINGS: dict[str, dict[str, Any]] = {
 _FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny qwen3, whose embeddings are tied."""
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data sets."""
-    folder = tmp_path_factory.mktemp("data")
-    write_dataset(folder)
-    return folder
-
-
-def _settings(tuning: str, layout: str) -> dict[str, Any]:
+def settings_of(tuning: str, layout: str) -> dict[str, Any]:
+    """Keys of a whole run."""
     # 22 samples in steps of 4: with 3 or 4 ranks the last step of an epoch leaves some without a sample.
     return {"global_batch_size": 4, "max_steps": 9, "val_size": 2, **TUNINGS[tuning], **LAYOUTS[layout]}
 
@@ -77,7 +63,7 @@ def finished(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     for tuning in TUNINGS:
         for layout in LAYOUTS:
             folders[tuning, layout] = root / f"{tuning}-{layout}"
-            run_apart(model, data, folders[tuning, layout], **_settings(tuning, layout))
+            run_apart(model, data, folders[tuning, layout], **settings_of(tuning, layout))
     return folders
 
 
@@ -111,7 +97,7 @@ def test_resume_when_under_another_layout_goes_on_as_if_never_stopped(
     folder = tmp_path / "run"
     shutil.copytree(finished[tuning, before], folder)
     shutil.rmtree(folder / "checkpoint-9")
-    run_apart(model, data, folder, resume_from_checkpoint=True, **_settings(tuning, after))
+    run_apart(model, data, folder, resume_from_checkpoint=True, **settings_of(tuning, after))
     assert losses(folder) == pytest.approx(losses(finished[tuning, "one"]), abs=1e-5)
 
 
@@ -130,7 +116,7 @@ def test_resume_when_the_optimizer_state_is_emptied_differs(
         save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}, path)
 
     write_folder(newest, without_moments)
-    run_apart(model, data, folder, resume_from_checkpoint=True, **_settings("full", "ddp2"))
+    run_apart(model, data, folder, resume_from_checkpoint=True, **settings_of("full", "ddp2"))
     assert losses(folder) != pytest.approx(losses(finished["full", "one"]), abs=1e-4)
 
 
@@ -145,7 +131,7 @@ def _kills() -> list[Any]:
 def test_run_when_a_worker_is_killed_ends_and_resumes_exactly(
     victim: int, delay: float, model: Path, data: Path, finished: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
-    settings = {**_settings("full", "hsdp4"), "save_steps": 1}
+    settings = {**settings_of("full", "hsdp4"), "save_steps": 1}
     cfg = config(model, data, tmp_path, **settings)
     parent = _FORK.Process(target=_expect_worker_error, args=(cfg,))
     parent.start()

@@ -19,7 +19,8 @@ from fourfold.base.errors import CheckpointError
 from fourfold.models.parameters import tied_names
 from fourfold.models.shard_files import ShardFiles
 from fourfold.models.tensor_files import TensorFiles
-from fourfold.parallel.shares import Share, Shares, local
+from fourfold.parallel.sharded import local
+from fourfold.parallel.shares import Share, Shares
 from fourfold.parallel.whole import Part, Source, describe, everyone, fill, gather
 
 TENSORS = "optimizer.safetensors"

@@ -213,15 +213,12 @@ def _with_pipeline(
     if layout.shards > 1:
         pipeline = mesh.group(("pp",))
         assert pipeline is not None
-        sharded = shard_stages()
-        fill()
-        sync = FsdpOnceAStep(sharded, mesh.device, pipeline)
+        sync = FsdpOnceAStep(shard_stages(), mesh.device, pipeline)
         split = replace(split, autocast=nullcontext)
-        return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))
-    fill()
-    if layout.dp_replicate * layout.cp > 1:
+    elif layout.dp_replicate * layout.cp > 1:
         sync = SumOverReplicas(root, mesh.group(("dp_replicate", "cp")))
         log.info("Replicated over %d pipelines", layout.dp_replicate * layout.cp)
+    fill()
     return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))
 
 

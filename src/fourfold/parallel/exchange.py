@@ -6,8 +6,9 @@ whole along one dimension, or a partial sum of the whole. Its gradient is of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ try:
 except ImportError:  # their names before torch 2.13, which warns of them
     from torch.distributed import all_gather_into_tensor as all_gather_single
     from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
+
+_Operation = Callable[[Tensor], Tensor]
 
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -62,125 +66,61 @@ def _own(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return x.chunk(group.size(), dim)[group.rank()].contiguous()
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.group = group
-        return x.view_as(x)
+def _swap(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
+    received = torch.empty_like(pieces, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, pieces.contiguous(), group=group)
+    return received
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+class _Exchange(torch.autograd.Function):
+    """One operation on the values, another on their gradients."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_reduce(grad, ctx.group), None
-
-
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
+    def forward(ctx: Any, x: Tensor, there: _Operation, back: _Operation) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.back = back
+        return x.view_as(x) if there is _as_it_is else there(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _reduce_scatter(grad, ctx.dim, ctx.group), None, None
+        return ctx.back(grad), None, None
 
 
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_gather(grad, ctx.dim, ctx.group), None, None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.dim, ctx.group = dim, group
-        return _own(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_gather(grad, ctx.dim, ctx.group), None, None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _own(grad, ctx.dim, ctx.group), None, None
-
-
-class _Swap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pieces: Tensor, group: dist.ProcessGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.group = group
-        received = torch.empty_like(pieces, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, pieces.contiguous(), group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        returned = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(returned, grad.contiguous(), group=ctx.group)
-        return returned, None
-
-
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * ctx.factor, None
+def _exchange(x: Tensor, there: _Operation, back: _Operation) -> Tensor:
+    return _Exchange.apply(x, there, back)  # type: ignore[return-value]
 
 
 def copy(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The same value goes into work that is divided: its gradient arrives in partial sums, and is added up."""
-    return _Copy.apply(x, group)  # type: ignore[return-value]
+    return _exchange(x, _as_it_is, partial(_all_reduce, group=group))
 
 
 def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Partial sums are added up; the gradient is the same on all ranks."""
-    return _Reduce.apply(x, group)  # type: ignore[return-value]
+    return _exchange(x, partial(_all_reduce, group=group), _as_it_is)
 
 
 def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Parts are joined for work that is divided: the gradient arrives in partial sums, each rank gets its part's."""
-    return _Gather.apply(x, dim, group)  # type: ignore[return-value]
+    return _exchange(x, partial(_all_gather, dim=dim, group=group), partial(_reduce_scatter, dim=dim, group=group))
 
 
 def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Partial sums are added up, each rank gets a part; the gradients of the parts are joined."""
-    return _ReduceScatter.apply(x, dim, group)  # type: ignore[return-value]
+    return _exchange(x, partial(_reduce_scatter, dim=dim, group=group), partial(_all_gather, dim=dim, group=group))
 
 
 def split(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Each rank takes its part of what is the same on all; the gradients of the parts are joined."""
-    return _Split.apply(x, dim, group)  # type: ignore[return-value]
+    return _exchange(x, partial(_own, dim=dim, group=group), partial(_all_gather, dim=dim, group=group))
 
 
 def join(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Parts are joined for work that all ranks do alike: the gradient is the same on all, each takes its part's."""
-    return _Join.apply(x, dim, group)  # type: ignore[return-value]
+    return _exchange(x, partial(_all_gather, dim=dim, group=group), partial(_own, dim=dim, group=group))
 
 
 def swap(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -189,9 +129,9 @@ def swap(pieces: Tensor, group: dist.ProcessGroup) -> Tensor:
     Args:
         pieces: [ranks, ...], the same shape on every rank of the group.
     """
-    return _Swap.apply(pieces, group)  # type: ignore[no-any-return]
+    return _exchange(pieces, partial(_swap, group=group), partial(_swap, group=group))
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """The value as it is, its gradient times `factor`."""
-    return _ScaleGradient.apply(x, factor)  # type: ignore[return-value]
+    return _exchange(x, _as_it_is, lambda grad: grad * factor)

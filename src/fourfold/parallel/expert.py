@@ -10,7 +10,7 @@ seen the tokens of the whole group.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,11 +60,9 @@ def split_experts(root: nn.Module, mesh: Mesh, shares: Shares) -> list[nn.Module
     """
     assert mesh.expert_mesh is not None, "a mesh without expert parallelism"
     group, index = mesh.expert_mesh.get_group("ep"), mesh.expert_mesh.get_local_rank("ep")
-    # The ranks that differ in `ep` alone hold different experts; of all others the first is the giver.
-    first = all(mesh.expert_mesh.get_local_rank(axis) == 0 for axis in ("dp_replicate", "dp_shard", "tp"))
     apart: list[nn.Module] = []
     for _, experts in list(find_experts(root)):
-        part = _Part.of(experts, index, mesh.layout.ep, first=first)
+        part = _Part.of(experts, index, mesh.layout.ep)
         wrappers = [m for m in root.modules() if isinstance(m, ParamWrapper) and m.get_base_layer() is experts]
         for parameter in dict(experts.named_parameters(recurse=False)):
             part.keep(experts, parameter, part.rows(), shares)
@@ -83,13 +81,12 @@ class _Part:
     start: int
     count: int
     total: int
-    first: bool
 
     @classmethod
-    def of(cls, experts: nn.Module, index: int, ranks: int, *, first: bool) -> _Part:
+    def of(cls, experts: nn.Module, index: int, ranks: int) -> _Part:
         total = _count(experts)
         count = total // ranks
-        return cls(index * count, count, total, first)
+        return cls(index * count, count, total)
 
     def rows(self, each: int = 1) -> tuple[tuple[int, int], ...]:
         """Where the experts lie in a dimension that holds `each` entries of the first, then of the second, ..."""
@@ -104,16 +101,9 @@ class _Part:
     ) -> None:
         """Replace `module.<name>` by the entries of this rank, and note what they are."""
         whole = module.get_parameter(name)
-        noted = shares.get(module, name) or Share(tuple(whole.shape), first=self.first)
+        noted = shares.get(module, name) or Share(tuple(whole.shape))
         cut = Cut(dim, ranges)
-        share = Share(
-            noted.shape,
-            (*noted.cuts, cut),
-            parts=noted.parts * self.total // self.count,
-            stages=noted.stages,
-            sum_over=noted.sum_over,
-            first=noted.first and self.first,
-        )
+        share = replace(noted, cuts=(*noted.cuts, cut), parts=noted.parts * self.total // self.count)
         setattr(module, name, nn.Parameter(cut.take(whole.detach()), requires_grad=whole.requires_grad))
         shares.put(module, name, share)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.units import format_bytes
-from fourfold.parallel.shares import local
+from fourfold.parallel.sharded import local
 
 PIECE = 1 << 24
 """Entries that are updated at one time: 64 MiB of fp32, large enough for the link's full speed."""

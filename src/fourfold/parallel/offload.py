@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fourfold.parallel.shares import local
+from fourfold.parallel.sharded import local
 
 SMALLEST_BYTES = 1 << 20
 """Tensors below this stay: a copy costs more time than it saves memory."""

@@ -27,7 +27,7 @@ from torch.distributed.pipelining import (
 )
 
 from fourfold.parallel.mesh import Mesh
-from fourfold.parallel.shares import local
+from fourfold.parallel.sharded import local
 from fourfold.parallel.stages import Part, StageCut
 from fourfold.planning.stages import rank_of_stage, round_microbatches
 

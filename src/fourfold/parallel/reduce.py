@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fourfold.parallel.sharded import full
-from fourfold.parallel.shares import Share, local
+from fourfold.parallel.sharded import full, local
+from fourfold.parallel.shares import Share
 
 _Found = TypeVar("_Found")
 

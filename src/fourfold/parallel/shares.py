@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from fourfold.parallel.sharded import local
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,6 @@ class Share:
         parts: how many different parts the ranks of a stage hold together.
         stages: how many pipeline stages hold this parameter (2 for embeddings tied over the first and the last).
         sum_over: ranks whose gradients are partial sums that must be added up, once a step; None if each has it all.
-        first: whether this rank is the first of those that hold this same part (it alone gives it to a checkpoint).
     """
 
     shape: tuple[int, ...]
@@ -60,7 +60,6 @@ class Share:
     parts: int = 1
     stages: int = 1
     sum_over: dist.ProcessGroup | None = None
-    first: bool = True
 
     def take(self, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor, as a copy; `whole` itself where nothing is cut."""
@@ -111,8 +110,3 @@ class Shares:
             dist.all_reduce(flat, group=group)
             for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

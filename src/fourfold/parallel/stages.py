@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -201,11 +201,8 @@ def note_tied(shares: Shares, root: PreTrainedModel, cut: StageCut) -> None:
     embedding = root.get_input_embeddings()
     assert isinstance(embedding, nn.Module)
     for name, weight in embedding.named_parameters(recurse=False):
-        known = shares.get(embedding, name)
-        first = cut.parts[0].is_first and (known is None or known.first)
-        parts, cuts = (1, ()) if known is None else (known.parts, known.cuts)
-        shape = tuple(weight.shape) if known is None else known.shape
-        shares.put(embedding, name, Share(shape, cuts, parts, stages=2, sum_over=cut.tied, first=first))
+        known = shares.get(embedding, name) or Share(tuple(weight.shape))
+        shares.put(embedding, name, replace(known, stages=2, sum_over=cut.tied))
 
 
 def _tie_group(mesh: Mesh) -> dist.ProcessGroup | None:

@@ -179,8 +179,7 @@ class _Sharer:
         if style == "colwise" and kind in ("k_proj", "v_proj") and self._size > self._kv_heads:
             index = self._rank * self._kv_heads // self._size
             cut = Cut(0, (even_range(total, index, self._kv_heads),))
-            first = self._rank % (self._size // self._kv_heads) == 0
-            note = Share((), parts=self._kv_heads, sum_over=self._kv_replicas, first=first)
+            note = Share((), parts=self._kv_heads, sum_over=self._kv_replicas)
         else:
             cut = Cut(dim, (even_range(total, self._rank, self._size),))
             note = Share((), parts=self._size)
@@ -220,7 +219,7 @@ class _Sharer:
         before = self._shares.get(module, name)
         if before is not None:
             shape = before.shape
-            note = replace(note, cuts=before.cuts, parts=before.parts * note.parts, first=before.first and note.first)
+            note = replace(note, cuts=before.cuts, parts=before.parts * note.parts)
         self._shares.put(module, name, replace(note, shape=shape, cuts=(*note.cuts, cut)))
         self._cut.add((module, name))
 
@@ -231,8 +230,7 @@ class _Sharer:
                 if (owner, name) in self._cut:
                     continue
                 before = self._shares.get(owner, name) or Share(tuple(parameter.shape))
-                first = before.first and self._rank == 0
-                self._shares.put(owner, name, replace(before, sum_over=self._group, first=first))
+                self._shares.put(owner, name, replace(before, sum_over=self._group))
 
     def _settle_heads(self, attention: nn.Module) -> None:
         """Tell an attention layer how many of its query heads share a key head on this rank."""

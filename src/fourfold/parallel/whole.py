@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fourfold.parallel.shares import Share, Shares, local
+from fourfold.parallel.sharded import local
+from fourfold.parallel.shares import Share, Shares
 
 Sizes = tuple[int, ...]
 

@@ -20,7 +20,7 @@ from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.loss import CHUNK_TOKENS
 from fourfold.parallel.recompute import Recompute, settings
-from fourfold.parallel.shares import local
+from fourfold.parallel.sharded import local
 
 log = get_logger(__name__)
 

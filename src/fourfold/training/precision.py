@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.config.schema import Run
-from fourfold.parallel.shares import local
+from fourfold.parallel.sharded import local
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fourfold.config.schema import Run
 from fourfold.models.unwrap import base_model
-from fourfold.parallel.sharded import full
-from fourfold.parallel.shares import local
+from fourfold.parallel.sharded import full, local
 
 
 class _Pair(torch.optim.Optimizer):
