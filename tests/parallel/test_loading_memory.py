@@ -24,8 +24,8 @@ from tiny_models import save_tiny_model
 
 _CPU = torch.device("cpu")
 _MIB = 1 << 20
-_SLACK = 110 * _MIB
-"""What is mapped of a file at once (64 MiB), buffers of the exchange, and what Python takes."""
+_SLACK = 80 * _MIB
+"""What is read of a file at once (16 MiB), buffers of the exchange, and what Python takes."""
 _SIZES = {
     "hidden_size": 1024,
     "intermediate_size": 2816,

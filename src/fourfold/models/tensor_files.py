@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -13,8 +16,8 @@ from torch import Tensor
 
 from fourfold.parallel.whole import Source
 
-_BLOCK_BYTES = 64 << 20
-"""Of a tensor, what is mapped at once: mapped pages count as memory of the process."""
+_BLOCK_BYTES = 16 << 20
+"""Of a tensor, what is read at once."""
 
 
 class NamedSource(Source, Protocol):
@@ -57,57 +60,89 @@ class HostTensors:
         target.copy_(tensor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor lies in a file: from byte `start`, row after row."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class TensorFiles:
     """The tensors of some safetensors files.
 
-    What is mapped of an open file counts as memory of this process, so a file is opened anew after so many bytes.
+    They are read and not mapped: what is mapped counts as memory of the process, by as much as the system sees fit.
+
+    Raises:
+        SafetensorError: a file is damaged.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._paths: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._open: tuple[Path, Any] | None = None
-        self._mapped_bytes = 0
+        self._entries: dict[str, _Entry] = {}
         for path in paths:
-            with safe_open(path, framework="pt") as file:
+            starts = _starts(path)
+            with safe_open(path, framework="pt") as file:  # which also checks the table of contents
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    self._paths[name] = path
-                    self._shapes[name] = tuple(file.get_slice(name).get_shape())
-
-    def _file(self, name: str) -> Any:
-        path = self._paths[name]
-        if self._open is None or self._open[0] != path or self._mapped_bytes > _BLOCK_BYTES:
-            self._open, self._mapped_bytes = (path, safe_open(path, framework="pt")), 0
-        return self._open[1]
+                    outline = file.get_slice(name)
+                    shape = tuple(outline.get_shape())
+                    dtype = (outline[:0] if shape else file.get_tensor(name)).dtype
+                    self._entries[name] = _Entry(path, starts[name], shape, dtype)
 
     @property
     def names(self) -> list[str]:
         """Of all tensors."""
-        return list(self._paths)
+        return list(self._entries)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a tensor."""
-        return name in self._paths
+        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
-        return self._shapes[name]
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor."""
-        file = self._file(name)
-        return (file.get_slice(name)[:0] if self._shapes[name] else file.get_tensor(name)).dtype
+        return self._entries[name].dtype
 
     def read_into(self, target: Tensor, name: str, offsets: tuple[int, ...]) -> None:
-        """Copy a rectangle, in blocks of rows: columns lie scattered over all pages of the file."""
-        if not offsets:
-            target.copy_(self._file(name).get_tensor(name))
-            return
-        row_bytes = math.prod(self._shapes[name][1:]) * self.dtype(name).itemsize
-        rows = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+        """Copy a rectangle, in blocks of whole rows: columns lie scattered over the file.
+
+        Raises:
+            EOFError: the file has become shorter.
+        """
+        entry = self._entries[name]
+        width = math.prod(entry.shape[1:])
+        row_bytes = width * entry.dtype.itemsize
+        at = entry.start + (offsets[0] if offsets else 0) * row_bytes
         columns = tuple(slice(start, start + size) for start, size in zip(offsets[1:], target.shape[1:], strict=True))
-        start = offsets[0]
-        for block in target.split(rows):
-            block.copy_(self._file(name).get_slice(name)[(slice(start, start + len(block)), *columns)])
-            self._mapped_bytes += len(block) * row_bytes
-            start += len(block)
+        rows = max(_BLOCK_BYTES // max(row_bytes, 1), 1)
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(at)
+            for block in target.split(rows) if offsets else (target,):
+                count = block.shape[:1]
+                read = torch.empty((*count, *entry.shape[1:]), dtype=entry.dtype)
+                _read_exactly(file, read.reshape(-1).view(torch.uint8).numpy().data)
+                block.copy_(read[(slice(None), *columns)] if offsets else read)
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """The byte of a file at which each tensor begins.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in table.items() if name != "__metadata__"}
+
+
+def _read_exactly(file: FileIO, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done:])
+        if not count:
+            raise EOFError(f"{file.name}: the file ends too early")
+        done += count
