@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
 from fourfold.parallel.ring import ring_attention
 from fourfold.parallel.scores import Scores
@@ -155,7 +156,7 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, score
 
 def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
     """query [B, heads, S, d], key and value [B, KV heads, K, d] -> [B, S, heads, value dim]."""
-    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    half = context.has_varlen(query.device) and query.dtype in (torch.float16, torch.bfloat16)
     if half and scores.fused and scores.dropout == 0.0 and stretch.offsets is not None:
         return _varlen(query, key, value, stretch, scores)
     rows: list[Tensor] = []

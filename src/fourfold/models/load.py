@@ -154,6 +154,25 @@ def _without_weights(model_config: PreTrainedConfig, config: ModelConfig, option
     return model
 
 
+def build_without_weights(
+    model_config: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype, *, seq_len: int | None = None
+) -> PreTrainedModel:
+    """The model with its buffers, but with parameters that take no memory (on the meta device).
+
+    Args:
+        model_config: as `load_config` gives it.
+        dtype: of the parameters.
+    """
+    attention = _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
+    model_config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            model_config, trust_remote_code=config.trust_remote_code, dtype=dtype, attn_implementation=attention
+        )
+    model.tie_weights()
+    return model
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the base model, without loading a weight."""
     with torch.device("meta"):

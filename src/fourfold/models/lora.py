@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from fourfold.parallel.packed import is_plain
+
 _OPERATORS = torch.library.Library("fourfold", "DEF")
 _OPERATORS.define(
     "low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
@@ -105,7 +107,7 @@ class LoraLinear(PeftLinear):
 def _is_frozen(base: nn.Linear) -> bool:
     """Whether the base is a plain weight without a gradient."""
     trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    return type(base.weight) is nn.Parameter and not trained
+    return is_plain(base.weight) and not trained
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -46,6 +46,8 @@ def adapters_have_weights() -> Iterator[None]:
     def cast_only(self: BaseTunerLayer, adapter_name: str, device: torch.device | None = None) -> None:
         base = self.get_param() if isinstance(self, ParamWrapper) else self.get_base_layer().weight
         assert isinstance(base, Tensor)
+        if not base.is_floating_point():  # packed weights
+            return
         for kind in self.adapter_layer_names:
             entries = getattr(self, kind, None)
             if isinstance(entries, nn.ModuleDict | nn.ParameterDict) and adapter_name in entries:

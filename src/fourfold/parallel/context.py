@@ -15,9 +15,9 @@ Shape legend: B rows, S positions of a whole row, s = S / cp of this rank, d hea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -130,12 +130,17 @@ class Stretch:
         keys: list[tuple[int, int]] = []
         documents: list[tuple[tuple[int, int], ...]] = []
         for lengths in rows:
-            edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
+            edges = accumulate(lengths, initial=0)
             seen = [(max(a, first), min(b, last), a) for a, b in pairwise(edges) if a < last and b > first]
             keys.append((seen[0][2], last))
             documents.append(tuple((stop - start, stop - begin) for start, stop, begin in seen))
-        offsets = _offsets(documents, device) if device.type == "cuda" else None
+        offsets = _offsets(documents, device) if has_varlen(device) else None
         return Stretch(tuple(keys), tuple(documents), offsets)
+
+
+def has_varlen(device: torch.device) -> bool:
+    """Whether there is an attention kernel for documents of various lengths, which is told their offsets."""
+    return device.type == "cuda"
 
 
 def _offsets(documents: list[tuple[tuple[int, int], ...]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,9 +149,10 @@ def _offsets(documents: list[tuple[tuple[int, int], ...]], device: torch.device)
     return queries.contiguous(), keys.contiguous()
 
 
-@dataclass(frozen=True)
 class ContextRows:
     """What attention must know of the rows of which a rank has a part.
+
+    No dataclass: FSDP's mixed precision would rebuild one, field by field, wherever it is handed to a module.
 
     Attributes:
         context: the rank's place.
@@ -154,10 +160,9 @@ class ContextRows:
         device: of the tensors.
     """
 
-    context: ContextParallel
-    documents: tuple[tuple[int, ...], ...]
-    device: torch.device
-    _pieces: dict[tuple[int, int | None], tuple[Piece, ...]] = field(default_factory=dict, init=False, compare=False)
+    def __init__(self, context: ContextParallel, documents: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+        self.context, self.documents, self.device = context, documents, device
+        self._pieces: dict[tuple[int, int | None], tuple[Piece, ...]] = {}
 
     @property
     def length(self) -> int:
@@ -191,7 +196,7 @@ class ContextRows:
 
     def _pieces_of_row(self, row: int, lengths: tuple[int, ...], source: int, window: int | None) -> Iterator[Piece]:
         size = self.length // self.context.num_chunks
-        edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        edges = accumulate(lengths, initial=0)
         for own, number in enumerate(self.context.chunks):
             first = number * size
             for other, theirs in enumerate(self.context.chunks_of(source)):

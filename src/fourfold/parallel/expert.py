@@ -154,6 +154,16 @@ def count_choices(indices: Tensor, num_experts: int) -> Tensor:
     return chosen.new_zeros(num_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[:-1]
 
 
+def totals(sent: Tensor, arrived: Tensor, choices: int) -> tuple[list[int], list[int]]:
+    """How many (token, choice) pairs, of `choices` at most, go to each rank and come from it, on the host.
+
+    Args:
+        sent, arrived: pairs for each expert of each rank, and from each rank for each expert here; [ranks, E].
+    """
+    to, come = torch.stack([sent.sum(1), arrived.sum(1)]).tolist()  # the one wait for the device in a layer
+    return to, come
+
+
 class Dispatch:
     """Stands in for the forward pass of a layer's experts: sends tokens to their experts' ranks and results back.
 
@@ -176,7 +186,7 @@ class Dispatch:
         """
         num_tokens, per_token = indices.shape
         sent, arrived = self._counts(indices)
-        sizes = torch.stack([sent.sum(1), arrived.sum(1)]).tolist()  # the one wait for the device in a layer
+        sizes = totals(sent, arrived, indices.numel())
         order = indices.reshape(-1).argsort(stable=True)[: sum(sizes[0])]  # choices of no expert come last
         tokens = _Exchange.apply(hidden_states[order // per_token], sizes[0], sizes[1], self._group)
         results = self._compute(tokens, arrived)

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from fourfold.base.errors import PlanError
-from fourfold.parallel.packed import cut_packed, is_packed
+from fourfold.parallel.packed import cut_packed, is_packed, is_plain
 from fourfold.parallel.shares import Cut
 
 Noted = tuple[nn.Module, str, tuple[tuple[int, ...], Cut]]
@@ -84,7 +84,7 @@ def _cut_base(layer: nn.Linear, name: str, cut: Cut, copies: int) -> Iterator[No
     if is_packed(layer):
         cut_packed(layer, name, cut)
         _settle_features(layer, cut)
-    elif type(layer.weight) is nn.Parameter:
+    elif is_plain(layer.weight):
         yield from _cut_plain(layer, cut)
     else:
         raise PlanError(

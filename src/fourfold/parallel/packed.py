@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fourfold.base.errors import PlanError
 from fourfold.parallel.shares import Cut
@@ -17,7 +18,12 @@ from fourfold.parallel.shares import Cut
 
 def is_packed(layer: nn.Linear) -> bool:
     """Whether a linear layer holds weights packed into 4 bits."""
-    return type(layer.weight).__name__ == "Params4bit"
+    return type(layer.weight).__name__ == "Params4bit" or hasattr(layer.weight, "quant_state")
+
+
+def is_plain(weight: object) -> bool:
+    """Whether a weight is a parameter of numbers as they are, and not of a quantised kind; fake ones count."""
+    return type(weight) is nn.Parameter or (isinstance(weight, FakeTensor) and not hasattr(weight, "quant_state"))
 
 
 def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
@@ -64,7 +70,7 @@ def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    layer.weight = _wrap(layer, packed.reshape(-1).contiguous().view(storage).reshape(-1, 1), part)
+    layer.weight = wrap_packed(layer, packed.reshape(-1).contiguous().view(storage).reshape(-1, 1), part)
     layer.quant_state = part  # type: ignore[assignment]
 
 
@@ -80,12 +86,14 @@ def store_packed_as(root: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(layer, nn.Linear) and is_packed(layer) and layer.weight.dtype != dtype:
             weight: Any = layer.weight
             data = weight.data.reshape(-1).view(torch.uint8).view(dtype).reshape(-1, 1)
-            layer.weight = _wrap(layer, data, weight.quant_state)
+            layer.weight = wrap_packed(layer, data, weight.quant_state)
             layer.quant_storage = dtype  # type: ignore[assignment]
 
 
-def _wrap(layer: nn.Linear, data: torch.Tensor, state: Any) -> nn.Parameter:
-    """Packed data as bitsandbytes' parameter."""
+def wrap_packed(layer: nn.Linear, data: torch.Tensor, state: Any) -> nn.Parameter:
+    """Packed data as bitsandbytes' parameter; of fake tensors, which cannot be one, as a plain one."""
+    if isinstance(data, FakeTensor):
+        return fake_packed(data, state)
     from bitsandbytes.nn.modules import Params4bit
 
     make: Any = Params4bit  # its constructor is not typed
@@ -99,3 +107,10 @@ def _wrap(layer: nn.Linear, data: torch.Tensor, state: Any) -> nn.Parameter:
         bnb_quantized=True,
         module=layer,
     )
+
+
+def fake_packed(data: torch.Tensor, state: Any) -> nn.Parameter:
+    """A fake tensor as a packed weight with its scales."""
+    weight: Any = nn.Parameter(data, requires_grad=False)
+    weight.quant_state = state
+    return weight

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
+from fourfold.families.tensor_styles import ADDED_STYLES
 from fourfold.parallel import exchange
 from fourfold.parallel.linear import cut_adapters_of_experts, cut_linear
 from fourfold.parallel.shares import Cut, Share, Shares
@@ -34,15 +35,6 @@ FAMILIES = (
     "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 )  # fmt: skip
 """Families that train the same whether their matrices are shared or not; each is tested."""
-
-_ATTENTION = "model.layers.*.self_attn."
-_ADDED_STYLES = {
-    "gpt_oss": {
-        **{_ATTENTION + name: "colwise" for name in ("q_proj", "k_proj", "v_proj", "sinks")},
-        _ATTENTION + "o_proj": "rowwise",
-    }
-}
-"""What a family's own plan leaves out."""
 
 _LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
 _SEQUENCE = 1
@@ -105,7 +97,7 @@ def even_range(total: int, index: int, count: int) -> tuple[int, int]:
 
 def _styles(root: PreTrainedModel) -> list[tuple[re.Pattern[str], str]]:
     """The plan as patterns of full names, without the prefix that wrappers may add."""
-    added = _ADDED_STYLES.get(root.config.get_text_config().model_type, {})
+    added = ADDED_STYLES.get(root.config.get_text_config().model_type, {})
     plan = {**(root.tp_plan or {}), **added}
     return [(re.compile(re.escape(name).replace(r"\*", r"[^.]+")), style) for name, style in plan.items()]
 

@@ -17,26 +17,22 @@ from fourfold.dataset.collate import CutPolicy, filler
 from fourfold.dataset.prepare import Prepared, prepare
 from fourfold.dataset.render import Renderer
 from fourfold.models.adapters import attach, identify_base
-from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.liger import apply_liger
 from fourfold.models.load import load_model, load_streamed
-from fourfold.models.lora import use_short_forward
-from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.parameters import describe_parameters
 from fourfold.models.renderer import load_renderer
 from fourfold.models.stream import Stream
-from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.interface import Objective
-from fourfold.parallel.apply import Parallelized, no_weights, parallelize
+from fourfold.parallel.apply import Parallelized, no_weights
 from fourfold.parallel.mesh import Mesh
-from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.step import Step
+from fourfold.training.build import Built, build
 from fourfold.training.evaluate import Evaluator
-from fourfold.training.memory import StepSizes, enable_recompute, fit_to_memory
-from fourfold.training.precision import Precision, narrow_outputs, resolve
+from fourfold.training.memory import StepSizes, fit_to_memory
+from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
 from fourfold.training.schedule import samples_per_step
 
@@ -52,47 +48,39 @@ class Parts:
     """What a run is made of once everything is loaded.
 
     Attributes:
-        module: the model as it is trained and saved, possibly wrapped by PEFT.
-        model: the same as the step runs it.
-        mesh: this rank's place in the job.
-        split: how the model is spread over the mesh.
-        num_parameters: of the whole model without its embeddings.
+        built: the model on its rank.
         base: which model an adapter is trained on; None for other tunings.
         recompute: what the backward pass computes again; settled with `policy`.
     """
 
     run: Run
     output_dir: Path
-    precision: Precision
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     data: Prepared
-    module: TunedModel
     objective: Objective
-    noise: NoiseKeys
-    model: StepModel
-    mesh: Mesh
-    split: Parallelized
-    num_parameters: int
+    built: Built
     base: BaseIdentity | None = None
     recompute: Recompute = "none"
 
+    @property
+    def module(self) -> TunedModel:
+        """The model as it is trained and saved, possibly wrapped by PEFT."""
+        return self.built.module
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's place in the job."""
+        return self.built.mesh
+
+    @property
+    def split(self) -> Parallelized:
+        """How the model is spread over the mesh."""
+        return self.built.split
+
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
-        return Step(
-            model=self.model,
-            objective=self.objective,
-            device=self.mesh.device,
-            autocast=self.split.autocast or self.precision.autocast(self.mesh.device),
-            filler=lambda: filler(self.policy),
-            scale=None if scaler is None else scaler.scale,
-            sync=self.split.sync,
-            reducer=self.split.reducer,
-            localize=self.split.localize,
-            finish=self.split.finish,
-            observe=self.split.observe,
-            staged=self.split.staged(self.model),
-        )
+        return self.built.step(self.objective, lambda: filler(self.policy), scaler)
 
     def evaluator(self) -> Evaluator:
         """What evaluates the model on the evaluation sets."""
@@ -101,7 +89,7 @@ class Parts:
 
     def begin_micro_batch(self, step: int, number: int) -> None:
         """Key all randomness of one micro-batch of one step."""
-        self.noise.step = step
+        self.built.noise.step = step
         seed_micro_batch(self.run.training.seed, step, number)
 
     @cached_property
@@ -117,7 +105,7 @@ class Parts:
             fewest, most = _CPU_TOKENS
             tokens = min(max(training.per_device_train_batch_size * sizes.longest, fewest), most)
         allowed = CutPolicy(
-            packed=self.model.packed,
+            packed=self.built.model.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
             multiple=self.split.multiple,
@@ -127,19 +115,13 @@ class Parts:
             allowed,
             self.module,
             sizes,
-            self.precision.compute,
+            self.built.precision.compute,
             self._asked_recompute(),
             device=self.mesh.device,
             sharing=self.mesh.layout.cp,
             offload=self.run.parallel.offload,
         )
-        recompute = fit.recompute
-        layout = self.mesh.layout
-        if recompute == "selective" and layout.pp > 1 and layout.pp_schedule == "zbv":
-            recompute = "full"  # zbv computes a layer again twice, and selective hands out what it kept once
-        if recompute != "none":
-            enable_recompute(self.module, recompute, self.noise)
-            self.recompute = recompute
+        self.recompute = self.built.recompute(fit.recompute)
         # Ranks that share micro-batches must cut alike, whatever each has free.
         return replace(fit.policy, max_tokens=-self.split.reducer.largest(-fit.policy.max_tokens))
 
@@ -187,55 +169,12 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module, stream = _load_module(run, precision, mesh, tokenizer)
     _check_context(module, data)
-    if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
-        use_short_forward(module)
-    noise = NoiseKeys(training.seed)
-    key_dropout(module, noise)
-    if training.neftune_noise_alpha:
-        add_neftune(module, noise, training.neftune_noise_alpha)
-    mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
-    if mixed == torch.bfloat16:  # fp16 would overflow between layers
-        narrow_outputs(module, torch.bfloat16)
-    with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
-        model = StepModel(
-            module,
-            packed=run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
-            noise=noise,
-            balance_experts=bool(run.model.moe_aux_loss_coef),
-        )
-    inner = base_model(module)
-    num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     fill = no_weights
     if stream is not None:
         fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
-    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed, fill=fill)
-    model.take(split)
-    if run.parallel.offload_activations:
-        _offload_activations(inner, mesh.device)
+    built = build(run, precision, mesh, module, fill)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
-    return Parts(
-        run,
-        output_dir,
-        precision,
-        tokenizer,
-        renderer,
-        data,
-        module,
-        objective,
-        noise,
-        model,
-        mesh,
-        split,
-        num_parameters,
-        base,
-    )
-
-
-def _offload_activations(inner: PreTrainedModel, device: torch.device) -> None:
-    if device.type == "cpu":
-        log.info("offload_activations: on a CPU activations are in host memory already.")
-        return
-    offload_activations(inner, list(decoder_blocks(inner)[1]))
+    return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base)
 
 
 def _check_context(module: TunedModel, data: Prepared) -> None:

@@ -141,7 +141,7 @@ def build_loop(
     groups = parameter_groups(parts.module, training, run.tuning)
     optimizer = _build_optimizer(parts, groups)
     scheduler = make_scheduler(training, optimizer, budget)
-    scaler = LossScaler(parts.mesh.device) if parts.precision.loss_scaling else None
+    scaler = LossScaler(parts.mesh.device) if parts.built.precision.loss_scaling else None
     step, policy = parts.step(scaler), parts.policy
     checkpointer = Checkpointer(
         output_dir=parts.output_dir,
@@ -243,7 +243,7 @@ def _settings(parts: Parts, budget: Budget) -> LoopSettings:
         evaluate_first=training.eval_on_start,
         save_best=output.save_strategy == "best" or training.load_best_model_at_end,
         # Transformers' Trainer counts 6 operations per token and parameter outside the embeddings.
-        flos_per_token=6.0 * parts.num_parameters,
+        flos_per_token=6.0 * parts.built.num_parameters,
         early_stopping=training.early_stopping_steps,
         metric=_metric(parts) if _compares(parts.run) else None,
         greater_is_better=_greater_is_better(training),

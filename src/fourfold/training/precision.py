@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.config.schema import Run
+from fourfold.parallel.expert import find_experts
 from fourfold.parallel.sharded import local
 
 
@@ -94,3 +96,31 @@ def narrow_outputs(model: nn.Module, dtype: torch.dtype) -> None:
         own = list(module.parameters(recurse=False))
         if own and (isinstance(module, nn.Embedding) or all(p.ndim == 1 for p in own)):
             module.register_forward_hook(narrow)
+
+
+def cast_experts(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let stacked experts whose masters are wider than `dtype` compute in it, as autocast has linear layers do.
+
+    Autocast does not know grouped products; they would run in the dtype of the masters.
+    """
+    for _, experts in find_experts(model):
+        experts.forward = _Casting(experts, dtype)
+
+
+class _Casting:
+    """Stands in for a module's forward pass: under autocast its parameters are cast first."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._module, self._forward, self._dtype = module, module.forward, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own."""
+        own = self._module._parameters
+        kept = {name: p for name, p in own.items() if p is not None and p.dtype == torch.float32}
+        if not kept or not torch.is_autocast_enabled(next(iter(kept.values())).device.type):
+            return self._forward(*args, **kwargs)
+        try:
+            own.update({name: p.to(self._dtype) for name, p in kept.items()})  # type: ignore[misc]
+            return self._forward(*args, **kwargs)
+        finally:
+            own.update(kept)

@@ -46,7 +46,7 @@ def generate_predictions(parts: Parts) -> dict[str, dict[str, float]]:
     """
     path, words_of = parts.output_dir / FILE, segmenter()
     engine = HuggingFaceEngine(parts.module, parts.tokenizer, parts.renderer.stop_token_ids)
-    autocast = parts.precision.autocast(parts.mesh.device)
+    autocast = parts.built.precision.autocast(parts.mesh.device)
     found: dict[str, dict[str, float]] = {}
     with autocast(), attention_for_generation(base_model(parts.module)), path.open("w", encoding="utf-8") as file:
         for name, source in parts.data.eval.items():

@@ -1,0 +1,154 @@
+"""A model as a run would load it, with weights that mean nothing: for what depends on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+
+from fourfold.config.schema import Run
+from fourfold.models.adapters import attach
+from fourfold.models.load import build_without_weights, load_config
+from fourfold.models.patches import adapters_have_weights
+from fourfold.models.stream import materialize
+from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.parallel.apply import no_weights
+from fourfold.parallel.packed import wrap_packed
+from fourfold.parallel.shares import Shares
+
+_STD = 0.02
+_BLOCK, _OUTER_BLOCK = 64, 256
+"""Weights that share a scale in bitsandbytes' 4-bit types, and scales that share one under double quantisation."""
+
+
+def blank_model(
+    run: Run, dtype: torch.dtype, master: torch.dtype | None, device: torch.device, *, on_meta: bool
+) -> tuple[TunedModel, Callable[[Shares], None]]:
+    """The model of a run with its adapters.
+
+    Args:
+        dtype, master: of the weights as loaded and of those that are trained (training/precision.py).
+        device: where the weights are.
+        on_meta: leave plain weights without memory, to be filled once the model is split.
+    Returns:
+        the model, and what gives each rank's part of it memory.
+    """
+    with _disable_current_modes():
+        model, bits = _without_weights(run, dtype)
+        if bits:  # scales and all
+            on_meta = False
+        with adapters_have_weights():
+            module = attach(model.eval(), run.model, run.tuning, trainable=True, master_dtype=master)
+    if not on_meta:
+        _give_memory(module, device)
+        return module, no_weights
+
+    def fill(shares: Shares) -> None:
+        materialize(module, device, on_host=run.parallel.offload == "params")
+        _randomize(base_model(module))
+
+    return module, fill
+
+
+def _without_weights(run: Run, dtype: torch.dtype) -> tuple[PreTrainedModel, int | None]:
+    """The base model on the meta device, and the bits that its linear layers are packed into."""
+    config = load_config(run.model, seq_len=run.data.cutoff_len)
+    own = config.to_dict().get("quantization_config")
+    bits = run.model.quantization_bit or _own_bits(own)
+    double = run.model.double_quantization
+    if own and bits:
+        config.quantization_config = None
+        double = bool(own.get("bnb_4bit_use_double_quant"))
+    model = build_without_weights(config, run.model, dtype)
+    if bits:
+        _pack(model, dtype, double=double, kind=run.model.quantization_type)
+    return model, bits
+
+
+def _own_bits(own: dict[str, Any] | None) -> int | None:
+    """Bits of a checkpoint that bitsandbytes has quantised."""
+    if not own or own.get("quant_method") != "bitsandbytes":
+        return None
+    return 4 if own.get("load_in_4bit") or own.get("_load_in_4bit") else 8
+
+
+@torch.no_grad()
+def _give_memory(module: nn.Module, device: torch.device) -> None:
+    """Replace every tensor by one of the same shape on `device`; what is tied stays tied."""
+    made: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = _made(owner, parameter, device)
+            owner._parameters[name] = made[id(parameter)]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+
+
+def _made(owner: nn.Module, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=device)
+    if not hasattr(parameter, "quant_state"):
+        if data.is_floating_point():
+            data.normal_(std=_STD)
+        return nn.Parameter(data, parameter.requires_grad)
+    layer: Any = owner
+    state = layer.quant_state
+    for holder in (state, state.state2):
+        if holder is not None:
+            holder.absmax, holder.code = torch.zeros_like(holder.absmax, device=device), holder.code.to(device)
+    if state.nested:
+        state.offset = torch.zeros((), device=device)
+    return wrap_packed(layer, data, state)
+
+
+@torch.no_grad()
+def _randomize(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        local: Tensor = getattr(parameter, "_local_tensor", parameter)
+        if local.is_floating_point():
+            local.normal_(std=_STD)
+
+
+def _pack(model: PreTrainedModel, dtype: torch.dtype, *, double: bool, kind: str) -> None:
+    """Put bitsandbytes' 4-bit layers, without weights, in the place of linear layers, in place."""
+    from bitsandbytes.functional import QuantState, get_4bit_type
+    from bitsandbytes.nn.modules import Linear4bit
+
+    code = get_4bit_type(kind, device="cpu")
+    head = model.get_output_embeddings()
+    on_meta = partial(torch.empty, device="meta")
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or layer is head:
+            continue
+        packed = Linear4bit(layer.in_features, layer.out_features, False, dtype, double, kind, torch.uint8, "meta")
+        scales = -(-layer.weight.numel() // _BLOCK)
+        outer = QuantState(
+            absmax=on_meta(-(-scales // _OUTER_BLOCK), dtype=torch.float32),
+            code=torch.zeros(256),
+            blocksize=_OUTER_BLOCK,
+            dtype=torch.float32,
+        )
+        state = QuantState(
+            absmax=on_meta(scales, dtype=torch.uint8 if double else torch.float32),
+            shape=layer.weight.shape,
+            code=code,
+            blocksize=_BLOCK,
+            quant_type=kind,
+            dtype=dtype,
+            offset=torch.zeros(()) if double else None,
+            state2=outer if double else None,
+        )
+        packed.weight = wrap_packed(packed, on_meta(-(-layer.weight.numel() // 2), 1, dtype=torch.uint8), state)
+        packed.quant_state = state  # type: ignore[assignment] - not declared
+        packed.bias = layer.bias
+        packed.support_avx512bf16_for_cpu = False
+        model.set_submodule(name, packed)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -1,0 +1,103 @@
+"""What is trained, as the planner sees it: everything of a run but its layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fourfold.config.schema import Run
+
+Recompute = Literal["none", "selective", "full"]
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+_CHUNK_TOKENS = 2048
+"""Positions whose logits exist at one time (parallel/loss.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training job.
+
+    Attributes:
+        tuning: what is trained.
+        lora_rank, lora_targets: of adapters; the kinds of linear layers, `all` for each.
+        trained_layers: layers that freeze tuning trains, last ones first.
+        bits: that frozen linear layers are packed into; None for plain weights.
+        double_quant: whether the scales of packed weights are quantised, too.
+        compute: dtype of the products.
+        master: dtype of trained weights, gradients and optimizer state.
+        optim: name of the optimizer.
+        sequence: positions of the longest sequence.
+        micro_batch: positions of a micro-batch on one data-parallel rank, before cp ranks share them.
+        sequences_per_step: sequences of an optimizer step over all data-parallel ranks, at their longest.
+        packed: documents laid end to end in one row.
+        trained_share: of the positions, those that are trained on, whose logits are made.
+        chunk: positions whose logits exist at one time.
+    """
+
+    tuning: Literal["full", "lora", "freeze"] = "lora"
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ("all",)
+    trained_layers: int = 2
+    bits: int | None = None
+    double_quant: bool = True
+    compute: Literal["fp32", "bf16", "fp16"] = "bf16"
+    master: Literal["fp32", "bf16"] = "fp32"
+    optim: str = "adamw_torch"
+    sequence: int = 2048
+    micro_batch: int = 2048
+    sequences_per_step: int = 8
+    packed: bool = True
+    trained_share: float = 1.0
+    chunk: int = _CHUNK_TOKENS
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number of the compute dtype."""
+        return BYTES[self.compute]
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of a trained number."""
+        return BYTES[self.master]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether trained weights are wider than the computation."""
+        return self.master_bytes > self.compute_bytes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of an optimizer step over all ranks."""
+        return self.sequences_per_step * self.sequence
+
+    @classmethod
+    def of(cls, run: Run, *, dp: int = 1) -> Job:
+        """The job of a run's config.
+
+        Args:
+            dp: data-parallel ranks, which the number of sequences of a step depends on.
+        """
+        training, tuning = run.training, run.tuning
+        per_rank = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        kind = tuning.finetuning_type
+        sequence = run.data.cutoff_len
+        tokens = training.micro_batch_tokens or training.per_device_train_batch_size * sequence
+        assert kind in ("full", "lora", "freeze")
+        return cls(
+            tuning=kind,
+            lora_rank=tuning.lora_rank,
+            lora_targets=tuple(tuning.lora_target),
+            trained_layers=abs(tuning.freeze_trainable_layers),
+            bits=run.model.quantization_bit,
+            double_quant=run.model.double_quantization,
+            compute="bf16" if training.bf16 or training.pure_bf16 else "fp16" if training.fp16 else "fp32",
+            master="bf16" if training.pure_bf16 else "fp32",
+            optim=training.optim,
+            sequence=sequence,
+            micro_batch=max(tokens, sequence),
+            sequences_per_step=training.global_batch_size or per_rank * dp,
+            packed=run.model.flash_attn in ("auto", "fa2", "fa3"),
+        )

@@ -1,0 +1,157 @@
+"""Reading the shape of a model from Transformers: every parameter of it, without a weight. The one file of the planner
+that needs torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from fourfold.families.tensor_styles import ADDED_STYLES
+from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+_LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
+
+
+def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of the causal language model that a config describes.
+
+    Raises:
+        ValueError: Transformers has no causal language model for it.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    prefix, blocks = _blocks(model, text.num_hidden_layers)
+    styles = _styles(model)
+    windows = _windows(text)
+    reader = _Reader(model, styles)
+    layers = [
+        Layer(tuple(reader.weights(block, f"{prefix}.{number}")), window)
+        for number, (block, window) in enumerate(zip(blocks, windows, strict=True))
+    ]
+    kinds = list(dict.fromkeys(layers))
+    entries = text.to_dict()
+    heads = text.num_attention_heads
+    head_dim = entries.get("head_dim") or text.hidden_size // heads
+    if entries.get("qk_nope_head_dim"):
+        head_dim = entries["qk_nope_head_dim"] + entries["qk_rope_head_dim"]
+    experts = next((entries[key] for key in _EXPERTS if entries.get(key)), 0)
+    expert_intermediate = entries.get("moe_intermediate_size") or entries.get("intermediate_size") or 0
+    names = [weight.name for kind in kinds for weight in kind.weights]
+    return ModelShape(
+        family=text.model_type,
+        hidden=text.hidden_size,
+        intermediate=entries.get("intermediate_size") or 4 * text.hidden_size,
+        heads=heads,
+        kv_heads=entries.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        value_dim=entries.get("v_head_dim") or head_dim,
+        vocab=text.vocab_size,
+        max_positions=entries.get("max_position_embeddings") or 0,
+        tied=_is_tied(model),
+        experts=experts,
+        experts_per_token=next((entries[key] for key in _CHOSEN if entries.get(key)), 0) if experts else 0,
+        expert_intermediate=expert_intermediate if experts else 0,
+        gated=any("gate" in name and "proj" in name for name in names),
+        kinds=tuple(kinds),
+        order=tuple(kinds.index(layer) for layer in layers),
+        outer=tuple(reader.weights(model, "", without=prefix)),
+    )
+
+
+class _Reader:
+    def __init__(self, model: PreTrainedModel, styles: list[tuple[re.Pattern[str], str]]) -> None:
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._styles = styles
+
+    def weights(self, root: nn.Module, path: str, *, without: str | None = None) -> list[Weight]:
+        """The parameters of a module, tied ones once; `without` is the name of what is left out."""
+        found: list[Weight] = []
+        seen: set[int] = set()
+        for name, owner in root.named_modules():
+            if without is not None and (name == without or name.startswith(f"{without}.")):
+                continue
+            for own, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                local = f"{name}.{own}" if name else own
+                found.append(self._weight(owner, local, f"{path}.{local}" if path else local, parameter))
+        return found
+
+    def _weight(self, owner: nn.Module, name: str, path: str, parameter: nn.Parameter) -> Weight:
+        shape = tuple(parameter.shape)
+        return Weight(
+            name=name,
+            shape=shape,
+            kind=self._kind(owner, name, shape),
+            cut=self._cut(owner, path, shape),
+            of_kv=name.split(".")[-2:-1] in (["k_proj"], ["v_proj"]),
+            linear=isinstance(owner, nn.Linear) and len(shape) == 2 and owner is not self._head,
+        )
+
+    def _kind(self, owner: nn.Module, name: str, shape: tuple[int, ...]) -> Kind:
+        if owner is self._embedding:
+            return "embedding"
+        if owner is self._head:
+            return "head"
+        if len(shape) == 3 or ".experts." in f".{name}":
+            return "experts"
+        parts = set(name.split("."))
+        if "norm" in name.rsplit(".", 1)[0].lower():
+            return "norm"
+        if parts & {"router", "gate"}:
+            return "router"
+        if any("attn" in part or "attention" in part for part in parts):
+            return "attention"
+        return "mlp" if any("mlp" in part or "feed_forward" in part for part in parts) else "other"
+
+    def _cut(self, owner: nn.Module, path: str, shape: tuple[int, ...]) -> int | None:
+        if owner is self._embedding or owner is self._head:
+            return 0
+        style = self._style(path)
+        if style is None:
+            style = self._style(path.rsplit(".", 1)[0])
+            style = style if style in _LINEAR_STYLES else None
+        if style is None:
+            return None
+        if len(shape) == 1:
+            return 0 if style.startswith("colwise") else None
+        if style.startswith("colwise"):
+            return 0
+        return {"packed_colwise": len(shape) - 2, "rowwise": len(shape) - 1, "rowwise_split_input": 1}.get(style)
+
+    def _style(self, path: str) -> str | None:
+        return next((style for pattern, style in self._styles if pattern.fullmatch(path)), None)
+
+
+def _blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise ValueError(f"a {model.config.model_type} model has no list of {count} decoder layers")
+
+
+def _styles(model: PreTrainedModel) -> list[tuple[re.Pattern[str], str]]:
+    added = ADDED_STYLES.get(model.config.get_text_config().model_type, {})
+    plan: dict[str, Any] = {**(model.tp_plan or {}), **added}
+    return [(re.compile(re.escape(name).replace(r"\*", r"[^.]+")), style) for name, style in plan.items()]
+
+
+def _windows(text: PreTrainedConfig) -> list[int | None]:
+    """For each layer how far its attention sees."""
+    entries = text.to_dict()
+    window = entries.get("sliding_window")
+    kinds = entries.get("layer_types") or ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+    return [window if "sliding" in kind or "chunked" in kind else None for kind in kinds]
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)

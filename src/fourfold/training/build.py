@@ -1,0 +1,124 @@
+"""The model as a rank trains it: noise, precision and layout around loaded or made-up weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from fourfold.base.log import get_logger
+from fourfold.config.schema import Run
+from fourfold.dataset.batch import Batch
+from fourfold.models.forward import StepModel, supports_packing
+from fourfold.models.lora import use_short_forward
+from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
+from fourfold.models.targets import decoder_blocks
+from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.parallel.apply import Parallelized, no_weights, parallelize
+from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.offload import offload_activations
+from fourfold.parallel.recompute import Recompute
+from fourfold.parallel.shares import Shares
+from fourfold.parallel.step import LossFunction, Step
+from fourfold.training.memory import enable_recompute
+from fourfold.training.precision import Precision, cast_experts, narrow_outputs
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model on its rank.
+
+    Attributes:
+        module: the model as it is trained and saved, possibly wrapped by PEFT.
+        model: the same as the step runs it.
+        mesh: this rank's place in the job.
+        split: how the model is spread over the mesh.
+        num_parameters: of the whole model without its embeddings.
+    """
+
+    module: TunedModel
+    model: StepModel
+    mesh: Mesh
+    split: Parallelized
+    noise: NoiseKeys
+    precision: Precision
+    num_parameters: int
+
+    def step(
+        self, objective: LossFunction, filler: Callable[[], Batch], scaler: torch.amp.GradScaler | None = None
+    ) -> Step:
+        """The engine that runs forward and backward."""
+        return Step(
+            model=self.model,
+            objective=objective,
+            device=self.mesh.device,
+            autocast=self.split.autocast or self.precision.autocast(self.mesh.device),
+            filler=filler,
+            scale=None if scaler is None else scaler.scale,
+            sync=self.split.sync,
+            reducer=self.split.reducer,
+            localize=self.split.localize,
+            finish=self.split.finish,
+            observe=self.split.observe,
+            staged=self.split.staged(self.model),
+        )
+
+    def recompute(self, kind: Recompute) -> Recompute:
+        """Have the backward pass compute decoder layers again; returns what it will do."""
+        layout = self.mesh.layout
+        if kind == "selective" and layout.pp > 1 and layout.pp_schedule == "zbv":
+            kind = "full"  # zbv computes a layer again twice, and selective hands out what it kept once
+        if kind != "none":
+            enable_recompute(self.module, kind, self.noise)
+        return kind
+
+
+def build(
+    run: Run,
+    precision: Precision,
+    mesh: Mesh,
+    module: TunedModel,
+    fill: Callable[[Shares], None] = no_weights,
+) -> Built:
+    """Prepare a model for training and split it over a mesh, in place.
+
+    Args:
+        module: with its adapters, on the device of the mesh; or without weights, and `fill` reads them.
+    """
+    training = run.training
+    if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
+        use_short_forward(module)
+    noise = NoiseKeys(training.seed)
+    key_dropout(module, noise)
+    if training.neftune_noise_alpha:
+        add_neftune(module, noise, training.neftune_noise_alpha)
+    mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
+    if mixed == torch.bfloat16:  # fp16 would overflow between layers
+        narrow_outputs(module, torch.bfloat16)
+    if mixed is not None:
+        cast_experts(module, mixed)
+    with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
+        model = StepModel(
+            module,
+            packed=run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
+            noise=noise,
+            balance_experts=bool(run.model.moe_aux_loss_coef),
+        )
+    inner = base_model(module)
+    num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
+    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed, fill=fill)
+    model.take(split)
+    if run.parallel.offload_activations:
+        _offload_activations(inner, mesh.device)
+    return Built(module, model, mesh, split, noise, precision, num_parameters)
+
+
+def _offload_activations(inner: PreTrainedModel, device: torch.device) -> None:
+    if device.type == "cpu":
+        log.info("offload_activations: on a CPU activations are in host memory already.")
+        return
+    offload_activations(inner, list(decoder_blocks(inner)[1]))
