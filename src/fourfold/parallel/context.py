@@ -130,7 +130,7 @@ class Stretch:
         keys: list[tuple[int, int]] = []
         documents: list[tuple[tuple[int, int], ...]] = []
         for lengths in rows:
-            edges = accumulate(lengths, initial=0)
+            edges = list(accumulate(lengths, initial=0))
             seen = [(max(a, first), min(b, last), a) for a, b in pairwise(edges) if a < last and b > first]
             keys.append((seen[0][2], last))
             documents.append(tuple((stop - start, stop - begin) for start, stop, begin in seen))
@@ -196,7 +196,7 @@ class ContextRows:
 
     def _pieces_of_row(self, row: int, lengths: tuple[int, ...], source: int, window: int | None) -> Iterator[Piece]:
         size = self.length // self.context.num_chunks
-        edges = accumulate(lengths, initial=0)
+        edges = list(accumulate(lengths, initial=0))
         for own, number in enumerate(self.context.chunks):
             first = number * size
             for other, theirs in enumerate(self.context.chunks_of(source)):
