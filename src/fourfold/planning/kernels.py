@@ -1,0 +1,305 @@
+"""How long one rank computes on a layer, on the head and on an optimizer step; nothing of what ranks send.
+
+A kernel is limited by the products that it makes, by the device's memory, or by the host that launches it. Products are
+timed one by one by the device's curve. What lies between them - norms, rotations, activations, residuals, casts -
+reads and writes memory and does little else, so it is counted in bytes for each number of an activation, operation by
+operation, as Transformers' layers and torch's autograd do it in eager mode.
+
+Shape legend: H hidden size, T tokens of a micro-batch on a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fourfold.planning.device import Device
+from fourfold.planning.flops import FLASH_BACKWARD, Mode, Product, attention_flops, layer_products
+from fourfold.planning.job import Job, Recompute
+from fourfold.planning.layout import Layout
+from fourfold.planning.shape import Layer, ModelShape
+
+PRODUCT_SHARE = 0.94
+"""Of the speed that a product has alone, what it has within a step, where the card is hot and caches are cold.
+Fitted to the H200 runs of a Llama-3.2-3B shape (full) and a Llama-3-8B shape (LoRA), eager and compiled."""
+MEMORY_SHARE = 0.7
+"""Of the peak of device memory, what kernels between products attain. Fitted to the same runs; a plain copy attains
+0.9 on that card."""
+FLASH_SHARE = 0.6
+FLASH_MOST = 335e12
+"""Of the dense peak, what flash attention 2 attains, and the most on any card: 0.5 to 0.73 of an A100, 335 TFLOP/s
+on an H100, whose newer instructions it does not use (arXiv:2307.08691, section 4)."""
+GROUPED_TOGETHER = 8
+"""Experts whose products fill the card at one time in a grouped product: one of 512 tokens has some 50 tiles of
+128 x 128, and three to eight of them make up for the waves of 132 multiprocessors."""
+
+# Bytes read and written for each number in 16 bits, (forward, backward), by operation:
+NORM_BYTES = (36.0, 72.0)
+"""RMS norm that goes to fp32 and back: cast 6, square 8, mean 4, scale 8, cast 6, weight 4; back 2.0 times as much."""
+RESIDUAL_BYTES = (6.0, 6.0)
+"""The sum of the layer's input and a region's output; back: two gradients of one input are added."""
+FAN_OUT_BYTES = 6.0
+"""Backward: adding up the gradients of an input that several products share, for each beyond the first."""
+ROTARY_BYTES = (20.0, 28.0)
+"""Of queries and keys: two products 4 + 4, half turned 2 + 4, their sum 6; back with slices that are filled up."""
+ATTENTION_BYTES = (20.0, 20.0)
+"""For each number of the queries: keys and values repeated for grouped heads 4, all three laid end to end 12, the
+output brought into order 4."""
+GATE_BYTES = (10.0, 18.0)
+"""Activation 4 and product with the gate 6; back 6 and 12."""
+ACTIVATION_BYTES = (4.0, 6.0)
+"""Without a gate."""
+ROUTE_BYTES = (14.0, 20.0)
+"""For each number of a chosen expert's input: gathered 4, weighted 4, added up 6."""
+ADAPTER_BYTES = ((2.0, 4.0), (6.0, 4.0))
+"""Of an adapter, for each input and each output number: forward the thin product reads the input, and the other one is
+added to the output; backward the input is read and its gradient added to, the output's gradient read twice
+(models/lora.py)."""
+SCORE_BYTES = (36.0, 50.0)
+"""For each score, where attention is not fused (sinks, caps): product 2, scale 4, cast 6, mask 8, softmax 8, cast 6."""
+LOGIT_BYTES = (14.0, 22.0)
+"""Cast to fp32 6, log-softmax 8; back zeros 4, softmax 12, a cast 6 (the product's own 2 are with the product)."""
+
+KERNEL_S = 3.5e-6
+"""Of each kernel, the time in which it begins and ends and the card is not full. From the H200 run of 1,190 tokens a
+step as one CUDA graph, where the host does not count: 0.108 s, 7,200 kernels, 0.082 s without this term."""
+
+KERNELS = {"norm": 7, "rotary": 12, "attention": 10, "residual": 1, "mlp": 2, "experts": 25, "product": 1, "adapter": 4}
+"""Kernels of the forward pass; counted as the bytes are. A backward pass has twice as many."""
+
+UNPACK_BYTES = 2.5
+"""For each 4-bit weight that is unpacked for a product: half a byte read, two written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What runs the layers.
+
+    Attributes:
+        name: for people.
+        launch_s: of the host, for each kernel.
+        kernels, traffic: share of the kernels and of the bytes between products that fusion leaves.
+        linear: dtype of the products of a layer's plain matrices if it is not the job's, e.g. fp8.
+    """
+
+    name: str
+    launch_s: float = 10e-6
+    kernels: float = 1.0
+    traffic: float = 1.0
+    linear: str | None = None
+
+
+EAGER = Engine("eager")
+"""The engine as it is. Launch: 25 us a kernel on an H200's slow host (a LoRA step of 1,190 tokens took 0.201 s and some
+7,100 kernels), whose peers' runs took 2.15 times as long as published of a host with the same kind of card."""
+COMPILED = Engine("compiled", kernels=0.3, traffic=0.3)
+"""Layers compiled by torch: fitted to the same two H200 runs, compiled against eager."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Time of one layer for one micro-batch.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of both gradients, with what is computed again.
+        weight_grad: of it, the gradients of weights alone, which zero bubble puts off.
+    """
+
+    forward: float
+    backward: float
+    weight_grad: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What of a layout one rank's layer depends on.
+
+    Attributes:
+        tokens: positions of a micro-batch on a rank: of the micro-batch, divided by cp.
+        tp, ep: ranks.
+        sequence_parallel: whether positions are shared between regions.
+        splits_backward: whether what is recomputed is so twice (zbv).
+    """
+
+    tokens: float
+    tp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = True
+    splits_backward: bool = False
+
+    @classmethod
+    def of(cls, layout: Layout, tokens: float) -> Place:
+        """The place of a rank of a layout."""
+        return cls(tokens, layout.tp, layout.ep, layout.sequence_parallel, layout.splits_backward)
+
+
+def memory_seconds(device: Device, num_bytes: float) -> float:
+    """Time of kernels that read and write so many bytes of the device's memory."""
+    return num_bytes / (device.hbm_bytes_per_s * MEMORY_SHARE)
+
+
+def product_seconds(device: Device, product: Product, tokens: float, dtype: str, number_bytes: int) -> float:
+    """Time of one product for so many tokens: of its operations or its bytes, whichever is longer.
+
+    Each of the two gradients takes as long: the same three matrices are read or written in other roles.
+    """
+    flops = product.flops * tokens
+    together = min(product.groups, GROUPED_TOGETHER)
+    one = flops / product.groups * together
+    seconds = flops / (device.peak(dtype) * device.matmul_efficiency(one, dtype) * PRODUCT_SHARE)
+    inputs = (product.rows + product.columns) * product.rows_of_token * tokens
+    return max(seconds, memory_seconds(device, (product.numel + inputs) * number_bytes))
+
+
+def attention_seconds(device: Device, flops: float, dtype: str) -> float:
+    """Time of fused attention of so many operations."""
+    return flops / min(FLASH_SHARE * device.peak(dtype), FLASH_MOST)
+
+
+@lru_cache(maxsize=4096)
+def layer_seconds(
+    shape: ModelShape,
+    kind: int,
+    mode: Mode,
+    job: Job,
+    place: Place,
+    recompute: Recompute,
+    device: Device,
+    engine: Engine,
+) -> Seconds:
+    """Time of one layer for one micro-batch on one rank.
+
+    Args:
+        kind: which of `shape.kinds`.
+    """
+    layer = shape.kinds[kind]
+    products = layer_products(shape, kind, job, place.tp, place.ep)
+    linear = engine.linear or job.compute
+    product = sum(
+        product_seconds(device, each, place.tokens, linear if each.groups == 1 else job.compute, job.compute_bytes)
+        for each in products
+    )
+    heads = shape.heads / (place.tp if _cuts_attention(layer) else 1)
+    between = _between(shape, layer, job, place, heads, products)
+    width = job.compute_bytes / 2 * place.tokens * engine.traffic
+    around = [memory_seconds(device, each * width) for each in between]
+    attention, fused = _attention(shape, layer, job, place, heads, device)
+    unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
+    kernels = _num_kernels(layer, products, engine)
+    launch, ends = kernels * engine.launch_s, kernels * KERNEL_S
+    forward = product + attention + around[0] + unpack + ends
+    if mode == "frozen":
+        return Seconds(max(forward, launch), 0.0, 0.0)
+    weight_grad = product if mode == "trained" else 0.0
+    backward = product + weight_grad + around[1] + unpack + attention * (FLASH_BACKWARD if fused else 2.0) + 2 * ends
+    again, launch_again = 0.0, 0.0
+    if recompute == "full":
+        again, launch_again = forward, launch
+    elif recompute == "selective":
+        again, launch_again = around[0] + ends, launch
+    times = 2 if place.splits_backward else 1
+    return Seconds(max(forward, launch), max(backward + times * again, 2 * launch + times * launch_again), weight_grad)
+
+
+def _cuts_attention(layer: Layer) -> bool:
+    return any(weight.kind == "attention" and weight.cut is not None for weight in layer.weights)
+
+
+def _has_sinks(layer: Layer) -> bool:
+    return any("sinks" in weight.name for weight in layer.weights)
+
+
+def _attention(
+    shape: ModelShape, layer: Layer, job: Job, place: Place, heads: float, device: Device
+) -> tuple[float, bool]:
+    """Time of scores and values forward, and whether a fused kernel makes them."""
+    if not _has_sinks(layer):
+        flops = attention_flops(shape, layer, job.sequence, heads) * place.tokens
+        return attention_seconds(device, flops, job.compute), True
+    # every score is made, also of keys that the mask hides
+    scores = heads * job.sequence * place.tokens
+    products = 2.0 * scores * (shape.head_dim + shape.value_dim) / (FLASH_SHARE * device.peak(job.compute))
+    return products + memory_seconds(device, scores * SCORE_BYTES[0] * job.compute_bytes / 2), False
+
+
+def _between(
+    shape: ModelShape, layer: Layer, job: Job, place: Place, heads: float, products: tuple[Product, ...]
+) -> tuple[float, float]:
+    """Bytes of a token between products, forward and backward, numbers of 16 bits."""
+    shared = place.tp if place.sequence_parallel else 1
+    hidden = shape.hidden / shared
+    queries = heads * shape.head_dim
+    keys = min(queries, queries * max(shape.kv_heads, place.tp) / shape.heads)
+    inner = _inner_width(shape, layer, place)
+    chosen = max((each.rows_of_token for each in products if each.groups > 1), default=0.0)
+    total = [0.0, 0.0]
+    parts = (
+        (NORM_BYTES, _norm_width(shape, layer, hidden, queries, keys)),
+        (RESIDUAL_BYTES, 2 * hidden),
+        (ROTARY_BYTES, queries + keys),
+        (ATTENTION_BYTES, queries),
+        (GATE_BYTES if shape.gated else ACTIVATION_BYTES, inner),
+        (ROUTE_BYTES, chosen * shape.hidden),
+        ((0.0, FAN_OUT_BYTES), 3 * shape.hidden),
+    )
+    for (forward, backward), numbers in parts:
+        total[0] += forward * numbers
+        total[1] += backward * numbers
+    for each in products:
+        if each.adapter:
+            for direction in range(2):
+                of_input, of_output = ADAPTER_BYTES[direction]
+                total[direction] += of_input * each.columns + of_output * each.rows
+    return total[0], total[1]
+
+
+def _inner_width(shape: ModelShape, layer: Layer, place: Place) -> float:
+    """Numbers of a token between a region's projections up and down, on this rank, all its chosen experts together."""
+    width = 0.0
+    for weight in layer.weights:
+        if weight.kind in ("mlp", "experts") and weight.is_matrix:
+            share = shape.experts_per_token / shape.experts if weight.kind == "experts" else 1.0
+            width += share * weight.numel / (place.tp if weight.cut is not None else 1)
+    return width / (shape.hidden * (3 if shape.gated else 2))
+
+
+def _norm_width(shape: ModelShape, layer: Layer, hidden: float, queries: float, keys: float) -> float:
+    """Numbers of a token that go through norms in a layer."""
+    width = 0.0
+    for weight in layer.weights:
+        if weight.kind != "norm":
+            continue
+        if weight.numel == shape.hidden:
+            width += hidden
+        elif weight.numel == shape.head_dim:
+            width += keys if "k_norm" in weight.name else queries
+        else:
+            width += weight.numel
+    return width
+
+
+def _num_kernels(layer: Layer, products: tuple[Product, ...], engine: Engine) -> float:
+    """Of a forward pass; fusion leaves products as they are."""
+    norms = sum(weight.kind == "norm" for weight in layer.weights)
+    adapters = sum(each.adapter > 0 for each in products)
+    between = norms * KERNELS["norm"] + KERNELS["rotary"] + KERNELS["attention"] + 2 * KERNELS["residual"]
+    between += KERNELS["experts"] if layer.has_experts else KERNELS["mlp"]
+    return between * engine.kernels + len(products) * KERNELS["product"] + adapters * KERNELS["adapter"]
+
+
+def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: Device) -> Seconds:
+    """Logits, loss and their gradients for so many positions of a micro-batch.
+
+    Under a frozen head the gradient is made with the logits, in the forward pass; under a trained one logits of more
+    than one chunk are made again (parallel/loss.py).
+    """
+    positions = tokens * job.trained_share
+    chunk = min(positions, job.chunk)
+    product = Product(-(-shape.vocab // tp), shape.hidden)
+    one = product_seconds(device, product, chunk, job.compute, job.compute_bytes) * positions / max(chunk, 1.0)
+    forward, backward = (memory_seconds(device, each * positions * product.rows) for each in LOGIT_BYTES)
+    if job.tuning != "full":
+        return Seconds(2 * one + forward + backward, 0.0, 0.0)
+    again = one + forward if positions > job.chunk else 0.0
+    return Seconds(one + forward, 2 * one + backward + again, one)
