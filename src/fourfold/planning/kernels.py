@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fourfold.planning.device import Device
-from fourfold.planning.flops import FLASH_BACKWARD, Mode, Product, attention_flops, layer_products
+from fourfold.planning.flops import FLASH_BACKWARD, NEEDED_BACKWARD, Mode, Product, attention_flops, layer_products
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
-from fourfold.planning.shape import Layer, ModelShape
+from fourfold.planning.shape import Layer, ModelShape, Weight
 
 PRODUCT_SHARE = 0.94
 """Of the speed that a product has alone, what it has within a step, where the card is hot and caches are cold.
@@ -55,8 +55,9 @@ ADAPTER_BYTES = ((2.0, 4.0), (6.0, 4.0))
 """Of an adapter, for each input and each output number: forward the thin product reads the input, and the other one is
 added to the output; backward the input is read and its gradient added to, the output's gradient read twice
 (models/lora.py)."""
-SCORE_BYTES = (36.0, 50.0)
-"""For each score, where attention is not fused (sinks, caps): product 2, scale 4, cast 6, mask 8, softmax 8, cast 6."""
+SCORE_BYTES = 36.0
+"""For each score, where attention is not fused (sinks): product 2, scale 4, cast 6, mask 8, softmax 8, cast 6, product
+2. Backward as the products: twice as much."""
 LOGIT_BYTES = (14.0, 22.0)
 """Cast to fp32 6, log-softmax 8; back zeros 4, softmax 12, a cast 6 (the product's own 2 are with the product)."""
 
@@ -90,8 +91,8 @@ class Engine:
 
 
 EAGER = Engine("eager")
-"""The engine as it is. Launch: 25 us a kernel on an H200's slow host (a LoRA step of 1,190 tokens took 0.201 s and some
-7,100 kernels), whose peers' runs took 2.15 times as long as published of a host with the same kind of card."""
+"""The engine as it is. Launch: an ordinary host's. On the slow host of the H200 it was 25 us a kernel (a LoRA step of
+1,190 tokens took 0.201 s for some 7,200 kernels), where another program took 2.15 times as long as is published."""
 COMPILED = Engine("compiled", kernels=0.3, traffic=0.3)
 """Layers compiled by torch: fitted to the same two H200 runs, compiled against eager."""
 
@@ -192,7 +193,14 @@ def layer_seconds(
     if mode == "frozen":
         return Seconds(max(forward, launch), 0.0, 0.0)
     weight_grad = product if mode == "trained" else 0.0
-    backward = product + weight_grad + around[1] + unpack + attention * (FLASH_BACKWARD if fused else 2.0) + 2 * ends
+    backward = (
+        product
+        + weight_grad
+        + around[1]
+        + unpack
+        + attention * (FLASH_BACKWARD if fused else NEEDED_BACKWARD)
+        + 2 * ends
+    )
     again, launch_again = 0.0, 0.0
     if recompute == "full":
         again, launch_again = forward, launch
@@ -220,7 +228,7 @@ def _attention(
     # every score is made, also of keys that the mask hides
     scores = heads * job.sequence * place.tokens
     products = 2.0 * scores * (shape.head_dim + shape.value_dim) / (FLASH_SHARE * device.peak(job.compute))
-    return products + memory_seconds(device, scores * SCORE_BYTES[0] * job.compute_bytes / 2), False
+    return products + memory_seconds(device, scores * SCORE_BYTES * job.compute_bytes / 2), False
 
 
 def _between(
@@ -268,7 +276,7 @@ def _norm_width(shape: ModelShape, layer: Layer, hidden: float, queries: float, 
     """Numbers of a token that go through norms in a layer."""
     width = 0.0
     for weight in layer.weights:
-        if weight.kind != "norm":
+        if not _is_norm(weight):
             continue
         if weight.numel == shape.hidden:
             width += hidden
@@ -279,9 +287,13 @@ def _norm_width(shape: ModelShape, layer: Layer, hidden: float, queries: float, 
     return width
 
 
+def _is_norm(weight: Weight) -> bool:
+    return weight.kind == "norm" and not weight.name.endswith("bias")
+
+
 def _num_kernels(layer: Layer, products: tuple[Product, ...], engine: Engine) -> float:
     """Of a forward pass; fusion leaves products as they are."""
-    norms = sum(weight.kind == "norm" for weight in layer.weights)
+    norms = sum(_is_norm(weight) for weight in layer.weights)
     adapters = sum(each.adapter > 0 for each in products)
     between = norms * KERNELS["norm"] + KERNELS["rotary"] + KERNELS["attention"] + 2 * KERNELS["residual"]
     between += KERNELS["experts"] if layer.has_experts else KERNELS["mlp"]
