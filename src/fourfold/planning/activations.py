@@ -1,0 +1,140 @@
+"""Bytes that the forward pass keeps of each position for the backward pass, layer by layer.
+
+Derived from what autograd saves of the engine's own operators, and equal to it to the byte for llama-like layers
+(tests/unit/planning/test_activations.py traces the engine). In units of bytes per position of a layer, with c bytes of
+the compute dtype, H hidden size, q = heads x head size, v = heads x value size, I intermediate size:
+
+- each norm over hidden states keeps its input in fp32 (4 H), and its result before the weight if that is trained (c H);
+- inputs of matrices: c H for attention, c H for the MLP, c v for the output projection, c I for the down projection;
+- attention: queries, keys and values as the kernel takes them (every query head has its key), its result is counted
+  above, and 4 bytes a head;
+- the gated MLP: gate, up and the activated gate, 3 c I.
+
+`selective` keeps a layer's input and the results of products; `full` the input alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fourfold.families.norms import NORMS_IN_FP32
+from fourfold.planning.job import Job, Recompute
+from fourfold.planning.layout import Layout
+from fourfold.planning.shape import Layer, ModelShape, Weight
+from fourfold.planning.states import gets_adapter
+
+_CHOICE_BYTES = 38
+"""Numbers of experts, orders and weights that each choice of a token keeps: four int64, one fp32, one of 16 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes of one position of a micro-batch on one rank, of one layer.
+
+    Attributes:
+        none, selective, full: kept by each kind of recompute.
+        working: what the backward pass of the layer needs beside what is kept without recompute.
+    """
+
+    none: float
+    selective: float
+    full: float
+    working: float
+
+    def of(self, recompute: Recompute) -> float:
+        """Kept under a kind of recompute."""
+        return {"none": self.none, "selective": self.selective, "full": self.full}[recompute]
+
+
+def kept(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: bool) -> Kept:
+    """What a layer keeps.
+
+    Args:
+        trained: whether its own weights are.
+    """
+    c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
+    positions = 1 / tp if tp > 1 and layout.sequence_parallel else 1.0  # of what exists between regions
+    q, v = shape.heads * shape.head_dim / tp, shape.heads * shape.value_dim / tp
+    kv = max(shape.kv_heads / tp, 1) * (shape.head_dim + shape.value_dim)
+    factor = 4 if shape.family in NORMS_IN_FP32 else c
+    between = _norms(layer, hidden, trained, factor) * positions
+    low = _low_rank(job, layer)
+    copies = _separate_inputs(job, layout)
+    mlp_inputs = (2 if copies else 1) if _dense_width(layer) or trained else 0
+    inputs = c * hidden * ((3 if copies else 1) + mlp_inputs)
+    attention = c * (q + _keys(layout) * (q + v) + v + (v if copies else 0)) + 4 * shape.heads / tp
+    attention += c * v if layout.cp > 1 else 0  # the kernel's results, put together
+    attention += _head_norms(shape, layer, trained, factor) / tp
+    feed, feed_outputs, working = _feed_forward(shape, job, layout, layer)
+    none = between + inputs + attention + feed + low
+    outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
+    selective = c * hidden * positions + outputs + feed_outputs + low
+    return Kept(none, selective, c * hidden * positions, working + 4 * hidden * positions)
+
+
+def _keys(layout: Layout) -> float:
+    """Keys and values that the kernel keeps for each query of a rank: with cp ranks and gathered keys, those of all
+    positions before the ends of its two chunks."""
+    return layout.cp + 0.5 if layout.cp > 1 and layout.cp_method == "allgather" else 1.0
+
+
+def _norms(layer: Layer, hidden: int, trained: bool, factor: int) -> float:
+    """Norms over hidden states: the input in fp32, one number a position, and for a trained weight its factor."""
+    count = sum(1 for weight in layer.weights if weight.kind == "norm" and weight.shape == (hidden,))
+    return count * (4 * hidden + 4 + (factor * hidden if trained else 0))
+
+
+def _head_norms(shape: ModelShape, layer: Layer, trained: bool, factor: int) -> float:
+    """Norms over each head's queries or keys."""
+    total = 0.0
+    for weight in layer.weights:
+        if weight.kind == "norm" and weight.shape != (shape.hidden,):
+            heads = shape.kv_heads if "k_" in weight.name else shape.heads
+            numbers = heads * shape.head_dim if weight.numel <= shape.head_dim else weight.numel
+            total += 4 * numbers + 4 * heads + (factor * numbers if trained else 0)
+    return total
+
+
+def _low_rank(job: Job, layer: Layer) -> float:
+    """The thin results of adapters' inner matrices; whole positions on every tensor-parallel rank."""
+    linear = sum(1 for weight in layer.weights if gets_adapter(job, weight) and len(weight.shape) == 2)
+    return float(linear * job.lora_rank * job.compute_bytes)
+
+
+def _separate_inputs(job: Job, layout: Layout) -> bool:
+    """Whether every adapted layer keeps a copy of its input: PEFT's own forward pass over packed weights does, where
+    autocast brings it back from the adapter's dtype."""
+    return job.tuning == "lora" and job.bits is not None and job.is_mixed and layout.shards == 1
+
+
+def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> tuple[float, float, float]:
+    """MLP or experts: kept without recompute (its input aside), results of products, and working space."""
+    c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
+    gates = 2 if shape.gated else 1
+    dense = _dense_width(layer) / tp
+    none = c * dense * (gates + 2 if shape.gated else 2)
+    outputs = c * (gates * dense + (hidden if dense else 0))
+    working = 2 * c * dense
+    if not layer.has_experts:
+        return none, outputs, working
+    chosen = float(shape.experts_per_token)
+    split = tp if any(weight.kind == "experts" and weight.cut is not None for weight in layer.weights) else 1
+    width = chosen * shape.expert_intermediate / split
+    tokens = chosen * hidden
+    # what is sorted by experts, gate and up, the activated gate, its product with up, and the results before weighting
+    expert = c * (2 * tokens + 4 * width) + 4 * shape.experts + _CHOICE_BYTES * chosen + 4
+    return (
+        none + expert,
+        outputs + c * (2 * width + tokens) + c * shape.experts,
+        working + 2 * c * width + 2 * c * tokens,
+    )
+
+
+def _dense_width(layer: Layer) -> int:
+    """Width of a layer's MLP, or of its shared experts; 0 without."""
+    return sum(w.shape[1] for w in layer.weights if _is_down(w))
+
+
+def _is_down(weight: Weight) -> bool:
+    name = weight.name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return weight.kind == "mlp" and weight.linear and name in ("down_proj", "w2", "c_proj", "fc2", "dense_4h_to_h")

@@ -1,0 +1,294 @@
+"""The peak memory of a rank, term by term.
+
+A step after the first: weights and optimizer state are there. Its peak is at one of three moments:
+
+- the loss: everything that the forward pass keeps, and a chunk of logits;
+- the start of the backward pass: the same, and what the last layer's backward pass works with;
+- its end: all gradients, and what the first layer's backward pass works with.
+
+Gradients grow while activations shrink, both evenly, so the peak lies at an end. Under a pipeline several micro-batches
+are in flight, most of them on the first rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fourfold.planning.activations import Kept, kept
+from fourfold.planning.device import Device
+from fourfold.planning.estimate import Memory
+from fourfold.planning.job import Job, Recompute
+from fourfold.planning.layout import Layout
+from fourfold.planning.shape import ModelShape
+from fourfold.planning.stages import min_microbatches
+from fourfold.planning.states import Part, Stage, layer_part, optimizer_bytes, outer_part, stage_of
+
+_FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
+"""Of one logit, fp32: with its log-softmax in the forward pass; while the loss is differentiated its log-softmax, the
+gradient of that and its own; and where ranks share the vocabulary, the softmax and its gradient."""
+_CONTEXT = 600 << 20
+"""CUDA context, kernels and libraries, outside the allocator (an H100 with CUDA 13: about 0.6 GiB)."""
+_COMMUNICATOR = 450 << 20
+"""NCCL's buffers for the communicators of a job with several ranks."""
+_WORKSPACE = 32 << 20
+"""cuBLAS's workspace, which PyTorch takes from the allocator (Hopper)."""
+_SLACK = 0.06
+"""Of what comes and goes within a step, what the allocator cannot use again (fragments)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Sums over the layers of a rank.
+
+    Attributes:
+        part: what is held of them.
+        kept: bytes a position of all layers, under the recompute that was asked for.
+        replayed: bytes a position that a layer keeps while it is computed again.
+        working: bytes a position that a layer's backward pass needs besides.
+        largest: of FSDP's units.
+        entry: bytes a position of one layer's kept input.
+    """
+
+    part: Part
+    kept: float
+    replayed: float
+    working: float
+    largest: Part
+    entry: float
+
+
+def estimate_memory(
+    shape: ModelShape,
+    job: Job,
+    layout: Layout,
+    recompute: Recompute,
+    micro_batch: int,
+    *,
+    rank: int | None = None,
+    device: Device | None = None,
+) -> Memory:
+    """Memory of one rank at its peak.
+
+    Args:
+        micro_batch: positions of a micro-batch on a data-parallel rank, before cp ranks share them.
+        rank: of the pipeline; None for the most loaded one.
+        device: what its context and kernels take; None for none of it (CPU).
+    """
+    ranks = range(layout.pp) if rank is None else (rank,)
+    # the first rank has most micro-batches in flight, the last one the logits; those between are alike
+    if rank is None and layout.pp > 3:
+        ranks = (0, 1, layout.pp - 1)
+    found = [_of_rank(shape, job, layout, recompute, micro_batch, pp_rank, device) for pp_rank in ranks]
+    return max(found, key=lambda memory: memory.device)
+
+
+def _of_rank(
+    shape: ModelShape,
+    job: Job,
+    layout: Layout,
+    recompute: Recompute,
+    micro_batch: int,
+    pp_rank: int,
+    device: Device | None,
+) -> Memory:
+    stage = stage_of(shape, job, layout, pp_rank)
+    layers = _sum_layers(shape, job, layout, stage, recompute)
+    outer = outer_part(shape, job, layout, stage)
+    held = layers.part + outer
+    positions = -(-micro_batch // layout.cp)
+    batches = _micro_batches(job, layout, micro_batch)
+    gradients = held.trained * job.master_bytes
+    optimizer = optimizer_bytes(job, held.trained)
+    moments = _moments(shape, job, layout, stage, layers, outer, positions, batches, pp_rank, gradients)
+    peak = max(moments, key=lambda moment: sum(moment.values()))
+    on_host = layout.offload
+    terms = {
+        "parameters": 0 if on_host == "params" else held.weights,
+        "scales": held.scales,
+        "gradients": peak["gradients"],
+        "optimizer": 0 if on_host != "none" else optimizer,
+        "gathered": peak["gathered"],
+        "activations": peak["activations"],
+        "logits": peak["logits"],
+        "buffers": _WORKSPACE if device is not None else 0,
+        "context": 0 if device is None else _CONTEXT + (_COMMUNICATOR if layout.world_size > 1 else 0),
+    }
+    moving = terms["gathered"] + terms["activations"] + terms["logits"] + terms["gradients"]
+    terms["slack"] = int(_SLACK * moving) if device is not None else 0
+    return Memory(pp_rank, terms)
+
+
+def _moments(
+    shape: ModelShape,
+    job: Job,
+    layout: Layout,
+    stage: Stage,
+    layers: _Layers,
+    outer: Part,
+    positions: int,
+    batches: int,
+    pp_rank: int,
+    gradients: int,
+) -> list[dict[str, int]]:
+    """What is held beside weights and optimizer state, at each moment that may be the peak."""
+    c, hidden = job.compute_bytes, shape.hidden
+    flying = in_flight(layout, pp_rank, batches)
+    replays = layers.replayed > 0
+    layer = int((layers.replayed + layers.working) * positions)
+    scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
+    shared = layout.tp > 1 and layout.loss_parallel
+    vocab = -(-shape.vocab // layout.tp) if shared else shape.vocab
+    hidden_copies = int(c * hidden * positions * (4 if stage.is_last else 1))
+    head = shape.vocab * shape.hidden // layout.tp if job.tuning == "full" and stage.is_last else 0
+    sharded = _Sharded.of(job, layout, layers, outer, head, gradients, batches)
+    head_gradient = head * c if layout.shards == 1 else 0
+    # a tied embedding's gradient, and its sum with the head's; or the gradient that is added to those before
+    tables = 2 if shape.tied and head and stage.is_first else 1 if batches > 1 and stage.is_first else 0
+    table = tables * shape.vocab * hidden // layout.tp * job.master_bytes if job.tuning == "full" else 0
+    casts = (layers.part.cast + outer.cast) * c  # that autocast makes in a forward pass
+    moments: list[dict[str, int]] = []
+    # once before there are gradients, with all that fly; once with them, where forward passes are still to come
+    for gradients_held, waiting in ((0, flying), (sharded.accumulated, min(flying, batches - 1))):
+        if waiting <= 0:
+            continue
+        more = sharded.waiting if gradients_held else 0
+        kept_all = int(layers.kept * positions * waiting) + hidden_copies
+        kept_casts = int(casts * waiting) if not replays else outer.cast * c
+        if not gradients_held or batches > flying:
+            moments.append(
+                {
+                    "gradients": gradients_held,
+                    "gathered": sharded.forward + more + (max(kept_casts, casts) if casts else 0),
+                    "activations": kept_all,
+                    "logits": _FORWARD_LOGIT_BYTES * scored * vocab,
+                }
+            )
+        moments.append(
+            {
+                "gradients": gradients_held,
+                "gathered": sharded.loss + more + kept_casts + head_gradient,
+                "activations": kept_all,
+                "logits": (_SHARED_LOGIT_BYTES if shared else _LOGIT_BYTES) * scored * vocab,
+            }
+        )
+        moments.append(
+            {
+                "gradients": gradients_held,
+                "gathered": sharded.backward + more + kept_casts + head_gradient,
+                "activations": kept_all + layer,
+                "logits": 0,
+            }
+        )
+    at_end = {
+        "gradients": sharded.accumulated or gradients,
+        "gathered": sharded.end,
+        "activations": layer + int(layers.entry * positions),
+        "logits": 0,
+    }
+    at_table = {
+        "gradients": sharded.root_gradients,
+        "gathered": sharded.root + table,
+        "activations": int(c * hidden * positions),
+        "logits": 0,
+    }
+    return [*moments, at_end, at_table]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharded:
+    """What FSDP has whole, and gradients that wait; bytes.
+
+    Attributes:
+        forward, loss, backward, end, root: whole weights and gradients at each moment.
+        accumulated: gradients of the micro-batches before.
+        waiting: what the reduction of the micro-batch before still holds.
+        root_gradients: gradients at the last moment, that of the embedding.
+    """
+
+    forward: int
+    loss: int
+    backward: int
+    end: int
+    root: int
+    accumulated: int
+    waiting: int
+    root_gradients: int
+
+    @classmethod
+    def of(
+        cls, job: Job, layout: Layout, layers: _Layers, root: Part, head: int, gradients: int, batches: int
+    ) -> _Sharded:
+        """The figures of a layout; of one without shards nothing is gathered."""
+        c = job.compute_bytes
+        accumulated = gradients if batches > 1 else 0
+        if layout.shards == 1:
+            return cls(0, 0, 0, layers.largest.cast * c, 0, accumulated, 0, gradients)
+        reduced = 4 if job.is_mixed else c
+        unit, everything = layers.largest, layers.part.whole + root.whole
+        whole_trained = layers.part.whole_trained + root.whole_trained
+        if layout.pp > 1:  # all stays gathered, and gradients whole, until the end of the step
+            whole = whole_trained * reduced
+            sending = max(unit.whole_trained, root.whole_trained) * reduced
+            return cls(everything, everything + head * c, everything + head * c + unit.whole_trained * c,
+                       everything + sending, everything + sending, whole, 0, whole)  # fmt: skip
+        # a unit that is gathered, the next one on its way; its whole gradients, and their copy that is sent
+        sent = unit.whole_trained * (c + reduced)
+        kept = root.whole if layout.reshards else everything
+        root_sent = root.whole_trained * (c + reduced)
+        waiting = 0
+        if layout.zero == 1 and batches > 1:
+            accumulated = whole_trained * reduced
+        elif batches > 1:
+            waiting = root.whole_trained * reduced
+        backward = kept + (2 * unit.whole if layout.reshards else 0) + sent + head * c
+        end = root.whole + 2 * unit.whole + sent + head * c
+        before_root = gradients - (root.trained * job.master_bytes if batches == 1 else 0)
+        if layout.zero == 1 and batches > 1:
+            before_root = gradients + root.whole_trained * reduced
+        return cls(kept, kept + head * c, backward, end, root_sent or root.whole, accumulated, waiting, before_root)
+
+
+def in_flight(layout: Layout, pp_rank: int, batches: int) -> float:
+    """Micro-batches whose activations a rank of the pipeline keeps at a time, in units of its whole layers."""
+    if layout.pp == 1:
+        return 1
+    ahead = layout.pp - pp_rank
+    if layout.pp_schedule == "gpipe":
+        return batches
+    if layout.pp_schedule == "interleaved_1f1b":
+        return min(2 * (ahead - 1) + layout.pp + 1, 2 * batches) / 2
+    if layout.pp_schedule == "zbv":
+        return min(layout.pp, batches)
+    return min(ahead, batches)
+
+
+def _micro_batches(job: Job, layout: Layout, micro_batch: int) -> int:
+    """Of a step, on one data-parallel rank."""
+    count = max(-(-job.tokens_per_step // (layout.dp * micro_batch)), 1)
+    return max(count, min_microbatches(layout)) if layout.pp > 1 else count
+
+
+@lru_cache(maxsize=4096)
+def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recompute: Recompute) -> _Layers:
+    part, largest = Part(), Part()
+    kept_bytes = replayed = working = entry = 0.0
+    counts = stage.layers()
+    trained_counts = (
+        counts if job.tuning == "full" else tuple(sum(column) for column in zip(*stage.trained, strict=True))
+    )
+    for layer, total, full_count in zip(shape.kinds, counts, trained_counts, strict=True):
+        for trained, number in ((True, full_count), (False, total - full_count)):
+            if not number:
+                continue
+            one = layer_part(shape, job, layout, layer, trained=trained)
+            part = part + one.times(number)
+            found: Kept = kept(shape, job, layout, layer, trained=trained)
+            if trained or job.tuning == "lora":
+                kept_bytes += number * found.of(recompute)
+                replayed = max(replayed, found.none if recompute != "none" else 0.0)
+                working = max(working, found.working)
+                entry = max(entry, found.of(recompute))
+            if one.whole >= largest.whole and one.cast >= largest.cast:
+                largest = one
+    return _Layers(part, kept_bytes, replayed, working, largest, entry)

@@ -1,0 +1,202 @@
+"""Bytes that a rank holds between steps: weights, scales of packed weights, gradients, optimizer state.
+
+Exact: the same arithmetic as the engine's own cuts (parallel/tensor.py, expert.py, stages.py, and FSDP's even rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fourfold.planning.job import Job
+from fourfold.planning.layout import Layout
+from fourfold.planning.shape import Layer, ModelShape, Weight
+from fourfold.planning.stages import stage_layers, stages_of_rank
+
+_BLOCK, _OUTER_BLOCK = 64, 256
+"""Weights that share a scale in bitsandbytes' 4-bit types, and scales that share one under double quantisation."""
+
+_MOMENT_BYTES = {
+    "adamw_torch": (2, None),
+    "adamw_8bit": (2, 1),
+    "sgd": (0, None),
+    "adafactor": (0, None),
+    "muon": (1, None),
+}
+"""Optimizer -> moments of a trained number, and bytes of each (None: as the masters)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank holds of something, in numbers and bytes.
+
+    Attributes:
+        weights: bytes of parameters, sharded as they are between steps.
+        scales: bytes of packed weights' constants.
+        trained: numbers that are trained, as this rank holds them.
+        whole: bytes of the parameters when FSDP has gathered them, in the dtype of the computation.
+        whole_trained: numbers that are trained, gathered.
+        cast: numbers of trained matrices that autocast copies to the compute dtype.
+    """
+
+    weights: int = 0
+    scales: int = 0
+    trained: int = 0
+    whole: int = 0
+    whole_trained: int = 0
+    cast: int = 0
+
+    def __add__(self, other: Part) -> Part:
+        return Part(
+            self.weights + other.weights,
+            self.scales + other.scales,
+            self.trained + other.trained,
+            self.whole + other.whole,
+            self.whole_trained + other.whole_trained,
+            self.cast + other.cast,
+        )
+
+    def times(self, count: int) -> Part:
+        """So many of it."""
+        return Part(*(count * size for size in (self.weights, self.scales, self.trained, self.whole,
+                                                self.whole_trained, self.cast)))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a rank of the pipeline runs: layers by kind, and whether it embeds and ends.
+
+    Attributes:
+        counts: for each of its stages, how many layers of each kind of the shape.
+        trained: for each of its stages, how many layers of each kind are trained in full (freeze tuning).
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+    trained: tuple[tuple[int, ...], ...]
+    is_first: bool
+    is_last: bool
+
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each kind over all its stages."""
+        return tuple(sum(column) for column in zip(*self.counts, strict=True))
+
+
+def stage_of(shape: ModelShape, job: Job, layout: Layout, pp_rank: int) -> Stage:
+    """What a rank of the pipeline runs; everything where there is none."""
+    spans = stage_layers(layout, shape.num_layers) if layout.pp > 1 else [range(shape.num_layers)]
+    numbers = stages_of_rank(layout, pp_rank) if layout.pp > 1 else (0,)
+    first_trained = shape.num_layers - job.trained_layers if job.tuning == "freeze" else 0
+    kinds = range(len(shape.kinds))
+    counts = [tuple(sum(shape.order[i] == kind for i in spans[n]) for kind in kinds) for n in numbers]
+    trained = [
+        tuple(sum(shape.order[i] == kind for i in spans[n] if i >= first_trained) for kind in kinds) for n in numbers
+    ]
+    if job.tuning == "lora":
+        trained = [(0,) * len(shape.kinds)] * len(numbers)
+    return Stage(tuple(counts), tuple(trained), 0 in numbers, len(spans) - 1 in numbers)
+
+
+def layer_part(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: bool) -> Part:
+    """One layer of a rank, adapters included.
+
+    Args:
+        trained: whether its own weights are.
+    """
+    return _sum(_weight_part(shape, job, layout, weight, trained=trained) for weight in layer.weights)
+
+
+def outer_part(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> Part:
+    """Embedding, last norm and head, as far as a stage has them."""
+    found: list[Weight] = []
+    for weight in shape.outer:
+        on_last = weight.kind in ("head", "norm", "other") or (shape.tied and weight.kind == "embedding")
+        if (stage.is_first and weight.kind == "embedding") or (stage.is_last and on_last):
+            found.append(weight)
+    part = _sum(_weight_part(shape, job, layout, weight, trained=job.tuning == "full") for weight in found)
+    if shape.tied and stage.is_last and job.tuning == "full" and job.is_mixed and layout.shards == 1:
+        table = shape.vocab * shape.hidden // layout.tp  # as the head it is an operand of a product
+        part = replace(part, cast=part.cast + table)
+    return part
+
+
+def optimizer_bytes(job: Job, trained: int) -> int:
+    """State of so many trained numbers."""
+    moments, size = _MOMENT_BYTES.get(job.optim, (2, None))
+    return int(trained * moments * (job.master_bytes if size is None else size))
+
+
+def cut_numel(shape: ModelShape, layout: Layout, weight: Weight) -> tuple[int, int]:
+    """Rows and row length of a rank's part of a weight, before FSDP cuts rows: [rows, rest]."""
+    sizes = list(weight.shape)
+    if weight.kind == "experts" and layout.ep > 1:
+        sizes[0] //= layout.ep
+    if weight.cut is not None and layout.tp > 1:
+        parts = min(layout.tp, shape.kv_heads) if weight.of_kv else layout.tp
+        sizes[weight.cut] = -(-sizes[weight.cut] // parts)
+    rest = 1
+    for size in sizes[1:]:
+        rest *= size
+    return sizes[0], rest
+
+
+def _weight_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, *, trained: bool) -> Part:
+    rows, rest = cut_numel(shape, layout, weight)
+    numel = rows * rest
+    shards = layout.shards // layout.ep if weight.kind == "experts" and layout.ep > 1 else layout.shards
+    packed = job.bits is not None and weight.linear
+    if packed:
+        size = numel // 2 if job.bits == 4 else numel
+        part = Part(-(-size // shards), _scale_bytes(job, layout, numel, rows), 0, size if shards > 1 else 0, 0)
+    else:
+        held = -(-rows // shards) * rest
+        each = job.master_bytes if trained else job.compute_bytes
+        whole = numel * job.compute_bytes if shards > 1 else 0
+        # autocast copies operands of products; FSDP's own mixed precision gathers in the compute dtype
+        cast = numel if trained and weight.is_matrix and job.is_mixed and layout.shards == 1 else 0
+        part = Part(held * each, 0, held if trained else 0, whole, numel if trained else 0, cast)
+    return part + _adapter_part(shape, job, layout, weight, shards)
+
+
+def _scale_bytes(job: Job, layout: Layout, numel: int, rows: int) -> int:
+    """Constants of a packed weight, which FSDP does not shard."""
+    if job.bits == 8:
+        return 4 * rows
+    scales = -(-numel // _BLOCK)
+    if job.double_quant and layout.tp == 1:
+        return scales + 4 * -(-scales // _OUTER_BLOCK)
+    return 4 * scales
+
+
+def gets_adapter(job: Job, weight: Weight) -> bool:
+    """Whether a weight gets a low-rank adapter."""
+    if job.tuning != "lora" or not (weight.linear or (weight.kind == "experts" and len(weight.shape) == 3)):
+        return False
+    name = weight.name.removesuffix(".weight")
+    return "all" in job.lora_targets or any(name == t or name.endswith(f".{t}") for t in job.lora_targets)
+
+
+def _adapter_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, shards: int) -> Part:
+    """A [r, in] and B [out, r]; of stacked experts each has its own."""
+    if not gets_adapter(job, weight):
+        return Part()
+    copies = weight.shape[0] // layout.ep if len(weight.shape) == 3 else 1
+    outer, inner = weight.shape[-2], weight.shape[-1]
+    if layout.tp > 1 and weight.cut is not None:
+        parts = min(layout.tp, shape.kv_heads) if weight.of_kv else layout.tp
+        if weight.cut == len(weight.shape) - 2:
+            outer = -(-outer // parts)
+        elif weight.cut == len(weight.shape) - 1:
+            inner = -(-inner // parts)
+    held = whole = 0
+    for rows, rest in ((job.lora_rank * copies, inner), (outer, job.lora_rank * copies)):
+        held += -(-rows // shards) * rest
+        whole += rows * rest
+    gathered = whole * job.compute_bytes if shards > 1 else 0
+    return Part(held * job.master_bytes, 0, held, gathered, whole, 0)
+
+
+def _sum(parts: Iterable[Part]) -> Part:
+    total = Part()
+    for part in parts:
+        total = total + part
+    return total
