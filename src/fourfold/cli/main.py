@@ -7,12 +7,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fourfold.cli import chat, data, env, explain, export, train, version
+from fourfold.cli import chat, data, env, explain, export, plan, train, version
 
 _TAKES_KEYS = {"ignore_unknown_options": True}
 
 _HEADINGS = {
-    "Work": ("train", "chat", "export", "data"),
+    "Work": ("train", "plan", "chat", "export", "data"),
     "About": ("help", "env", "version"),
 }
 
@@ -40,6 +40,7 @@ app = typer.Typer(
 """A verb is a line here, its place in the help above, and a file beside this one."""
 
 app.command("train", context_settings=_TAKES_KEYS)(train.train)
+app.command("plan", context_settings=_TAKES_KEYS)(plan.plan)
 app.command("chat", context_settings=_TAKES_KEYS)(chat.chat)
 app.command("export", context_settings=_TAKES_KEYS)(export.export)
 app.command("data", context_settings=_TAKES_KEYS)(data.data)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fourfold.base.errors import PlanError
 from fourfold.base.units import GIB
 from fourfold.planning.candidates import name_of
-from fourfold.planning.estimate import TERMS
+from fourfold.planning.estimate import TERMS, Estimate
 from fourfold.planning.search import Plan
 
 _COLORS = (
@@ -48,3 +48,7 @@ def draw(plan: Plan, file: Path) -> None:
         figure.savefig(file, dpi=120)
     except (OSError, ValueError) as error:
         raise PlanError(f"plot: {file} cannot be written ({error}). Name a .png, .svg or .pdf file.") from error
+
+
+def _title(found: Estimate) -> str:
+    return f"{name_of(found.layout)}\n{found.recompute}, {found.micro_batch:,}"

@@ -80,7 +80,7 @@ def _hub_cache(config: ModelConfig) -> Path:
 
 def _file(content: bytes) -> Path:
     digest = xxhash.xxh3_128(content)
-    digest.update(f"{FORMAT} {importlib.metadata.version('transformers')}")
+    digest.update(f"{FORMAT} {importlib.metadata.version('transformers')}".encode())
     for package, name in _CODE:
         digest.update((importlib.resources.files(package) / name).read_bytes())
     root = os.environ.get("FOURFOLD_CACHE")  # as for tokenised data, dataset/cache.py

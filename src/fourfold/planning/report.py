@@ -105,7 +105,8 @@ def _ranking(plan: Plan) -> Iterator[str]:
     limit = plan.cluster.device.memory_gib
     yield f"LAYOUTS, fastest first ({limit:.1f} GiB a GPU, {MARGIN:.0%} kept free where possible)"
     shown = plan.layouts[:_MOST_ROWS]
-    yield f"{'#':>2} {'layout':<30}{'recompute':<10}{'micro':>7}{'GiB':>6}{'s/step':>7}{'tok/s':>8}{'MFU':>4}{'idle':>5}"
+    figures = f"{'recompute':<10}{'micro':>7}{'GiB':>6}{'s/step':>7}{'tok/s':>8}{'MFU':>4}{'idle':>5}"
+    yield f"{'#':>2} {'layout':<30}{figures}"
     for number, found in enumerate(shown, start=1):
         name = textwrap.wrap(name_of(found.layout), 29) or [""]
         yield f"{number:>2} {name[0]:<30}{_figures(found)}"

@@ -1,0 +1,177 @@
+"""`fourfold plan`: what fits, what is fastest and why, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fourfold.base.errors import ConfigError, ModelError, PlanError
+from fourfold.base.log import get_logger
+from fourfold.cli.hardware import Gpu, Gpus, HardwareFile, Nodes, cluster_of
+from fourfold.cli.session import Words, clear_errors
+
+if TYPE_CHECKING:
+    from fourfold.config.schema import Run
+    from fourfold.planning.hardware import Cluster
+    from fourfold.planning.search import Plan
+    from fourfold.planning.shape import ModelShape
+
+log = get_logger(__name__)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Plot = Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Draw the memory of each layout.")]
+Write = Annotated[bool, typer.Option("--write", help="Put the best layout's lines into FILE.")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A config that was read.
+
+    Attributes:
+        file: that it came from; None for words alone.
+    """
+
+    run: Run
+    file: Path | None
+
+
+def plan(
+    words: Words = None,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    hardware: HardwareFile = None,
+    as_json: AsJson = False,
+    plot: Plot = None,
+    write: Write = False,
+) -> None:
+    """Tell what fits, what is fastest and why, before the run."""
+    with clear_errors():
+        asked = _read(words)
+        if write and asked.file is None:
+            raise ConfigError("write: needs a config file to write to. Write `fourfold plan FILE.yaml --write`.")
+        cluster = cluster_of(gpu, gpus, nodes, hardware, nproc=asked.run.parallel.nproc)
+        found = plan_run(asked.run, cluster)
+        _show(found, as_json)
+        if plot is not None:
+            from fourfold.planning.draw import draw
+
+            draw(found, Path(plot))
+            log.info("Drawn: %s", plot)
+        if write and asked.file is not None:
+            _write(found, asked.file)
+
+
+def plan_run(run: Run, cluster: Cluster) -> Plan:
+    """The plan of a run's job on a cluster, from the shape of its model; what is unusual is logged.
+
+    Raises:
+        ModelError: no such model, or one whose shape cannot be read.
+        PlanError: sizes or a dtype that cannot work.
+    """
+    from fourfold.planning.job import Job
+    from fourfold.planning.known_shape import find_shape
+    from fourfold.planning.search import search
+    from fourfold.planning.wishes import Wishes
+
+    for note in cluster.notes:
+        log.warning("%s", note)
+    shape = find_shape(run.model, _reader(run))
+    _warn(run, cluster, shape)
+    return search(shape, Job.of(run), cluster, Wishes.of(run))
+
+
+def _read(words: Sequence[str] | None) -> _Asked:
+    """The run to plan. It needs a model and nothing else: no data, no output folder.
+
+    Raises:
+        ConfigError: with every problem of the keys.
+    """
+    if not words:
+        raise ConfigError("plan: needs a config. Write `fourfold plan FILE.yaml`, or give keys as key=value.")
+    from fourfold.config.begin import begin_logging
+    from fourfold.config.load import load
+    from fourfold.config.paths import check_paths
+
+    has_file = not words[0].startswith("--") and "=" not in words[0]
+    run = load(words[0] if has_file else None, words[1:] if has_file else words)
+    if not run.model.model_name_or_path:
+        raise ConfigError("model_name_or_path: is not given. Give a hub id, a folder or a .gguf file.")
+    check_paths(run, "train")
+    begin_logging(run)
+    for note in run.notes:
+        log.info("%s", note)
+    return _Asked(run, Path(words[0]) if has_file else None)
+
+
+def _reader(run: Run) -> Callable[[], ModelShape]:
+    """Reads the shape of a run's model with torch, where it is not known yet."""
+
+    def read() -> ModelShape:
+        from fourfold.base.hub import settle_hub
+        from fourfold.config.paths import names_hub
+
+        if names_hub(run):
+            settle_hub()
+        from fourfold.models.load import load_config
+        from fourfold.planning.read_shape import read_shape
+
+        name = run.model.model_name_or_path
+        try:
+            return read_shape(load_config(run.model), trust_remote_code=run.model.trust_remote_code)
+        except (ValueError, AttributeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"model_name_or_path: {name} is not a causal language model whose shape can be read ({reason}). "
+                "Use a model that Transformers has a causal language model for."
+            ) from error
+
+    return read
+
+
+def _warn(run: Run, cluster: Cluster, shape: ModelShape) -> None:
+    cutoff, context = run.data.cutoff_len, shape.max_positions
+    if context and cutoff > context and run.model.rope_scaling is None:
+        log.warning(
+            "cutoff_len: %d is more than the %d positions of the model. Use cutoff_len: %d, or rope_scaling.",
+            cutoff, context, context,
+        )  # fmt: skip
+    training = run.training
+    if not (training.bf16 or training.fp16 or training.pure_bf16):
+        log.warning("bf16: is false, and so is fp16, so this plans for fp32. Use %s: true.", cluster.device.best_half)
+
+
+def _show(found: Plan, as_json: bool) -> None:
+    from fourfold.planning import report
+
+    if as_json:
+        print(json.dumps(report.as_json(found), indent=2))
+        return
+    text = report.as_text(found)
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=report.WIDTH, highlight=False)
+    for line in text.splitlines():
+        style = "bold" if line[:2].isupper() else "green" if line.startswith(" 1 ") else ""
+        console.print(Text(line, style=style))
+
+
+def _write(found: Plan, file: Path) -> None:
+    from fourfold.planning.report import best_config
+    from fourfold.planning.write_config import write_config
+
+    keys = best_config(found)
+    if keys is None or found.best is None:
+        raise PlanError(f"write: nothing fits, so {file} was left as it is. Make one of the changes above.")
+    write_config(file, keys, found.best.layout)
+    log.info("Written into %s: %s", file, ", ".join(keys))
