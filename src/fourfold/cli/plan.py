@@ -17,6 +17,8 @@ from fourfold.cli.hardware import Gpu, Gpus, HardwareFile, Nodes, cluster_of
 from fourfold.cli.session import Words, clear_errors
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from fourfold.config.schema import Run
     from fourfold.planning.hardware import Cluster
     from fourfold.planning.search import Plan
@@ -119,12 +121,11 @@ def _reader(run: Run) -> Callable[[], ModelShape]:
 
         if names_hub(run):
             settle_hub()
-        from fourfold.models.load import load_config
         from fourfold.planning.read_shape import read_shape
 
         name = run.model.model_name_or_path
         try:
-            return read_shape(load_config(run.model), trust_remote_code=run.model.trust_remote_code)
+            return read_shape(_load_config(run), trust_remote_code=run.model.trust_remote_code)
         except (ValueError, AttributeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
@@ -133,6 +134,25 @@ def _reader(run: Run) -> Callable[[], ModelShape]:
             ) from error
 
     return read
+
+
+def _load_config(run: Run) -> PreTrainedConfig:
+    """The model's config as Transformers has it: what `models.load` does, less what the shape does not depend on.
+
+    That module imports all that loading weights takes, which is a second more.
+    """
+    from transformers import AutoConfig
+
+    from fourfold.models.source import explained, gguf_path, hub_options, model_name
+
+    name = model_name(run.model)
+    path = gguf_path(name)
+    if path is not None:
+        from fourfold.models.gguf_model import load_gguf_config
+
+        return load_gguf_config(path)
+    with explained(name, "the config"):
+        return AutoConfig.from_pretrained(name, **hub_options(run.model))
 
 
 def _warn(run: Run, cluster: Cluster, shape: ModelShape) -> None:

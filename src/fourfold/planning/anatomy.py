@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourfold.base.units import GIB
+from fourfold.planning.held import held_by
+from fourfold.planning.layout import Layout
 from fourfold.planning.search import Plan
 from fourfold.planning.shape import Kind, Weight
 
@@ -56,18 +58,18 @@ class Anatomy:
 def anatomy_of(plan: Plan) -> Anatomy:
     """The anatomy of a plan's model and job."""
     shape, job, terms = plan.shape, plan.job, plan.single.terms
-    names = ("parameters", "gradients", "optimizer", "activations", "logits")
-    held = {name: terms.get(name, 0) for name in names}
-    held["parameters"] += terms.get("scales", 0)
+    held = held_by(shape, job, Layout())
+    sizes = {"parameters": held.parameters, "gradients": held.gradients, "optimizer": held.optimizer}
+    sizes |= {name: terms.get(name, 0) for name in ("activations", "logits")}
     return Anatomy(
         layers=shape.num_layers,
         parameters=shape.numel,
         active=shape.active,
-        trained=terms.get("gradients", 0) // job.master_bytes,
+        trained=held.trained,
         by_kind=shape.by_kind,
         largest_layer=shape.largest_layer,
         outer=sum(weight.numel for weight in shape.outer),
         largest_matrix=shape.largest_matrix,
-        bytes_of=held,
+        bytes_of=sizes,
         micro_batch=job.micro_batch,
     )

@@ -130,7 +130,7 @@ def _can_offload(layout: Layout) -> bool:
     return layout.offload != "params" or (layout.shards > 1 and layout.pp == 1)
 
 
-def _settled(sizes: dict[str, int], shape: ModelShape, wishes: Wishes, barred: dict[str, str]) -> Iterator[Layout]:
+def _settled(sizes: dict[str, Any], shape: ModelShape, wishes: Wishes, barred: dict[str, str]) -> Iterator[Layout]:
     """Layouts of these sizes with the settings that go with them."""
     parallel = wishes.parallel
     base = Layout(

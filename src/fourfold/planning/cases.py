@@ -14,12 +14,14 @@ from typing import Any, Literal
 from fourfold.base.units import GIB
 from fourfold.planning.candidates import LONG_SEQUENCE, name_of
 from fourfold.planning.estimate import Estimate
+from fourfold.planning.held import held_by
+from fourfold.planning.layout import Layout
 from fourfold.planning.search import Plan
 from fourfold.planning.wishes import obstacles
 
 Word = Literal["recommended", "possible", "pointless", "impossible"]
 
-_STATE = ("parameters", "scales", "gradients", "optimizer")
+_AROUND = ("activations", "logits", "buffers", "context")
 _MANY_LAYERS = 16  # a node's worth of stages, with two layers for each
 
 
@@ -82,7 +84,7 @@ class Sizes:
         whole: of the leanest form on one GPU.
         state: of it, weights, gradients and optimizer state.
         layer: of the largest layer with its gradient, gathered whole.
-        around: of the leanest form, what is not state: activations, logits, context and so on.
+        around: of the leanest form, what neither shards nor stages take away: activations, logits, context.
         matrix: of the largest single matrix.
     """
 
@@ -112,13 +114,12 @@ def sizes_of(plan: Plan) -> Sizes:
     job, whole = plan.job, plan.whole
     weight = {4: 0.5, 8: 1.0}.get(job.bits or 0, float(job.compute_bytes))
     with_gradient = weight + (job.compute_bytes if job.tuning == "full" else 0)
-    state = sum(whole.terms.get(name, 0) for name in _STATE)
     return Sizes(
         room=plan.cluster.device.memory_bytes,
         whole=whole.device,
-        state=state,
+        state=held_by(plan.shape, job, Layout()).total,
         layer=int(plan.shape.largest_layer * with_gradient),
-        around=whole.device - state,
+        around=sum(whole.terms.get(name, 0) for name in _AROUND),
         matrix=int(plan.shape.largest_matrix.largest_matrix * weight),
     )
 
@@ -157,12 +158,13 @@ def _replicas(plan: Plan, sizes: Sizes) -> Verdict:
         if best.layout.splits_model:
             reason = f"{groups} of groups that share the model; only gradients are sent, once a step"
         return Verdict("DP", "recommended", reason)
-    if _may(plan, "dp_replicate"):
-        alone = "" if sizes.fits_whole else f", not alone: a replica needs {_gib(sizes.whole)} or is shared by a group"
-        return Verdict("DP", "possible", _slower(plan, best) + alone)
     if not sizes.fits_whole:
         reason = f"each replica holds everything: {_gib(sizes.whole)} at least, and a GPU has {_gib(sizes.room)}"
+        if best is not None:
+            reason += f"; only groups that share the model have replicas ({_slower(plan, best, 'dp_replicate')})"
         return Verdict("DP", "impossible", reason)
+    if _may(plan, "dp_replicate"):
+        return Verdict("DP", "possible", _slower(plan, best, "dp_replicate"))
     return _left_out(plan, "DP")
 
 
@@ -173,13 +175,14 @@ def _shards(plan: Plan, sizes: Sizes) -> Verdict:
     best = _with(plan, "shards")
     layer = f"a layer is gathered whole, {_gib(sizes.layer)}{_gradient(plan)}"
     if best is not None and best is plan.best:
-        state = _gib(sum(best.memory.terms.get(name, 0) for name in _STATE))
+        job = plan.wishes.job_of(plan.job, best.layout)
+        state = _gib(held_by(plan.shape, job, best.layout, best.memory.rank).total)
         reason = f"{best.layout.shards} shards leave {state} of state on each; {layer}"
         return Verdict("FSDP/ZeRO", "recommended", reason)
     if best is not None or _may(plan, "dp_shard"):
         if sizes.fits_whole and plan.best is not None and not plan.best.layout.splits_model:
             return Verdict("FSDP/ZeRO", "pointless", f"the whole fits one GPU, and sharing sends more; {layer}")
-        return Verdict("FSDP/ZeRO", "possible", f"{_slower(plan, best)}; {layer}")
+        return Verdict("FSDP/ZeRO", "possible", f"{_slower(plan, best, 'dp_shard')}; {layer}")
     if not sizes.fits_layer:
         reason = f"{layer}, beside {_gib(sizes.around)} of other things; a GPU has {_gib(sizes.room)}"
         return Verdict("FSDP/ZeRO", "impossible", reason)
@@ -201,7 +204,7 @@ def _tensor(plan: Plan, sizes: Sizes) -> Verdict:
         if sizes.fits_whole:
             reason = f"no matrix needs splitting (the largest is {_gib(sizes.matrix)}); activations would travel"
             return Verdict("TP", "pointless", f"{reason} in every layer")
-        return Verdict("TP", "possible", f"{_slower(plan, best)}; activations travel in every layer, over {link}")
+        return Verdict("TP", "possible", f"{_slower(plan, best, 'tp')}; activations travel in every layer, over {link}")
     return _too_large(plan, "TP", "tp")
 
 
@@ -211,7 +214,7 @@ def _pipeline(plan: Plan, sizes: Sizes) -> Verdict:
         return found
     best = _with(plan, "pp")
     if best is not None and best is plan.best:
-        sent = f"sends only activations ({_gib(best.cost.bytes_sent.get('pp', 0))} a step)"
+        sent = f"sends only activations ({best.cost.bytes_sent.get('pp', 0) / 1e9:.1f} GB a step)"
         over = ", which crosses nodes well" if plan.cluster.nodes > 1 else ""
         return Verdict("PP", "recommended", f"{sent}{over}; idles {best.cost.bubble:.0%} of a step")
     if not sizes.fits_layer and best is None:
@@ -220,7 +223,7 @@ def _pipeline(plan: Plan, sizes: Sizes) -> Verdict:
         idle = "" if best is None else f", idles {best.cost.bubble:.0%} of a step"
         if sizes.fits_whole:
             return Verdict("PP", "pointless", f"the whole fits one GPU, and stages would wait for each other{idle}")
-        return Verdict("PP", "possible", f"{_slower(plan, best)}; sends only activations{idle}")
+        return Verdict("PP", "possible", f"{_slower(plan, best, 'pp')}; sends only activations{idle}")
     return _too_large(plan, "PP", "pp")
 
 
@@ -236,7 +239,7 @@ def _context(plan: Plan, sizes: Sizes) -> Verdict:
         return Verdict("CP", "pointless", f"{length}; exchanging keys pays from {LONG_SEQUENCE:,} on")
     if _may(plan, "cp"):
         one = f"one takes {_gib(plan.whole.terms.get('activations', 0))} of activations, recomputed"
-        return Verdict("CP", "possible", f"{_slower(plan, best)}; {length}, {one}")
+        return Verdict("CP", "possible", f"{_slower(plan, best, 'cp')}; {length}, {one}")
     return _too_large(plan, "CP", "cp")
 
 
@@ -253,7 +256,7 @@ def _experts(plan: Plan, sizes: Sizes) -> Verdict:
         each = shape.experts // best.layout.ep
         return Verdict("EP", "recommended", f"{share}: a rank keeps {each} of a layer, and tokens travel instead")
     if _may(plan, "ep"):
-        return Verdict("EP", "possible", f"{_slower(plan, best)}; {share}")
+        return Verdict("EP", "possible", f"{_slower(plan, best, 'ep')}; {share}")
     return _too_large(plan, "EP", "ep")
 
 
@@ -287,9 +290,11 @@ def _may(plan: Plan, name: str) -> bool:
     return any(layout.sizes()[name] > 1 for layout in plan.fitting)
 
 
-def _slower(plan: Plan, found: Estimate | None) -> str:
+def _slower(plan: Plan, found: Estimate | None, name: str) -> str:
+    """How the fastest layout with an axis compares, ranked or not."""
     if found is None or plan.best is None:
-        return "fits, and is slower than the layouts listed"
+        slower = (entry.reason for entry in plan.rejected if name in entry.axes and entry.device_bytes is None)
+        return next(slower, "fits, and is slower than the layouts listed")
     share = found.cost.tokens_per_s / plan.best.cost.tokens_per_s
     return f"{name_of(found.layout)}: {share:.0%} of the best's tokens/s"
 

@@ -25,10 +25,7 @@ def draw(plan: Plan, file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    bars = [
-        (f"{found.recompute}, {found.micro_batch:,}\n{name_of(found.layout)}", found.memory) for found in plan.layouts
-    ]
-    bars = bars or [("one GPU, leanest", plan.whole)]
+    bars = [(_title(found), found.memory) for found in plan.layouts] or [("one GPU, leanest", plan.whole)]
     figure = Figure(figsize=(11, _LEAST_HEIGHT_IN + _BAR_IN * len(bars)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

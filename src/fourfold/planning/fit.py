@@ -12,7 +12,7 @@ from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Predictor
 from fourfold.planning.shape import ModelShape
 
-_MOST_LAYOUTS = 400
+_MOST_LAYOUTS = 2000
 
 
 def fitting_layouts(

@@ -92,7 +92,7 @@ def _load(file: Path) -> ModelShape | None:
     """What is kept there; None if there is nothing, or something damaged."""
     try:
         return ModelShape.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

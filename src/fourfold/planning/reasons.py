@@ -7,17 +7,23 @@ from collections.abc import Iterator
 from fourfold.base.units import GIB
 from fourfold.planning.estimate import Estimate, Memory
 from fourfold.planning.hardware import Cluster
+from fourfold.planning.held import held_by
 from fourfold.planning.job import Job
 from fourfold.planning.shape import ModelShape
 
 
-def reason_of(found: Estimate, shape: ModelShape, job: Job, cluster: Cluster, whole: Memory) -> str:
+def reason_of(found: Estimate, shape: ModelShape, job: Job, cluster: Cluster, whole: Memory, kept: Memory) -> str:
     """One line: what fits where, what each axis is for, and what memory costs in work.
 
     Args:
         whole: memory of the leanest form on one GPU.
+        kept: memory of the same form if nothing were computed again.
     """
-    return "; ".join(_parts(found, shape, job, cluster, whole))
+    parts = list(_parts(found, shape, job, cluster, whole))
+    if found.recompute != "none":
+        need = f"{kept.device / GIB:.1f} GiB with everything kept"
+        parts.append(f"recompute {found.recompute}, since it would take {need}")
+    return "; ".join(parts)
 
 
 def _parts(found: Estimate, shape: ModelShape, job: Job, cluster: Cluster, whole: Memory) -> Iterator[str]:
@@ -33,7 +39,7 @@ def _parts(found: Estimate, shape: ModelShape, job: Job, cluster: Cluster, whole
     else:
         yield f"the whole fits one GPU ({need} at least), and sharing leaves room to work faster"
     if layout.shards > 1:
-        yield _sharded(found)
+        yield _sharded(found, shape, job)
     if layout.dp_replicate > 1 and layout.splits_model:
         yield f"{layout.dp_replicate} replicas, which meet once a step"
     if layout.tp > 1:
@@ -45,12 +51,10 @@ def _parts(found: Estimate, shape: ModelShape, job: Job, cluster: Cluster, whole
         yield f"ep {layout.ep}: a rank has {shape.experts // layout.ep} of {shape.experts} experts, and tokens travel"
     if layout.pp > 1:
         yield f"pp {layout.pp} sends only activations, and idles {found.cost.bubble:.0%} of a step"
-    if found.recompute != "none":
-        yield f"recompute {found.recompute} for lack of memory"
 
 
-def _sharded(found: Estimate) -> str:
-    layout, memory = found.layout, found.memory
-    state = sum(memory.terms.get(name, 0) for name in ("parameters", "gradients", "optimizer")) / GIB
+def _sharded(found: Estimate, shape: ModelShape, job: Job) -> str:
+    layout = found.layout
+    state = held_by(shape, job, layout, found.memory.rank).total / GIB
     stage = "" if layout.pp > 1 or layout.zero == 3 else f" (zero {layout.zero})"
     return f"{layout.shards} shards{stage} leave {state:.1f} GiB of state on each"

@@ -62,7 +62,7 @@ def _anatomy(plan: Plan) -> Iterator[str]:
         ("layers", format_count(found.layers)),
         ("parameters", f"{format_count(found.parameters)}{active}"),
         *((f"  {kind}", f"{format_count(size)} ({size / found.parameters:.1%})") for kind, size in _kinds(plan)),
-        ("trained", f"{format_count(found.trained)} ({share}; {_tuning(plan)})"),
+        ("trained", f"{format_count(found.trained)} ({share}, {_tuning(plan)})"),
         ("largest layer", format_count(found.largest_layer)),
         ("largest matrix", f"{_shape(plan)}, {found.largest_matrix.name}"),
     ]
@@ -84,7 +84,11 @@ def _shape(plan: Plan) -> str:
 
 def _tuning(plan: Plan) -> str:
     job = plan.job
-    words = {"full": "full", "freeze": f"last {job.trained_layers} layers", "lora": f"LoRA of rank {job.lora_rank}"}
+    words = {
+        "full": "full tuning",
+        "freeze": f"last {job.trained_layers} layers",
+        "lora": f"LoRA of rank {job.lora_rank}",
+    }
     packed = f" on {job.bits} bits" if job.bits else ""
     return words[job.tuning] + packed
 

@@ -13,7 +13,9 @@ from fourfold.config.parallel import ParallelConfig
 from fourfold.planning.candidates import candidates, name_of
 from fourfold.planning.fit import least_state_bytes
 from fourfold.planning.hardware import Cluster
+from fourfold.planning.held import held_by
 from fourfold.planning.job import Job
+from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form, Predictor
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.wishes import Wishes
@@ -86,8 +88,17 @@ def _try(shape: ModelShape, trial: _Trial, margin: float) -> Rescue | None:
         form = predictor.leanest(layout)
         need = predictor.memory(form).device
         if need <= limit:
-            return Rescue(trial.change, trial.config, form, need)
+            return Rescue(trial.change + _on_host(shape, trial, form.layout), trial.config, form, need)
     return None
+
+
+def _on_host(shape: ModelShape, trial: _Trial, layout: Layout) -> str:
+    """What a node's memory must take of what is offloaded."""
+    if layout.offload == "none":
+        return ""
+    held = held_by(shape, trial.wishes.job_of(trial.job, layout), layout)
+    each = held.optimizer if layout.offload == "optimizer" else held.total
+    return f", {each * trial.cluster.per_node / GIB:,.0f} GiB a node"
 
 
 def _keys(start: _Trial) -> Iterator[list[_Trial]]:

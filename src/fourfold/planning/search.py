@@ -8,6 +8,7 @@ those found. All limits count layouts and never seconds, so the same job always 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,10 @@ from fourfold.planning.wishes import Wishes
 MARGIN = 0.02
 """Share of a device's memory that a layout leaves free; one that needs it is taken only where no other fits."""
 
-_MOST_REFINED = 40
+TIE = 0.02
+"""Speeds that differ by less are taken as equal, and the simpler layout goes first: predictions are not better."""
+
+_MOST_REFINED = 150
 _MOST_RANKED = 12
 
 
@@ -93,17 +97,17 @@ def _ranked(
 ) -> tuple[tuple[Estimate, ...], tuple[Rejected, ...]]:
     """The best forms of the layouts that fit, fastest first, and the layouts that are slower."""
     hopes = {layout: _at_best(predictor, layout) for layout in fitting}
-    order = sorted(fitting, key=lambda layout: (-_three_digits(hopes[layout]), simplicity(layout)))
+    order = sorted(fitting, key=lambda layout: (-hopes[layout], simplicity(layout)))
     found: dict[Layout, list[Form]] = {}
+    speeds: list[float] = []
     for layout in order[:_MOST_REFINED]:
-        speeds = sorted((_speed(predictor, forms[0]) for forms in found.values()), reverse=True)
-        if len(speeds) >= _MOST_RANKED and hopes[layout] < speeds[_MOST_RANKED - 1]:
+        if len(speeds) >= _MOST_RANKED and hopes[layout] < sorted(speeds)[-_MOST_RANKED]:
             break
-        found[layout] = sorted(_forms(predictor, layout, limit), key=lambda form: _rank(predictor, form))
-    best = sorted((forms[0] for forms in found.values()), key=lambda form: _rank(predictor, form))[:_MOST_RANKED]
-    others = [form for forms in found.values() for form in forms[1:]]
-    best += sorted(others, key=lambda form: _rank(predictor, form))[: _MOST_RANKED - len(best)]
-    best.sort(key=lambda form: _rank(predictor, form))
+        found[layout] = _sorted(predictor, _forms(predictor, layout, limit))
+        speeds.append(_speed(predictor, found[layout][0]))
+    best = _sorted(predictor, [forms[0] for forms in found.values()])[:_MOST_RANKED]
+    others = _sorted(predictor, [form for forms in found.values() for form in forms[1:]])
+    best = _sorted(predictor, best + others[: _MOST_RANKED - len(best)])
     estimates = tuple(_estimate(predictor, form, whole) for form in best)
     named = {_sizes(form.layout) for form in best}
     return estimates, _slower(predictor, [layout for layout in order if _sizes(layout) not in named], hopes, estimates)
@@ -113,7 +117,8 @@ def _estimate(predictor: Predictor, form: Form, whole: Memory) -> Estimate:
     memory, cost = predictor.memory(form), predictor.cost(form)
     found = Estimate(form.layout, form.recompute, form.micro_batch, memory, cost)
     job = predictor.wishes.job_of(predictor.job, form.layout)
-    return replace(found, reason=reason_of(found, predictor.shape, job, predictor.cluster, whole))
+    kept = predictor.memory(replace(form, recompute="none"))
+    return replace(found, reason=reason_of(found, predictor.shape, job, predictor.cluster, whole, kept))
 
 
 def _slower(
@@ -181,15 +186,16 @@ def _speed(predictor: Predictor, form: Form) -> float:
     return predictor.cost(form).tokens_per_s
 
 
-def _rank(predictor: Predictor, form: Form) -> tuple[float | int, ...]:
-    """A key that sorts by speed, as far as three digits tell; then simple layouts, then those that need less."""
-    speed = _three_digits(_speed(predictor, form))
-    work = ("none", "selective", "full").index(form.recompute)
-    return (-speed, *simplicity(form.layout), work, -form.micro_batch)
+def _sorted(predictor: Predictor, forms: Sequence[Form]) -> list[Form]:
+    """Forms by speed in steps of TIE down from the fastest; within a step simple ones first."""
+    fastest = max((_speed(predictor, form) for form in forms), default=1.0)
 
+    def key(form: Form) -> tuple[float | int, ...]:
+        step = int(math.log(fastest / _speed(predictor, form)) / math.log1p(TIE))
+        work = ("none", "selective", "full").index(form.recompute)
+        return (step, *simplicity(form.layout), work, -form.micro_batch)
 
-def _three_digits(number: float) -> float:
-    return float(f"{number:.3g}")
+    return sorted(forms, key=key)
 
 
 def _sizes(layout: Layout) -> tuple[int, ...]:

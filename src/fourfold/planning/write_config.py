@@ -80,15 +80,18 @@ def with_keys_yaml(text: str, keys: dict[str, Any]) -> str:
         if name != NESTED and (at := _find(lines, name)) is not None:
             lines[at] = _replaced(lines[at], name, value)
             del missing[name]
-    inner = missing.pop(NESTED)
+    inner = dict(keys[NESTED])
     for name in list(inner):
         if (at := _find(lines, f"{NESTED}.{name}")) is not None:
             lines[at] = _replaced(lines[at], f"{NESTED}.{name}", inner.pop(name))
     start = _find(lines, NESTED)
     if start is None:
-        missing |= {NESTED: inner} if inner else {}
+        missing[NESTED] = inner
     else:
+        del missing[NESTED]
         lines = _into_block(lines, start, inner)
+    if not missing.get(NESTED, True):
+        del missing[NESTED]
     if missing:
         while lines and not lines[-1].strip():
             lines.pop()
