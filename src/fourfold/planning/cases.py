@@ -135,8 +135,8 @@ def _cases(plan: Plan, sizes: Sizes) -> tuple[Case, ...]:
     need = f"{_gib(sizes.whole)} at least, and a GPU has {_gib(sizes.room)}"
     layer = f"the largest layer{_gradient(plan)} takes {_gib(sizes.layer)}, beside {_gib(sizes.around)} of activations,"
     layer += " logits and context"
-    domain = f"{_gib(sizes.state)} of state; {cluster.domain} GPUs joined by {cluster.device.link.kind} have "
-    domain += f"{_gib(sizes.room * cluster.domain)}"
+    gpus = "one GPU has" if cluster.domain == 1 else f"{cluster.domain} GPUs joined by {cluster.device.link.kind} have"
+    domain = f"{_gib(sizes.state)} of state; {gpus} {_gib(sizes.room * cluster.domain)}"
     spans = cluster.nodes > 1 and sizes.state > sizes.room * cluster.domain and layers >= _MANY_LAYERS
     return (
         Case("The whole fits one GPU", sizes.fits_whole, need),
