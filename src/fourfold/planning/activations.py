@@ -122,7 +122,8 @@ def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> 
     width = chosen * shape.expert_intermediate / split
     tokens = chosen * hidden
     # what is sorted by experts, gate and up, the activated gate, its product with up, and the results before weighting
-    expert = c * (2 * tokens + 4 * width) + 4 * shape.experts + _CHOICE_BYTES * chosen + 4
+    sent = c * tokens if layout.ep > 1 else 0  # as they arrive from other ranks
+    expert = sent + c * (2 * tokens + 4 * width) + 4 * shape.experts + _CHOICE_BYTES * chosen + 4
     return (
         none + expert,
         outputs + c * (2 * width + tokens) + c * shape.experts,

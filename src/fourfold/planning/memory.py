@@ -145,15 +145,21 @@ def _moments(
     head_gradient = head * c if layout.shards == 1 else 0
     # a tied embedding's gradient, and its sum with the head's; or the gradient that is added to those before
     tables = 2 if shape.tied and head and stage.is_first else 1 if batches > 1 and stage.is_first else 0
-    table = tables * shape.vocab * hidden // layout.tp * job.master_bytes if job.tuning == "full" else 0
+    table = (
+        tables * shape.vocab * hidden // layout.tp * job.master_bytes
+        if job.tuning == "full" and layout.shards == 1
+        else 0
+    )
     casts = (layers.part.cast + outer.cast) * c  # that autocast makes in a forward pass
+    merged = layers.part.merged * c if not replays else 0
+    layer += layers.largest.merged * c * (4 if replays else 1) // 3  # gradients of merged weights, one matrix at a time
     moments: list[dict[str, int]] = []
     # once before there are gradients, with all that fly; once with them, where forward passes are still to come
     for gradients_held, waiting in ((0, flying), (sharded.accumulated, min(flying, batches - 1))):
         if waiting <= 0:
             continue
         more = sharded.waiting if gradients_held else 0
-        kept_all = int(layers.kept * positions * waiting) + hidden_copies
+        kept_all = int(layers.kept * positions * waiting + merged * waiting) + hidden_copies
         kept_casts = int(casts * waiting) if not replays else outer.cast * c
         if not gradients_held or batches > flying:
             moments.append(
@@ -181,7 +187,7 @@ def _moments(
             }
         )
     at_end = {
-        "gradients": sharded.accumulated or gradients,
+        "gradients": sharded.accumulated or gradients - outer.trained * job.master_bytes,
         "gathered": sharded.end,
         "activations": layer + int(layers.entry * positions),
         "logits": 0,
@@ -230,10 +236,8 @@ class _Sharded:
         if layout.pp > 1:  # all stays gathered, and gradients whole, until the end of the step
             whole = whole_trained * reduced
             sending = max(unit.whole_trained, root.whole_trained) * reduced
-            return cls(everything, everything + head * c, everything + head * c + unit.whole_trained * c,
-                       everything + sending, everything + sending, whole, 0, whole)  # fmt: skip
-        # a unit that is gathered, the next one on its way; its whole gradients, and their copy that is sent
-        sent = unit.whole_trained * (c + reduced)
+            loss, backward = everything + head * c, everything + (head + unit.whole_trained) * c
+            return cls(everything, loss, backward, everything, everything + sending, whole, 0, whole)
         kept = root.whole if layout.reshards else everything
         root_sent = root.whole_trained * (c + reduced)
         waiting = 0
@@ -241,12 +245,16 @@ class _Sharded:
             accumulated = whole_trained * reduced
         elif batches > 1:
             waiting = root.whole_trained * reduced
-        backward = kept + (2 * unit.whole if layout.reshards else 0) + sent + head * c
-        end = root.whole + 2 * unit.whole + sent + head * c
+        # a unit that is gathered, the next one on its way, its whole gradients, and those of the one before, on the way
+        units = (2 if layout.reshards else 0) * unit.whole
+        sent = unit.whole_trained * (c + reduced)
+        backward = kept + units + sent + head * c
+        end = root.whole + unit.whole + sent + head * c
         before_root = gradients - (root.trained * job.master_bytes if batches == 1 else 0)
         if layout.zero == 1 and batches > 1:
             before_root = gradients + root.whole_trained * reduced
-        return cls(kept, kept + head * c, backward, end, root_sent or root.whole, accumulated, waiting, before_root)
+        root_end = root_sent or root.whole
+        return cls(kept, kept + head * c, backward, end, root_end, accumulated, waiting, before_root)
 
 
 def in_flight(layout: Layout, pp_rank: int, batches: int) -> float:
@@ -289,6 +297,6 @@ def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recom
                 replayed = max(replayed, found.none if recompute != "none" else 0.0)
                 working = max(working, found.working)
                 entry = max(entry, found.of(recompute))
-            if one.whole >= largest.whole and one.cast >= largest.cast:
+            if one.weights >= largest.weights:
                 largest = one
     return _Layers(part, kept_bytes, replayed, working, largest, entry)

@@ -6,7 +6,7 @@ Exact: the same arithmetic as the engine's own cuts (parallel/tensor.py, expert.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
@@ -37,6 +37,7 @@ class Part:
         whole: bytes of the parameters when FSDP has gathered them, in the dtype of the computation.
         whole_trained: numbers that are trained, gathered.
         cast: numbers of trained matrices that autocast copies to the compute dtype.
+        merged: numbers of stacked experts that are added to their adapters' products before use.
     """
 
     weights: int = 0
@@ -45,6 +46,7 @@ class Part:
     whole: int = 0
     whole_trained: int = 0
     cast: int = 0
+    merged: int = 0
 
     def __add__(self, other: Part) -> Part:
         return Part(
@@ -54,12 +56,12 @@ class Part:
             self.whole + other.whole,
             self.whole_trained + other.whole_trained,
             self.cast + other.cast,
+            self.merged + other.merged,
         )
 
     def times(self, count: int) -> Part:
         """So many of it."""
-        return Part(*(count * size for size in (self.weights, self.scales, self.trained, self.whole,
-                                                self.whole_trained, self.cast)))  # fmt: skip
+        return Part(*(count * getattr(self, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,11 @@ def _adapter_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, s
         held += -(-rows // shards) * rest
         whole += rows * rest
     gathered = whole * job.compute_bytes if shards > 1 else 0
-    return Part(held * job.master_bytes, 0, held, gathered, whole, 0)
+    merged = 0
+    if weight.kind == "experts":
+        rows, rest = cut_numel(shape, layout, weight)
+        merged = rows * rest
+    return Part(held * job.master_bytes, 0, held, gathered, whole, 0, merged)
 
 
 def _sum(parts: Iterable[Part]) -> Part:
