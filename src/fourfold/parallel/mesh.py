@@ -127,11 +127,6 @@ def stop_process_group() -> None:
     dist.destroy_process_group()
 
 
-def world_size_of_environment() -> int:
-    """Processes of the job that this one is part of, as a launcher set it; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def local_device(use_cpu: bool) -> torch.device:
     """This process's device: the CUDA device of its LOCAL_RANK, or the CPU."""
     if torch.cuda.is_available() and not use_cpu:

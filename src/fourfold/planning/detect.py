@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fourfold.base.errors import PlanError
@@ -36,12 +37,18 @@ class Card:
 def detect() -> Cluster | None:
     """This machine as a cluster of one node; None if it has no GPU or no driver.
 
-    `CUDA_VISIBLE_DEVICES` is respected. Cards of different kinds count as the one with the least memory, and a card
-    that the catalogue lacks has the driver's memory and the speed of the nearest name; the notes say so.
+    `CUDA_VISIBLE_DEVICES` is respected.
     """
     cards = _visible(_nvidia_cards() or _amd_cards())
-    if not cards:
-        return None
+    return cluster_of_cards(cards) if cards else None
+
+
+def cluster_of_cards(cards: Sequence[Card]) -> Cluster:
+    """One node of these GPUs, at least one.
+
+    Cards of different kinds count as the one with the least memory, and a card that the catalogue lacks has the
+    driver's memory and the speed of the nearest name; the notes say so.
+    """
     devices = [_device(card) for card in cards]
     least = min(devices, key=lambda device: device.memory_gib)
     kinds = sorted({card.name for card in cards})

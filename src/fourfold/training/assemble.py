@@ -11,10 +11,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base import registry
+from fourfold.base.errors import ModelError, PlanError
 from fourfold.base.log import get_logger, told_elsewhere
 from fourfold.config.schema import Run
 from fourfold.dataset.collate import CutPolicy, filler
-from fourfold.dataset.prepare import Prepared, prepare
+from fourfold.dataset.prepare import Prepared, encode_settings, prepare
 from fourfold.dataset.render import Renderer
 from fourfold.models.adapters import attach, identify_base
 from fourfold.models.identity import BaseIdentity
@@ -29,12 +30,16 @@ from fourfold.parallel.apply import Parallelized, no_weights
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.step import Step
+from fourfold.planning.job import RECOMPUTES
+from fourfold.planning.predictor import Form
 from fourfold.training.build import Built, build
 from fourfold.training.evaluate import Evaluator
-from fourfold.training.memory import StepSizes, fit_to_memory
+from fourfold.training.memory import fit_to_memory
+from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
 from fourfold.training.schedule import samples_per_step
+from fourfold.training.step_sizes import StepSizes
 
 log = get_logger(__name__)
 
@@ -51,6 +56,7 @@ class Parts:
         built: the model on its rank.
         base: which model an adapter is trained on; None for other tunings.
         recompute: what the backward pass computes again; settled with `policy`.
+        planned: what the planner chose the layout with; None where it did not.
     """
 
     run: Run
@@ -62,6 +68,7 @@ class Parts:
     built: Built
     base: BaseIdentity | None = None
     recompute: Recompute = "none"
+    planned: Form | None = None
 
     @property
     def module(self) -> TunedModel:
@@ -115,25 +122,56 @@ class Parts:
             allowed,
             self.module,
             sizes,
-            self.built.precision.compute,
             self._asked_recompute(),
             device=self.mesh.device,
-            sharing=self.mesh.layout.cp,
-            offload=self.run.parallel.offload,
+            outlook=self.outlook,
+            planned=self.planned,
         )
-        self.recompute = self.built.recompute(fit.recompute)
-        # Ranks that share micro-batches must cut alike, whatever each has free.
-        return replace(fit.policy, max_tokens=-self.split.reducer.largest(-fit.policy.max_tokens))
+        # Ranks that share micro-batches must cut and recompute alike, whatever each has free.
+        largest = self.split.reducer.largest
+        self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))])
+        return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
+
+    @cached_property
+    def outlook(self) -> Outlook | None:
+        """What the planner can tell of this run; None on CPUs, and where its model or GPUs are not known to it."""
+        layout = self.mesh.layout
+        try:
+            cluster = cluster_of_job(self.run, layout.world_size)
+            if cluster is None:
+                return None
+            return Outlook.of(
+                self.run,
+                self.module,
+                layout,
+                cluster,
+                self.sizes(),
+                packed=self.built.model.packed,
+                document=self._mean_document(),
+                pp_rank=self.mesh.index("pp"),
+            )
+        except (ModelError, PlanError) as error:
+            log.info("Memory and time are not predicted, and steps are not fitted to the memory: %s", error)
+            return None
+
+    def _mean_document(self) -> float:
+        """Tokens that attention sees together, on average."""
+        data, cutoff_len = self.data.train, self.run.data.cutoff_len
+        if data is None or not len(data.lengths):
+            return cutoff_len
+        packed = encode_settings(self.run).packing
+        return float((data.document_lengths() if packed else data.lengths).mean())
 
     def sizes(self) -> StepSizes:
-        """Tokens of the longest sample and of a step."""
-        cutoff_len, samples = self.run.data.cutoff_len, samples_per_step(self.run.training, self.mesh.layout.dp)
+        """Tokens of samples and steps on a data-parallel rank."""
+        cutoff_len, dp = self.run.data.cutoff_len, self.mesh.layout.dp
+        samples = -(-samples_per_step(self.run.training, dp) // dp)
         if self.data.stream is not None:
-            return StepSizes(cutoff_len, cutoff_len * samples)
+            return StepSizes.at_most(cutoff_len, samples)
         lengths = None if self.data.train is None else self.data.train.lengths
         if lengths is None or not len(lengths):
-            return StepSizes(cutoff_len, cutoff_len)
-        return StepSizes(int(lengths.max()), int(lengths.mean() * samples))
+            return StepSizes.at_most(cutoff_len, 1)
+        return StepSizes.of(lengths, samples, padded=not self.built.model.packed)
 
     def _asked_recompute(self) -> Recompute | None:
         """The user's word, by either key; None leaves the choice to what fits."""
@@ -151,11 +189,14 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return token if isinstance(token, int) else 0
 
 
-def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False) -> Parts:
+def load_parts(
+    run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False, planned: Form | None = None
+) -> Parts:
     """Load tokenizer, then data, then model: what can be wrong with a file is found before the weights are read.
 
     Args:
         data_told: the process that started this one has told what there is to tell of tokenizer and data.
+        planned: what the planner chose the layout with.
     """
     training = run.training
     seed_everything(training.seed, deterministic=training.full_determinism)
@@ -174,7 +215,7 @@ def load_parts(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = Fals
         fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
     built = build(run, precision, mesh, module, fill)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
-    return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base)
+    return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base, planned=planned)
 
 
 def _check_context(module: TunedModel, data: Prepared) -> None:

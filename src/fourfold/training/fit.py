@@ -27,6 +27,7 @@ from fourfold.training.assemble import Parts
 from fourfold.training.background import Background
 from fourfold.training.checkpointer import Checkpointer, shards_checkpoints
 from fourfold.training.exhaustion import Place, exhaustion_told
+from fourfold.training.forecast import compare, forecast
 from fourfold.training.loop import Loop, LoopSettings
 from fourfold.training.precision import LossScaler
 from fourfold.training.ranks import peak_memory_of_ranks
@@ -60,6 +61,7 @@ def fit(parts: Parts) -> dict[str, float]:
     trackers = open_trackers(run.output.report_to, info) if parts.mesh.rank == 0 else []
     try:
         loop, checkpointer = build_loop(parts, budget, state, trackers, facts)
+        expected = forecast(parts.outlook, parts.sizes(), parts.policy, parts.recompute)
         if resumed is not None:
             checkpointer.restore(resumed)
         try:
@@ -80,6 +82,7 @@ def fit(parts: Parts) -> dict[str, float]:
         **speed("train", state.train_runtime_s, state.num_samples, state.step),
         **_token_figures(run.output, state),
         **peak_memory_of_ranks(parts.mesh),
+        **compare(expected, loop.step_times),
     }
 
 

@@ -25,6 +25,7 @@ from fourfold.training.interrupt import StopRequest
 from fourfold.training.memory import peak_memory_figures
 from fourfold.training.schedule import Cadence
 from fourfold.training.state import TrainState
+from fourfold.training.step_times import StepTimes
 
 log = get_logger(__name__)
 
@@ -85,6 +86,7 @@ class Loop:
         scaler: scales the loss under fp16.
         evaluator: evaluates, or None.
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
+        step_times: of this process's steps, without loading data, evaluating and saving.
     """
 
     settings: LoopSettings
@@ -101,6 +103,7 @@ class Loop:
     scaler: torch.amp.GradScaler | None = None
     evaluator: Evaluator | None = None
     clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
+    step_times: StepTimes = field(default_factory=StepTimes)
     _figures: dict[str, float] = field(default_factory=dict)
     _window: Window = field(default_factory=Window)
 
@@ -121,7 +124,9 @@ class Loop:
                     break
                 started = time.perf_counter()
                 self._train_step(found, parameters)
-                self.state.train_runtime_s += time.perf_counter() - started
+                seconds = time.perf_counter() - started  # reading the gradient norm has waited for the device
+                self.state.train_runtime_s += seconds
+                self.step_times.add(seconds)
                 # A signal may reach ranks at different steps; they leave together, after the same one.
                 self._after_step(reducer.largest(stop.signal_number or 0))
 

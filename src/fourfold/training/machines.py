@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
-from fourfold.base.errors import PlanError
+from fourfold.base.errors import FourfoldError, PlanError
 from fourfold.config.schema import Run
 from fourfold.models.attention import context_obstacles
 from fourfold.models.load import count_parameters, load_config
 from fourfold.parallel.launch import Machines
 from fourfold.parallel.tensor import FAMILIES, not_shared
+from fourfold.parallel.whole import everyone
 from fourfold.planning.axes import ModelFacts, check_layout
 from fourfold.planning.layout import Layout, resolve_layout
+from fourfold.planning.predictor import Form
+from fourfold.training.auto import plan_auto
 
 _SHARE = 0.6
 """Of a device's memory, what weights, gradients and optimizer state of a replica may take; the rest is activations'."""
@@ -41,20 +45,71 @@ def machines_of(run: Run) -> Machines:
     )
 
 
-def choose_layout(run: Run, world_size: int) -> Layout:
-    """The layout of a run on so many ranks.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a run is split.
+
+    Attributes:
+        planned: the recompute and the micro-batch that the planner chose the layout with; None where it did not.
+    """
+
+    layout: Layout
+    planned: Form | None = None
+
+
+def choose(run: Run, world_size: int) -> Choice:
+    """How a run is split over so many ranks: as its strategy and sizes say; for `auto` on GPUs, as the planner says.
 
     Raises:
-        PlanError: every problem of it with the model, the optimizer and the precision.
+        PlanError: every problem of the layout with the model, the optimizer and the precision.
     """
-    layout = resolve_layout(run.parallel, world_size)
-    if run.parallel.strategy == "auto" and layout.dp_replicate == world_size > 1 and not _replica_fits(run):
-        layout = replace(layout, dp_replicate=1, dp_shard=world_size)
-    facts = _facts(run) if layout.world_size > 1 else None
-    problems = [*([] if facts is None else check_layout(layout, facts)), *_not_yet(run, layout)]
+    layout, planned = resolve_layout(run.parallel, world_size), None
+    if run.parallel.strategy == "auto" and world_size > 1:
+        planned = plan_auto(run, world_size, lambda found: not _problems(run, found))
+        if planned is not None:
+            layout = planned.layout
+        elif layout.dp_replicate == world_size and not _replica_fits(run):
+            layout = replace(layout, dp_replicate=1, dp_shard=world_size)
+    problems = _problems(run, layout)
     if problems:
         raise PlanError("\n".join(problems))
-    return layout
+    return Choice(layout, planned)
+
+
+def choose_layout(run: Run, world_size: int) -> Layout:
+    """The layout that `choose` chooses.
+
+    Raises:
+        PlanError: as there.
+    """
+    return choose(run, world_size).layout
+
+
+def agree(run: Run, mine: Choice | None) -> Choice:
+    """Rank 0's choice, on every rank of a job, whatever each would choose on its machine; every rank must call.
+
+    Args:
+        mine: what the process that started this one has chosen; None if a launcher did.
+    Raises:
+        FourfoldError: on every rank, what rank 0 found wrong.
+    """
+    found: Choice | FourfoldError | None = mine
+    if mine is None and dist.get_rank() == 0:
+        try:
+            found = choose(run, dist.get_world_size())
+        except FourfoldError as error:
+            found = error
+    first = everyone(found)[0]
+    if isinstance(first, FourfoldError):
+        raise first
+    assert isinstance(first, Choice)
+    return first
+
+
+def _problems(run: Run, layout: Layout) -> list[str]:
+    """Why a layout cannot be used."""
+    facts = _facts(run) if layout.world_size > 1 else None
+    return [*([] if facts is None else check_layout(layout, facts)), *_not_yet(run, layout)]
 
 
 def _facts(run: Run) -> ModelFacts:

@@ -6,11 +6,9 @@ import resource
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_bytes, format_count
@@ -18,14 +16,17 @@ from fourfold.dataset.collate import CutPolicy
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.unwrap import TunedModel, base_model
-from fourfold.parallel.loss import CHUNK_TOKENS
 from fourfold.parallel.recompute import Recompute, settings
 from fourfold.parallel.sharded import local
+from fourfold.planning.predictor import Form
+from fourfold.training.outlook import Outlook
+from fourfold.training.step_sizes import StepSizes
 
 log = get_logger(__name__)
 
-_SHARE = 0.85
-"""Of the free memory, what activations may take; the rest is for the allocator's gaps and the optimizer's buffers."""
+_SHARE = 0.9
+"""Of the free memory, what a step may take by prediction, unless it was planned with a margin of its own; the rest is
+for what libraries allocate later, and for what the prediction is off by."""
 _EFFICIENT_TOKENS = 2048
 """Above so many tokens a larger micro-batch is hardly faster, so cutting goes before recomputing."""
 
@@ -40,49 +41,6 @@ def peak_memory_figures() -> dict[str, float]:
     # ru_maxrss counts KiB on Linux and bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
-
-
-def activation_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype, recompute: Recompute = "none") -> int:
-    """Bytes that the forward pass of one token keeps for the backward pass; a rough figure.
-
-    A llama-like layer keeps, in units of the compute dtype: about 9 hidden sizes (norms with their fp32 copies,
-    residuals, inputs of the linear layers), 2 * (q + 2 kv) for queries, keys and values before and after rotation,
-    and 4 intermediate sizes. Measured with LoRA on a Llama-3-8B shape: 6.0 MB a token; this gives 6.8 MB.
-
-    Under selective recompute it keeps its input and the results of products and attention: 3 hidden sizes, 2 q + 2 kv
-    and 2 intermediate sizes; under full recompute its input alone.
-    """
-    hidden = config.hidden_size
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    active = getattr(config, "num_experts_per_tok", None)
-    expert = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 4 * hidden)
-    intermediate = expert * active if active else config.intermediate_size
-    units = {
-        "none": 9 * hidden + 2 * (heads + 2 * kv_heads) * head_dim + 4 * intermediate,
-        "selective": 3 * hidden + 2 * (heads + kv_heads) * head_dim + 2 * intermediate,
-        "full": hidden,
-    }[recompute]
-    return units * dtype.itemsize * config.num_hidden_layers
-
-
-def logits_bytes(config: PreTrainedConfig) -> int:
-    """Bytes of one chunk of logits with its fp32 copy, its softmax and its gradient."""
-    return CHUNK_TOKENS * config.vocab_size * 14
-
-
-@dataclass(frozen=True, slots=True)
-class StepSizes:
-    """Tokens that must fit.
-
-    Attributes:
-        longest: tokens of the longest sample, which cannot be cut.
-        step: tokens of one optimizer step.
-    """
-
-    longest: int
-    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,44 +79,67 @@ def fit_to_memory(
     policy: CutPolicy,
     module: TunedModel,
     sizes: StepSizes,
-    dtype: torch.dtype,
     recompute: Recompute | None,
     *,
     device: torch.device,
-    sharing: int = 1,
-    offload: Literal["none", "optimizer", "params"] = "none",
+    outlook: Outlook | None,
+    planned: Form | None = None,
 ) -> Fit:
     """Choose for a loaded model on its device. A CPU's memory is left to the system: nothing is cut for it.
 
     Args:
-        dtype: of the activations.
         recompute: the user's word, None to choose.
-        sharing: ranks that share the positions of a row.
         device: where it computes.
-        offload: what the host keeps.
+        outlook: what the planner knows of the run; None if nothing, and then nothing is cut either.
+        planned: what the layout was chosen with; taken if the steps are as large as that and it fits what is free.
     """
-    if device.type != "cuda":
+    if planned is not None:
+        policy = replace(policy, max_tokens=min(policy.max_tokens, planned.micro_batch))
+    if device.type != "cuda" or outlook is None:
         return Fit(policy, recompute or "none")
-    config = base_model(module).config
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    trained = sum(local(p).nbytes for p in module.parameters() if p.requires_grad)
-    # Gradients and Adam's two moments of what is trained are still to come, as far as the device holds them.
-    to_come = {"none": 3, "optimizer": 1, "params": 0}[offload] * trained
-    left = max(int((free - to_come) * _SHARE) - logits_bytes(config), 0)
-    fit = choose_fit(
-        policy,
-        sizes,
-        room=lambda kind: sharing * left // activation_bytes_per_token(config, dtype, kind),
-        recompute=recompute,
-    )
+    free -= outlook.not_seen(sum(local(p).nbytes for p in module.parameters() if p.requires_grad))
+    fit = fit_to_bytes(policy, sizes, recompute, free=free, need=outlook.to_come, planned=planned)
     log.info(
-        "Activations are %s: about %s a token, %s free; micro-batches of up to %s tokens",
+        "Activations are %s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
-        format_bytes(activation_bytes_per_token(config, dtype, fit.recompute)),
-        format_bytes(free),
         format_count(fit.policy.max_tokens),
+        format_bytes(free),
+        format_bytes(outlook.to_come(fit.recompute, sizes.largest_micro_batch(fit.policy.max_tokens))),
     )
     return fit
+
+
+def fit_to_bytes(
+    policy: CutPolicy,
+    sizes: StepSizes,
+    recompute: Recompute | None,
+    *,
+    free: int,
+    need: Callable[[Recompute, int], int],
+    planned: Form | None = None,
+) -> Fit:
+    """What was planned if it fits; else as `choose_fit` has it.
+
+    Args:
+        free: bytes of the device.
+        need: bytes that a step takes with a kind of recompute and micro-batches of so many tokens.
+    """
+    if planned is not None and max(sizes.longest, sizes.step) >= planned.micro_batch:
+        largest = max(sizes.longest, policy.max_tokens)
+        if need(planned.recompute, largest) <= free:
+            return Fit(policy, planned.recompute)
+    left, most = int(free * _SHARE), max(policy.max_tokens, sizes.longest)
+    return choose_fit(policy, sizes, room=lambda kind: _room(kind, need, left, most), recompute=recompute)
+
+
+def _room(kind: Recompute, need: Callable[[Recompute, int], int], left: int, most: int) -> int:
+    """Tokens of the largest micro-batch, of at most so many, that needs no more than what is left."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if need(kind, middle) <= left else (low, middle - 1)
+    return low
 
 
 _WORDS: Mapping[Recompute, str] = {

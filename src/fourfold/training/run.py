@@ -24,8 +24,8 @@ from fourfold.parallel.mesh import (
     single,
     start_process_group,
     stop_process_group,
-    world_size_of_environment,
 )
+from fourfold.planning.predictor import Form
 from fourfold.trackers.interface import check_installed
 from fourfold.trackers.reports.plot import plot_losses
 from fourfold.trackers.reports.results import Split, format_results, read_results, write_results
@@ -33,7 +33,7 @@ from fourfold.training import folder
 from fourfold.training.assemble import Parts, load_parts
 from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.fit import fit
-from fourfold.training.machines import choose_layout, machines_of
+from fourfold.training.machines import Choice, agree, choose, machines_of
 from fourfold.training.predict import generate_predictions
 from fourfold.training.ranks import RankFacts, compare_ranks
 
@@ -53,9 +53,9 @@ def train(run: Run) -> dict[str, Any]:
     """
     check_installed(run.output.report_to)
     if is_worker():
-        return _work_in_job(run, None)
+        return _work_in_job(run, None, None)
     machines = machines_of(run)
-    layout = choose_layout(run, machines.world_size)
+    choice = choose(run, machines.world_size)
     if machines.world_size == 1:
         if run.parallel.strategy not in ("auto", "single"):
             log.info("strategy: %s splits nothing, since there is one process.", run.parallel.strategy)
@@ -64,36 +64,41 @@ def train(run: Run) -> dict[str, Any]:
     # Here and not in the workers, so that they find the data tokenised and any fault of it is told once.
     tokenizer, renderer = load_renderer(run)
     prepare(run, tokenizer, renderer)
-    log.info("Starting %d workers: %s", machines.per_node, layout.describe())
+    log.info("Starting %d workers: %s", machines.per_node, choice.layout.describe())
     fresh = local_device(run.training.use_cpu).type == "cuda" or torch.get_num_threads() > 1
-    launch(partial(_work_in_job, run, output_dir), machines, fresh=fresh)
+    launch(partial(_work_in_job, run, output_dir, choice), machines, fresh=fresh)
     return read_results(output_dir)
 
 
-def _work_in_job(run: Run, output_dir: Path | None) -> dict[str, Any]:
+def _work_in_job(run: Run, output_dir: Path | None, choice: Choice | None) -> dict[str, Any]:
     """The part of one rank.
 
     Args:
         output_dir: already claimed by whoever started the workers; None if nobody has.
+        choice: how the run is split, as they see it; None if they have not chosen.
     """
     begin_logging(run)  # a fresh interpreter has none yet
     device = local_device(run.training.use_cpu)
     start_process_group(device, run.parallel.ddp_timeout)
     compare_ranks(RankFacts.of(run, device))
-    mesh = build_mesh(choose_layout(run, world_size_of_environment()), device)
+    choice = agree(run, choice)
+    mesh = build_mesh(choice.layout, device)
     if output_dir is None and mesh.rank == 0:
         folder.claim(run)
     mesh.wait()
     try:
-        return _work(run, Path(run.output.output_dir or ""), mesh, data_told=output_dir is not None)
+        folder_of_run = Path(run.output.output_dir or "")
+        return _work(run, folder_of_run, mesh, data_told=output_dir is not None, planned=choice.planned)
     finally:
         stop_process_group()
 
 
-def _work(run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False) -> dict[str, Any]:
+def _work(
+    run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False, planned: Form | None = None
+) -> dict[str, Any]:
     """Everything that follows once this rank knows its place."""
     with exhaustion_told(run, mesh, lambda: Place("while the model was loaded")):
-        parts = load_parts(run, output_dir, mesh, data_told=data_told)
+        parts = load_parts(run, output_dir, mesh, data_told=data_told, planned=planned)
     _check_data(parts)
     with full_disk_told(output_dir):
         return _verbs(parts)

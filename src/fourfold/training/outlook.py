@@ -1,0 +1,153 @@
+"""What the planner is told of a run that is about to train: its GPUs, the shape of its model, its job."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from fourfold.base.errors import ModelError, PlanError
+from fourfold.config.schema import Run
+from fourfold.models.load import load_config
+from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.parallel.mesh import local_device
+from fourfold.planning.cost import estimate_cost
+from fourfold.planning.detect import Card, cluster_of_cards
+from fourfold.planning.estimate import Cost, Memory
+from fourfold.planning.hardware import Cluster, build_cluster
+from fourfold.planning.held import held_by
+from fourfold.planning.job import Job, Recompute
+from fourfold.planning.known_shape import find_shape
+from fourfold.planning.layout import Layout
+from fourfold.planning.memory import estimate_memory
+from fourfold.planning.read_shape import read_shape
+from fourfold.planning.shape import ModelShape
+from fourfold.training.step_sizes import StepSizes
+
+_LOADED = ("parameters", "scales", "context")
+"""Terms of a rank's memory that are there once the model is loaded."""
+
+
+def cluster_of_job(run: Run, world_size: int) -> Cluster | None:
+    """The GPUs of a job, all taken to be like this machine's; None if it computes on CPUs.
+
+    What `planning.detect` asks the driver's tools is asked of torch here, which has it at hand.
+
+    Raises:
+        PlanError: machines have different numbers of processes.
+    """
+    if local_device(run.training.use_cpu).type != "cuda":
+        return None
+    properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    found = cluster_of_cards([Card(each.name, each.total_memory, 0) for each in properties])
+    env = os.environ
+    per_node = int(env.get("LOCAL_WORLD_SIZE", 0)) or max(world_size // int(env.get("NNODES", 1)), 1)
+    nodes, rest = divmod(world_size, per_node)
+    if rest:
+        raise PlanError(f"nproc: {world_size} processes are not the same number on each machine, {per_node} here.")
+    return build_cluster(found.device, per_node, nodes, notes=found.notes)
+
+
+def shape_of(run: Run) -> ModelShape:
+    """The shape of a run's model.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    model = run.model
+    try:
+        return find_shape(model, lambda: read_shape(load_config(model), trust_remote_code=model.trust_remote_code))
+    except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"the shape of {model.model_name_or_path} cannot be read ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A loaded run as the planner sees it.
+
+    Attributes:
+        job: with the steps that are to be expected on average.
+        heaviest: the same with the largest of them.
+        pp_rank: this rank's place in the pipeline.
+    """
+
+    shape: ModelShape
+    job: Job
+    heaviest: Job
+    layout: Layout
+    cluster: Cluster
+    pp_rank: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        module: TunedModel,
+        layout: Layout,
+        cluster: Cluster,
+        sizes: StepSizes,
+        *,
+        packed: bool,
+        document: float,
+        pp_rank: int = 0,
+    ) -> Outlook:
+        """From the loaded model and the real lengths.
+
+        Args:
+            packed: whether rows are laid end to end.
+            document: mean tokens of what attention sees together.
+        Raises:
+            ModelError: the model's shape cannot be read.
+        """
+        sequence = max(round(document), 1)
+        known = replace(Job.of(run, dp=layout.dp), sequence=sequence, packed=packed, bits=_packed_bits(module))
+        mean, most = (math.ceil(layout.dp * tokens / sequence) for tokens in (sizes.mean, sizes.step))
+        job, heaviest = (replace(known, sequences_per_step=max(count, 1)) for count in (mean, most))
+        return cls(shape_of(run), job, heaviest, layout, cluster, pp_rank)
+
+    def memory(self, recompute: Recompute, micro_batch: int) -> Memory:
+        """Of the most loaded rank of the job, with micro-batches of so many tokens on a data-parallel rank."""
+        device = self.cluster.device
+        return estimate_memory(self.shape, self.heaviest, self.layout, recompute, micro_batch, device=device)
+
+    def to_come(self, recompute: Recompute, micro_batch: int) -> int:
+        """Bytes that a step takes on this rank beside the loaded model."""
+        found = estimate_memory(
+            self.shape,
+            self.heaviest,
+            self.layout,
+            recompute,
+            max(micro_batch, 1),
+            rank=self.pp_rank,
+            device=self.cluster.device,
+        )
+        return sum(size for name, size in found.terms.items() if name not in _LOADED)
+
+    def not_seen(self, trained_bytes: int) -> int:
+        """Bytes of gradients and optimizer state of what is trained on this rank beyond what the planner knows of.
+
+        Args:
+            trained_bytes: of all that is trained.
+        """
+        unknown = max(trained_bytes - held_by(self.shape, self.job, self.layout, self.pp_rank).gradients, 0)
+        return unknown * {"none": 3, "optimizer": 1, "params": 0}[self.layout.offload]
+
+    def cost(self, recompute: Recompute, max_tokens: int) -> Cost:
+        """Of an average step.
+
+        Raises:
+            PlanError: the device lacks the compute dtype.
+        """
+        return estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
+
+
+def _packed_bits(module: TunedModel) -> int | None:
+    """Bits of the loaded model's linear layers, whether packed now or in the checkpoint."""
+    own = base_model(module).config.to_dict().get("quantization_config") or {}
+    for bits in (4, 8):
+        if own.get(f"load_in_{bits}bit") or own.get(f"_load_in_{bits}bit"):
+            return bits
+    return None
