@@ -27,7 +27,9 @@ class ParallelConfig(Section):
     )  # fmt: skip
 
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "tp", "pp", "custom"] = key(
-        "auto", "How the work is split; auto takes the least sharding that fits. zero3 and fsdp are the same."
+        "auto",
+        "How the work is split; auto takes the fastest layout that fits, by prediction (see fourfold plan); on "
+        "CPUs replicas. zero3 and fsdp are the same.",
     )
     nproc: int | None = key(None, "Processes on this machine; default: one per visible GPU.", ge=1)
     memory: Literal["auto", "low"] = _key("auto", "low trades speed for the least memory.")

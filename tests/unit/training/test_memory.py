@@ -1,4 +1,4 @@
-"""Fitting a step into memory: cut first, then recompute what is cheap, then everything."""
+"""Fitting a step into memory: what was planned first; else cut first, then recompute what is cheap, then everything."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import pytest
 
 from fourfold.dataset.collate import CutPolicy
 from fourfold.parallel.recompute import Recompute
-from fourfold.training.memory import StepSizes, choose_fit
+from fourfold.planning.layout import Layout
+from fourfold.planning.predictor import Form
+from fourfold.training.memory import choose_fit, fit_to_bytes
+from fourfold.training.step_sizes import StepSizes
+
+_BYTES: dict[Recompute, int] = {"none": 10, "selective": 5, "full": 1}
+_FIXED = 1000
 
 
 def _room(none: int, selective: int) -> dict[Recompute, int]:
     return {"none": none, "selective": selective, "full": 10 * selective}
+
+
+def _need(kind: Recompute, tokens: int) -> int:
+    """Of a made-up model: so many bytes a token, and some whatever the tokens."""
+    return _FIXED + _BYTES[kind] * tokens
 
 
 @pytest.mark.parametrize(
@@ -29,4 +40,35 @@ def test_fit_when_room_shrinks_cuts_then_recomputes_more(
 ) -> None:
     policy = CutPolicy(packed=True, max_tokens=8000)
     fit = choose_fit(policy, StepSizes(longest=600, step=9000), room=room.__getitem__, recompute=asked)
+    assert (fit.recompute, fit.policy.max_tokens) == (expected, tokens)
+
+
+@pytest.mark.parametrize(
+    ("free", "expected", "tokens"),
+    [
+        (100_000, "none", 4000),
+        (31_000, "none", 2690),  # 0.9 x 31,000 less what is fixed, at 10 bytes a token
+        (21_000, "selective", 3580),  # 1,790 tokens with everything kept would be too few for speed
+        (10_000, "full", 4000),
+    ],
+)
+def test_fit_when_bytes_are_free_takes_nine_tenths_of_them(free: int, expected: Recompute, tokens: int) -> None:
+    policy = CutPolicy(packed=True, max_tokens=4000)
+    fit = fit_to_bytes(policy, StepSizes(longest=600, step=9000), None, free=free, need=_need)
+    assert (fit.recompute, fit.policy.max_tokens) == (expected, tokens)
+
+
+@pytest.mark.parametrize(
+    ("free", "step", "expected", "tokens"),
+    [
+        (21_000, 9000, "selective", 4000),  # all that is free, since the plan has its own margin
+        (20_999, 9000, "selective", 3579),  # the device has less than was planned: 0.9 of it is used
+        (100_000, 9000, "selective", 4000),  # more is free, but the plan stands
+        (100_000, 1000, "none", 4000),  # steps are smaller than planned, and kept whole they fit
+    ],
+)
+def test_fit_when_planned_starts_from_the_plan(free: int, step: int, expected: Recompute, tokens: int) -> None:
+    planned = Form(Layout(dp_shard=8), "selective", 4000)
+    policy = CutPolicy(packed=True, max_tokens=4000)
+    fit = fit_to_bytes(policy, StepSizes(longest=600, step=step), None, free=free, need=_need, planned=planned)
     assert (fit.recompute, fit.policy.max_tokens) == (expected, tokens)

@@ -1,0 +1,74 @@
+"""What the planner is told of a loaded run, and what it says of the memory that a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fourfold.config.load import load
+from fourfold.planning.activations import kept
+from fourfold.planning.hardware import build_cluster
+from fourfold.planning.job import Recompute
+from fourfold.planning.layout import Layout
+from fourfold.training.outlook import Outlook
+from fourfold.training.step_sizes import StepSizes
+from tiny_models import FAMILIES, tiny_config, tiny_model
+
+Look = Callable[..., Outlook]
+
+
+@pytest.fixture
+def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
+    """The outlook of a LoRA run on a tiny model."""
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+
+    def make(family: str = "llama", layout: Layout | None = None, **keys: Any) -> Outlook:
+        tiny_config(family).save_pretrained(tmp_path / family)
+        given = {"model_name_or_path": str(tmp_path / family), "dataset": "d", "output_dir": "o", "bf16": True, **keys}
+        run, layout = load(given, verb="train"), layout or Layout()
+        sizes = StepSizes(longest=64, step=400, smallest=200, mean=300.0)
+        cluster = build_cluster("h100", layout.world_size)
+        return Outlook.of(run, tiny_model(family), layout, cluster, sizes, packed=True, document=30.0)
+
+    return make
+
+
+def test_outlook_when_made_has_the_real_lengths(look: Look) -> None:
+    outlook = look(layout=Layout(dp_replicate=4), cutoff_len=2048)
+    assert outlook.job.sequence == 30
+    assert outlook.job.tokens_per_step == 4 * 300
+    assert outlook.heaviest.tokens_per_step == pytest.approx(4 * 400, abs=29)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_bytes_to_come_when_tokens_are_added_grow_by_what_layers_keep(look: Look, recompute: Recompute) -> None:
+    outlook = look()
+    one, two = (outlook.memory(recompute, tokens).terms for tokens in (100_000, 200_000))
+    layers = [kept(outlook.shape, outlook.job, Layout(), layer, trained=False) for layer in outlook.shape.layers]
+    hidden = 2 * outlook.shape.hidden
+    least = sum(layer.of(recompute) for layer in layers)
+    # at the peak there may also be four copies of hidden states, and what one layer works with
+    most = least + 4 * hidden + layers[0].none + layers[0].working
+    assert least <= (two["activations"] - one["activations"]) / 100_000 <= most
+    # activations, and what the allocator cannot use of what comes and goes
+    assert outlook.to_come(recompute, 200_000) - outlook.to_come(recompute, 100_000) == pytest.approx(
+        1.06 * (two["activations"] - one["activations"]), rel=1e-3
+    )
+
+
+def test_bytes_not_seen_when_more_is_trained_than_known_count_its_state(look: Look) -> None:
+    outlook = look(lora_rank=4)
+    # A and B of rank 4 on q, k, v, o, gate, up and down of two layers, hidden 32, keys 16 and MLP 48 wide; fp32
+    known = 2 * 4 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
+    assert outlook.not_seen(known) == 0
+    assert outlook.not_seen(known + 1000) == 3000
+
+
+def test_bytes_when_the_family_is_any_can_be_told(look: Look) -> None:
+    for family in FAMILIES:
+        outlook = look(family)
+        assert outlook.to_come("none", 400) > outlook.to_come("full", 400) > 0, family
+        assert outlook.cost("none", 400).step_s > 0, family
