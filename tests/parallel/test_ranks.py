@@ -12,12 +12,18 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from fourfold.base.errors import PlanError
+from fourfold.base.log import setup_logging
 from fourfold.config.load import load
+from fourfold.planning.hardware import build_cluster
+from fourfold.planning.layout import Layout
+from fourfold.training import assemble, auto
+from fourfold.training.machines import Choice, agree
 from fourfold.training.ranks import RankFacts, compare_ranks
 from tiny_models import save_tiny_model
 from training_runs import run, write_dataset
 
 _VERSIONS = {"fourfold": "1.0", "torch": "2.13.0"}
+_KEYS = {"model_name_or_path": "m", "output_dir": "o", "dataset": "d"}
 _CONFIG = {"seed": "42", "parallel.tp": "1"}
 
 
@@ -81,3 +87,41 @@ def test_run_when_split_reports_the_peak_memory_of_all_ranks(tmp_path: Path, cap
     assert 0 < results["peak_memory_gib_min"] <= results["peak_memory_gib_max"]
     assert {results["peak_memory_min_rank"], results["peak_memory_max_rank"]} <= {0, 1}
     assert capfd.readouterr().err.count("Peak memory of the ranks:") == 1
+
+
+def test_run_when_auto_plans_for_gpus_splits_all_ranks_alike_and_ends_with_a_forecast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for module in (auto, assemble):  # workers are forked, and see it too
+        monkeypatch.setattr(module, "cluster_of_job", lambda run, world_size: build_cluster("h100", world_size))
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
+    write_dataset(tmp_path / "data")
+    model = save_tiny_model(tmp_path / "model")
+    keys = {"nproc": 2, "parallel": {"tp": 2}, "max_steps": 2, "save_strategy": "no", "bf16": True}
+    setup_logging()
+    results = run(model, tmp_path / "data", tmp_path / "run", **keys)
+    told = capfd.readouterr().err
+    assert told.count("strategy: auto takes tp 2 on 2 x NVIDIA H100") == 1
+    assert told.count("predicted  measured") == 1
+    assert results["predicted_peak_memory_gib"] > 0
+    facts = json.loads((tmp_path / "run" / "datasets.json").read_text(encoding="utf-8"))
+    assert facts["layout"]["tp"] == 2
+
+
+def test_choice_when_ranks_would_choose_differently_is_that_of_rank_0() -> None:
+    def work() -> Layout:
+        mine = Choice(Layout(dp_shard=2) if dist.get_rank() == 0 else Layout(tp=2))
+        return agree(load(_KEYS, verb="train"), mine).layout
+
+    assert run_ranks(2, work) == [Layout(dp_shard=2)] * 2
+
+
+def test_choice_when_rank_0_finds_a_fault_is_refused_by_all() -> None:
+    def work() -> list[str]:
+        with pytest.raises(PlanError) as caught:
+            agree(load({**_KEYS, "parallel": {"tp": 3}}, verb="train"), None)
+        return [str(caught.value)]
+
+    (first,), (second,) = run_ranks(2, work)
+    assert first == second
+    assert "tp 3 make 3 ranks, but there are 2 processes" in first

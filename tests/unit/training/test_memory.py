@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
+from pathlib import Path
 
+import pytest
+import torch
+
+from fourfold.config.load import load
 from fourfold.dataset.collate import CutPolicy
 from fourfold.parallel.recompute import Recompute
+from fourfold.planning.hardware import build_cluster
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form
-from fourfold.training.memory import choose_fit, fit_to_bytes
+from fourfold.training.memory import choose_fit, fit_to_bytes, fit_to_memory
+from fourfold.training.outlook import Outlook
 from fourfold.training.step_sizes import StepSizes
+from tiny_models import tiny_config, tiny_model
 
 _BYTES: dict[Recompute, int] = {"none": 10, "selective": 5, "full": 1}
 _FIXED = 1000
@@ -72,3 +80,27 @@ def test_fit_when_planned_starts_from_the_plan(free: int, step: int, expected: R
     policy = CutPolicy(packed=True, max_tokens=4000)
     fit = fit_to_bytes(policy, StepSizes(longest=600, step=step), None, free=free, need=_need, planned=planned)
     assert (fit.recompute, fit.policy.max_tokens) == (expected, tokens)
+
+
+def test_fit_when_the_device_has_little_free_cuts_and_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(logging.getLogger("fourfold"), "propagate", True)
+    caplog.set_level(logging.INFO, "fourfold")
+    free = 40 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1000, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    tiny_config("llama").save_pretrained(tmp_path / "llama")
+    keys = {"model_name_or_path": str(tmp_path / "llama"), "dataset": "d", "output_dir": "o", "bf16": True}
+    run = load({**keys, "finetuning_type": "full"}, verb="train")
+    sizes, module = StepSizes(longest=64, step=4000, smallest=4000, mean=4000.0), tiny_model("llama")
+    outlook = Outlook.of(run, module, Layout(), build_cluster("h100"), sizes, packed=True, document=64.0)
+    policy, device = CutPolicy(packed=True, max_tokens=4000), torch.device("cuda")
+    fit = fit_to_memory(policy, module, sizes, "none", device=device, outlook=outlook)
+    tokens = fit.policy.max_tokens
+    assert 64 < tokens < 4000
+    assert outlook.to_come("none", tokens) <= 0.9 * free < outlook.to_come("none", tokens + 1)
+    [line] = caplog.messages
+    assert line.startswith(f"Activations are kept; micro-batches of up to {tokens:,} tokens; 40.00 MiB are free")

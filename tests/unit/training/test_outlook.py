@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fourfold.config.load import load
 from fourfold.planning.activations import kept
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.job import Recompute
 from fourfold.planning.layout import Layout
-from fourfold.training.outlook import Outlook
+from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.step_sizes import StepSizes
 from tiny_models import FAMILIES, tiny_config, tiny_model
 
@@ -72,3 +74,34 @@ def test_bytes_when_the_family_is_any_can_be_told(look: Look) -> None:
         outlook = look(family)
         assert outlook.to_come("none", 400) > outlook.to_come("full", 400) > 0, family
         assert outlook.cost("none", 400).step_s > 0, family
+
+
+@pytest.mark.parametrize(
+    ("env", "world_size", "nodes", "per_node"),
+    [
+        ({}, 2, 1, 2),
+        ({"NNODES": "4"}, 8, 4, 2),
+        ({"LOCAL_WORLD_SIZE": "2"}, 6, 3, 2),  # torchrun
+    ],
+)
+def test_cluster_when_torch_sees_gpus_is_made_of_their_kind(
+    env: dict[str, str], world_size: int, nodes: int, per_node: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    for name in ("NNODES", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    run = load({"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}, verb="train")
+    cluster = cluster_of_job(run, world_size)
+    assert cluster is not None
+    assert (cluster.device.name, cluster.nodes, cluster.per_node) == ("h100", nodes, per_node)
+    assert cluster.device.memory_bytes == pytest.approx(85e9, abs=1)
+
+
+def test_cluster_when_asked_for_cpus_is_none() -> None:
+    run = load({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "use_cpu": True}, verb="train")
+    assert cluster_of_job(run, 8) is None
