@@ -7,12 +7,12 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from fourfold.cli import chat, data, env, explain, export, plan, train, version
+from fourfold.cli import chat, data, env, explain, export, plan, rehearse, train, version
 
 _TAKES_KEYS = {"ignore_unknown_options": True}
 
 _HEADINGS = {
-    "Work": ("train", "plan", "chat", "export", "data"),
+    "Work": ("train", "plan", "rehearse", "chat", "export", "data"),
     "About": ("help", "env", "version"),
 }
 
@@ -41,6 +41,7 @@ app = typer.Typer(
 
 app.command("train", context_settings=_TAKES_KEYS)(train.train)
 app.command("plan", context_settings=_TAKES_KEYS)(plan.plan)
+app.command("rehearse", context_settings=_TAKES_KEYS)(rehearse.rehearse)
 app.command("chat", context_settings=_TAKES_KEYS)(chat.chat)
 app.command("export", context_settings=_TAKES_KEYS)(export.export)
 app.command("data", context_settings=_TAKES_KEYS)(data.data)

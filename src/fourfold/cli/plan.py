@@ -55,7 +55,7 @@ def plan(
 ) -> None:
     """Tell what fits, what is fastest and why, before the run."""
     with clear_errors():
-        asked = _read(words)
+        asked = _read("plan", words)
         if write and asked.file is None:
             raise ConfigError("write: needs a config file to write to. Write `fourfold plan FILE.yaml --write`.")
         cluster = cluster_of(gpu, gpus, nodes, hardware, nproc=asked.run.parallel.nproc)
@@ -89,14 +89,23 @@ def plan_run(run: Run, cluster: Cluster) -> Plan:
     return search(shape, Job.of(run), cluster, Wishes.of(run))
 
 
-def _read(words: Sequence[str] | None) -> _Asked:
+def read_run(verb: str, words: Sequence[str] | None) -> Run:
+    """The run to plan. It needs a model and nothing else: no data, no output folder.
+
+    Raises:
+        ConfigError: with every problem of the keys.
+    """
+    return _read(verb, words).run
+
+
+def _read(verb: str, words: Sequence[str] | None) -> _Asked:
     """The run to plan. It needs a model and nothing else: no data, no output folder.
 
     Raises:
         ConfigError: with every problem of the keys.
     """
     if not words:
-        raise ConfigError("plan: needs a config. Write `fourfold plan FILE.yaml`, or give keys as key=value.")
+        raise ConfigError(f"{verb}: needs a config. Write `fourfold {verb} FILE.yaml`, or give keys as key=value.")
     from fourfold.config.begin import begin_logging
     from fourfold.config.load import load
     from fourfold.config.paths import check_paths

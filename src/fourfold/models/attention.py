@@ -188,10 +188,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores:
     k, v = (end_to_end(t, stretch.keys) for t in (key, value))
     longest = [max(pair[i] for row in stretch.documents for pair in row) for i in range(2)]
     window = (-1, 0) if scores.sliding_window is None else (scores.sliding_window - 1, 0)
+    width = value.shape[-1]
+    if width != query.shape[-1]:  # the kernel has one size of heads (deepseek's values are narrower)
+        v = F.pad(v, (0, query.shape[-1] - width))
     # With fewer queries than keys the kernel lets the last query see the last key, as Stretch has it.
     out = varlen_attn(q, k, v, *stretch.offsets, *longest, scale=scores.scaling, window_size=window)
     assert isinstance(out, Tensor)
-    return out.unflatten(0, (query.shape[0], -1))
+    return out[..., :width].unflatten(0, (query.shape[0], -1))
 
 
 def _document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:

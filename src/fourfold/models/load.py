@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch.overrides import TorchFunctionMode
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -147,7 +148,7 @@ def load_streamed(
 
 def _without_weights(model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
     """The model with its buffers, but with parameters that take no memory."""
-    with init_empty_weights(include_buffers=False):
+    with _without_memory():
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
     model.tie_weights()
     load_generation_config(config, model)
@@ -165,12 +166,39 @@ def build_without_weights(
     """
     attention = _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
     model_config.use_cache = False
-    with init_empty_weights(include_buffers=False):
+    with _without_memory():
         model = AutoModelForCausalLM.from_config(
             model_config, trust_remote_code=config.trust_remote_code, dtype=dtype, attn_implementation=attention
         )
     model.tie_weights()
     return model
+
+
+_LARGE = 1 << 22
+"""Numbers of a tensor above which a model's constructor does not get memory for it; buffers are smaller."""
+
+
+class _NoLargeTensors(TorchFunctionMode):
+    """New tensors that are large are made on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn) and kwargs.get("device") is None:
+            sizes = kwargs.get("size", args[0] if args and isinstance(args[0], tuple | list) else args)
+            if math.prod(size for size in sizes if isinstance(size, int)) > _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Within it, models are made without memory for their parameters; buffers are there.
+
+    accelerate's context makes each parameter first and takes its memory away afterwards, and the experts of one layer
+    may be more than a host has.
+    """
+    with init_empty_weights(include_buffers=False), _NoLargeTensors():
+        yield
 
 
 def count_parameters(config: ModelConfig) -> int:

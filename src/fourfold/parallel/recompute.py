@@ -23,7 +23,6 @@ _KEPT = frozenset(
         "aten::mm",
         "aten::addmm",
         "aten::bmm",
-        "aten::baddbmm",
         "aten::_grouped_mm",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -34,7 +33,10 @@ _KEPT = frozenset(
         "fourfold::low_rank",
     }
 )
-"""Operators whose results `selective` keeps; by name, since not every version has each of them."""
+"""Operators whose results `selective` keeps; by name, since not every version has each of them.
+
+Not `baddbmm`, which adds low-rank adapters to stacked experts: cheap, and its results are as large as the experts.
+"""
 
 
 def settings(kind: Recompute, *, remember: Remember | None = None, random: bool = True) -> dict[str, Any]:

@@ -345,5 +345,7 @@ def _replicas(mesh: DeviceMesh, kv_heads: int) -> dist.ProcessGroup | None:
     """The ranks that hold the same key head, where there are more ranks than key heads; every rank must call."""
     if mesh.size() <= kv_heads:
         return None
-    ranks = torch.arange(dist.get_world_size()).view(-1, kv_heads, mesh.size() // kv_heads)
+    copies = mesh.size() // kv_heads
+    heads = [list(range(start, start + copies)) for start in range(0, dist.get_world_size(), copies)]
+    ranks = [heads[start : start + kv_heads] for start in range(0, len(heads), kv_heads)]
     return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("tp_groups", "kv_head", "kv_copy")).get_group("kv_copy")

@@ -62,10 +62,13 @@ def kept(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: 
     copies = _separate_inputs(job, layout)
     mlp_inputs = (2 if copies else 1) if _dense_width(layer) or trained else 0
     inputs = c * hidden * ((3 if copies else 1) + mlp_inputs)
-    attention = c * (q + _keys(layout) * (q + v) + v + (v if copies else 0)) + 4 * shape.heads / tp
+    same = shape.value_dim == shape.head_dim
+    padded = 0 if same else 2 * q - v  # values as wide as keys, and the kernel's own result beside what is used of it
+    attention = c * (q + _keys(layout) * (q + v) + v + (v if copies else 0) + padded) + 4 * shape.heads / tp
     attention += c * v if layout.cp > 1 else 0  # the kernel's results, put together
     attention += _head_norms(shape, layer, trained, factor) / tp
     feed, feed_outputs, working = _feed_forward(shape, job, layout, layer)
+    working += 4 * _dense_width(layer) / tp if copies else 0  # the adapter's input in its own dtype
     none = between + inputs + attention + feed + low
     outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
     selective = c * hidden * positions + outputs + feed_outputs + low

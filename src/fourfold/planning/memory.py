@@ -111,7 +111,7 @@ def _of_rank(
         "gathered": peak["gathered"],
         "activations": peak["activations"],
         "logits": peak["logits"],
-        "buffers": _WORKSPACE if device is not None else 0,
+        "buffers": (_WORKSPACE if device is not None else 0) + _received(shape, job, layout, stage, positions, batches),
         "context": 0 if device is None else _CONTEXT + (_COMMUNICATOR if layout.world_size > 1 else 0),
     }
     moving = terms["gathered"] + terms["activations"] + terms["logits"] + terms["gradients"]
@@ -159,7 +159,8 @@ def _moments(
         if waiting <= 0:
             continue
         more = sharded.waiting if gradients_held else 0
-        kept_all = int(layers.kept * positions * waiting + merged * waiting) + hidden_copies
+        sent = 0 if stage.is_last else c * hidden * positions  # what a stage has sent, until it is differentiated
+        kept_all = int((layers.kept * positions + merged + sent) * waiting) + hidden_copies
         kept_casts = int(casts * waiting) if not replays else outer.cast * c
         if not gradients_held or batches > flying:
             moments.append(
@@ -186,6 +187,12 @@ def _moments(
                 "logits": 0,
             }
         )
+    at_gathering = {
+        "gradients": sharded.accumulated,
+        "gathered": sharded.gathering + sharded.waiting,
+        "activations": int(c * hidden * positions),
+        "logits": 0,
+    }
     at_end = {
         "gradients": sharded.accumulated or gradients - outer.trained * job.master_bytes,
         "gathered": sharded.end,
@@ -198,7 +205,7 @@ def _moments(
         "activations": int(c * hidden * positions),
         "logits": 0,
     }
-    return [*moments, at_end, at_table]
+    return [*moments, at_gathering, at_end, at_table]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,12 +213,14 @@ class _Sharded:
     """What FSDP has whole, and gradients that wait; bytes.
 
     Attributes:
+        gathering: at the start of the forward pass, where what was gathered is also still as it arrived.
         forward, loss, backward, end, root: whole weights and gradients at each moment.
         accumulated: gradients of the micro-batches before.
         waiting: what the reduction of the micro-batch before still holds.
         root_gradients: gradients at the last moment, that of the embedding.
     """
 
+    gathering: int
     forward: int
     loss: int
     backward: int
@@ -229,7 +238,7 @@ class _Sharded:
         c = job.compute_bytes
         accumulated = gradients if batches > 1 else 0
         if layout.shards == 1:
-            return cls(0, 0, 0, layers.largest.cast * c, 0, accumulated, 0, gradients)
+            return cls(0, 0, 0, 0, layers.largest.cast * c, 0, accumulated, 0, gradients)
         reduced = 4 if job.is_mixed else c
         unit, everything = layers.largest, layers.part.whole + root.whole
         whole_trained = layers.part.whole_trained + root.whole_trained
@@ -237,7 +246,7 @@ class _Sharded:
             whole = whole_trained * reduced
             sending = max(unit.whole_trained, root.whole_trained) * reduced
             loss, backward = everything + head * c, everything + (head + unit.whole_trained) * c
-            return cls(everything, loss, backward, everything, everything + sending, whole, 0, whole)
+            return cls(everything, everything, loss, backward, everything, everything + sending, whole, 0, whole)
         kept = root.whole if layout.reshards else everything
         root_sent = root.whole_trained * (c + reduced)
         waiting = 0
@@ -254,7 +263,17 @@ class _Sharded:
         if layout.zero == 1 and batches > 1:
             before_root = gradients + root.whole_trained * reduced
         root_end = root_sent or root.whole
-        return cls(kept, kept + head * c, backward, end, root_end, accumulated, waiting, before_root)
+        gathering = 2 * (root.whole + unit.whole)
+        return cls(gathering, kept, kept + head * c, backward, end, root_end, accumulated, waiting, before_root)
+
+
+def _received(shape: ModelShape, job: Job, layout: Layout, stage: Stage, positions: int, batches: int) -> int:
+    """Where a pipeline's stages receive: hidden states and gradients of every micro-batch of a step."""
+    if layout.pp == 1:
+        return 0
+    stages = len(stage.counts)
+    received = 2 * stages - (1 if stage.is_first else 0) - (1 if stage.is_last else 0)
+    return received * batches * job.compute_bytes * shape.hidden * positions
 
 
 def in_flight(layout: Layout, pp_rank: int, batches: int) -> float:
@@ -279,6 +298,8 @@ def _micro_batches(job: Job, layout: Layout, micro_batch: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recompute: Recompute) -> _Layers:
+    if layout.splits_backward:  # what is computed again is kept until the weights' gradients are made, later
+        recompute = "none"
     part, largest = Part(), Part()
     kept_bytes = replayed = working = entry = 0.0
     counts = stage.layers()
@@ -294,7 +315,7 @@ def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recom
             found: Kept = kept(shape, job, layout, layer, trained=trained)
             if trained or job.tuning == "lora":
                 kept_bytes += number * found.of(recompute)
-                replayed = max(replayed, found.none if recompute != "none" else 0.0)
+                replayed = max(replayed, found.none - found.of(recompute))
                 working = max(working, found.working)
                 entry = max(entry, found.of(recompute))
             if one.weights >= largest.weights:

@@ -206,3 +206,15 @@ def _sum(parts: Iterable[Part]) -> Part:
     for part in parts:
         total = total + part
     return total
+
+
+def held_part(shape: ModelShape, job: Job, layout: Layout, pp_rank: int) -> Part:
+    """Everything that a rank of the pipeline holds."""
+    stage = stage_of(shape, job, layout, pp_rank)
+    counts = stage.layers()
+    full = counts if job.tuning == "full" else tuple(map(sum, zip(*stage.trained, strict=True)))
+    parts = [outer_part(shape, job, layout, stage)]
+    for layer, total, trained in zip(shape.kinds, counts, full, strict=True):
+        parts.append(layer_part(shape, job, layout, layer, trained=True).times(trained))
+        parts.append(layer_part(shape, job, layout, layer, trained=False).times(total - trained))
+    return _sum(parts)

@@ -58,11 +58,13 @@ class Workload:
         sequences: lengths of the sequences of one micro-batch.
         micro_batches: of a step; a pipeline runs at least as many as its schedule needs.
         trained: share of the tokens that are trained on.
+        expert_load: with expert parallelism, tokens that reach this rank's experts over those of an even spread.
     """
 
     sequences: tuple[int, ...]
     micro_batches: int = 1
     trained: float = 1.0
+    expert_load: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ def rehearse(
     with ExitStack() as stack:
         if layout.world_size > 1:
             stack.enter_context(_imagined_ranks(rank, layout.world_size))
+            stack.enter_context(_chosen_experts(workload.expert_load))
         micro_batches = _micro_batches(workload)  # real numbers, also for fake tensors
         if device is None:
             stack.enter_context(_gpu_branches())
@@ -218,7 +221,6 @@ def _gpu_branches() -> Iterator[None]:
         _packed_weights_stay_fake(),
         mock.patch.object(context, "has_varlen", lambda device: True),
         mock.patch.object(loss, "_CPU_CHUNK_TOKENS", loss.CHUNK_TOKENS),
-        mock.patch.object(expert, "totals", _even_totals),
     ):
         yield
 
@@ -257,11 +259,27 @@ def _packed_weights_stay_fake() -> Iterator[None]:
         yield
 
 
-def _even_totals(sent: Tensor, arrived: Tensor, choices: int) -> tuple[list[int], list[int]]:
-    """Every rank's experts are chosen alike often."""
-    ranks = len(sent)
-    even = [(rank + 1) * choices // ranks - rank * choices // ranks for rank in range(ranks)]
-    return even, even
+@contextmanager
+def _chosen_experts(load: float) -> Iterator[None]:
+    """Experts of all ranks are chosen alike often, and those of this rank `load` times so: nobody is there to ask."""
+
+    def totals(sent: Tensor, arrived: Tensor, choices: int) -> tuple[list[int], list[int]]:
+        ranks = len(sent)
+        even = [(rank + 1) * choices // ranks - rank * choices // ranks for rank in range(ranks)]
+        return even, [round(load * size) for size in even]
+
+    def counts(self: expert.Dispatch, indices: Tensor) -> tuple[Tensor, Tensor]:
+        ranks, here = dist.get_world_size(self._group), self._count
+        sent, arrived = totals(indices.new_empty(ranks, 0), indices, indices.numel())
+
+        def spread(sizes: list[int]) -> Tensor:
+            rows = [[(e + 1) * size // here - e * size // here for e in range(here)] for size in sizes]
+            return torch.tensor(rows, device=indices.device)
+
+        return spread(sent), spread(arrived)
+
+    with mock.patch.object(expert, "totals", totals), mock.patch.object(expert.Dispatch, "_counts", counts):
+        yield
 
 
 class _Assumptions(TorchDispatchMode):

@@ -1,0 +1,106 @@
+"""Predicted memory against the engine itself, traced operator by operator on tensors without numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from fourfold.config.load import load
+from fourfold.planning.job import Job, Recompute
+from fourfold.planning.layout import Layout
+from fourfold.planning.memory import estimate_memory
+from fourfold.planning.read_shape import read_shape
+from fourfold.planning.states import held_part, optimizer_bytes
+from fourfold.training.rehearse import Workload, rehearse
+from tiny_models import save_tiny_model
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+}
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied": ("qwen3", {}),
+    "gemma": ("gemma3_text", {}),
+    "experts": ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 256, "num_experts_per_tok": 2}),
+}
+_TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"finetuning_type": "full", "bf16": True},
+    "pure": {"finetuning_type": "full", "pure_bf16": True},
+    "lora": {"bf16": True},
+    "qlora": {"bf16": True, "quantization_bit": 4},
+}
+_CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
+    # model, tuning, layout, recompute, rank of the pipeline, micro-batches
+    ("llama", "full", Layout(), "none", 0, 1),
+    ("llama", "full", Layout(), "selective", 0, 2),
+    ("llama", "pure", Layout(), "full", 0, 1),
+    ("llama", "lora", Layout(), "none", 0, 1),
+    ("llama", "lora", Layout(), "selective", 0, 1),
+    ("llama", "qlora", Layout(), "none", 0, 1),
+    ("llama", "full", Layout(dp_shard=8), "none", 0, 1),
+    ("llama", "full", Layout(dp_shard=8), "full", 0, 2),
+    ("llama", "full", Layout(dp_shard=8, zero=1), "none", 0, 2),
+    ("llama", "lora", Layout(dp_shard=8), "selective", 0, 1),
+    ("llama", "qlora", Layout(tp=2), "none", 0, 1),
+    ("llama", "full", Layout(tp=8), "selective", 0, 1),
+    ("llama", "full", Layout(dp_shard=4, tp=2), "none", 0, 1),
+    ("llama", "full", Layout(cp=4, cp_shards=True), "none", 0, 1),
+    ("llama", "full", Layout(pp=4), "none", 0, 4),
+    ("llama", "lora", Layout(pp=4), "none", 1, 8),
+    ("llama", "full", Layout(pp=4), "none", 3, 4),
+    ("llama", "full", Layout(dp_shard=2, tp=2, pp=2), "selective", 1, 2),
+    ("tied", "full", Layout(), "none", 0, 1),
+    ("tied", "full", Layout(dp_shard=4), "full", 0, 1),
+    ("gemma", "full", Layout(), "none", 0, 1),
+    ("experts", "full", Layout(dp_shard=8, ep=8), "none", 0, 1),
+    ("experts", "lora", Layout(), "none", 0, 1),
+    ("experts", "lora", Layout(tp=2), "selective", 0, 1),
+]
+_TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny_model(root / name, family, **_SIZES, **more) for name, (family, more) in _MODELS.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "tuning", "layout", "recompute", "stage", "batches"),
+    _CASES,
+    ids=lambda value: value.describe().replace(" ", "") if isinstance(value, Layout) else str(value),
+)
+def test_memory_is_what_the_engine_takes(
+    model: str,
+    tuning: str,
+    layout: Layout,
+    recompute: Recompute,
+    stage: int,
+    batches: int,
+    folders: dict[str, Path],
+) -> None:
+    tokens = 2048
+    folder = folders[model]
+    run = load({"model_name_or_path": str(folder), **_TUNINGS[tuning]})
+    shape = read_shape(AutoConfig.from_pretrained(folder))
+    job = replace(Job.of(run), sequence=tokens, micro_batch=tokens, sequences_per_step=batches * layout.dp)
+    rank = stage * (layout.world_size // layout.pp)
+    found = rehearse(run, layout, Workload((tokens,), batches), rank=rank, recompute=recompute)
+    part = held_part(shape, job, layout, stage)
+    assert found.parameters == part.weights
+    assert found.gradients == part.trained * job.master_bytes
+    steps = 4 * 1000  # Adam's counters, one a parameter
+    assert found.optimizer == pytest.approx(optimizer_bytes(job, part.trained), abs=steps)
+    predicted = estimate_memory(shape, job, layout, recompute, tokens, rank=stage)
+    assert predicted.allocated == pytest.approx(found.peak.total, rel=_TOLERANCE)
