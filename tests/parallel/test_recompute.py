@@ -22,6 +22,8 @@ CASES = {
     "llama-full": Case(),
     "llama-lora-dropout": Case(tuning="lora", dropout=0.2),
     "llama-lora-padded": Case(tuning="lora", packed=False),
+    "gpt-oss-full": Case(family="gpt_oss"),
+    "qwen3-moe-experts": Case(family="qwen3_moe", tuning="lora"),
     "qwen3-moe-lora": Case(family="qwen3_moe", tuning="lora", targets=("q_proj", "v_proj")),
 }
 

@@ -39,7 +39,12 @@ Not `baddbmm`, which adds low-rank adapters to stacked experts: cheap, and its r
 """
 
 
-def settings(kind: Recompute, *, remember: Remember | None = None, random: bool = True) -> dict[str, Any]:
+_GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
+
+
+def settings(
+    kind: Recompute, *, remember: Remember | None = None, random: bool = True, grouped_biases: bool = False
+) -> dict[str, Any]:
     """What `torch.utils.checkpoint.checkpoint` is told for each layer.
 
     Args:
@@ -47,16 +52,21 @@ def settings(kind: Recompute, *, remember: Remember | None = None, random: bool 
         remember: for what a layer reads besides its arguments.
         random: whether layers draw from torch's generators, whose states must then be kept too (on a GPU a wait for
             the device in each layer).
+        grouped_biases: whether experts have biases, which are added to the results of their products in place; what
+            was changed cannot be handed out, so selective computes these products again.
     """
-    context_fn = partial(_contexts, kind == "selective", remember)
+    kept = (_KEPT - _GROUPED if grouped_biases else _KEPT) if kind == "selective" else None
+    context_fn = partial(_contexts, kept, remember)
     return {"use_reentrant": False, "preserve_rng_state": random, "context_fn": context_fn}
 
 
 def _contexts(
-    selective: bool, remember: Remember | None
+    kept: frozenset[str] | None, remember: Remember | None
 ) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """The contexts of a layer's forward pass and of its second computation."""
-    forward, again = create_selective_checkpoint_contexts(_policy) if selective else (nullcontext(), nullcontext())
+    forward, again = nullcontext(), nullcontext()
+    if kept is not None:
+        forward, again = create_selective_checkpoint_contexts(partial(_policy, kept))
     return forward, again if remember is None else _Again(remember(), again)
 
 
@@ -75,6 +85,6 @@ class _Again(AbstractContextManager[None]):
         self._entered.close()
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator.name().split(".")[0] in _KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: frozenset[str], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = operator.name().split(".")[0] in kept
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,6 +16,7 @@ from fourfold.dataset.collate import CutPolicy
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.parallel.expert import find_experts
 from fourfold.parallel.recompute import Recompute, settings
 from fourfold.parallel.sharded import local
 from fourfold.planning.predictor import Form
@@ -160,6 +161,7 @@ def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys) -> N
     random = bool(getattr(model.config, "attention_dropout", 0.0)) or any(
         isinstance(layer, nn.Dropout) and layer.p > 0 for layer in module.modules()
     )
-    kwargs = settings(kind, remember=noise.remembered, random=random)
+    biases = any(bool(getattr(experts, "has_bias", False)) for _, experts in find_experts(model))
+    kwargs = settings(kind, remember=noise.remembered, random=random, grouped_biases=biases)
     with recompute_noise_ignored():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
