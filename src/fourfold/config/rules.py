@@ -13,7 +13,7 @@ from fourfold.config.device import gpu_visible
 from fourfold.config.key import Status
 from fourfold.config.schema import Run, table
 
-Verb = Literal["train", "chat", "export", "data"]
+Verb = Literal["train", "plan", "rehearse", "chat", "export", "data"]
 
 Rule = Callable[[Run], Iterator[str]]
 
@@ -386,6 +386,8 @@ _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
         _stage_exists,
         _later_losses,
     ),
+    "plan": (_needs_model,),
+    "rehearse": (_needs_model,),
     "data": (_needs_model, _needs_any_dataset),
     "chat": (_needs_model, _engine_exists),
     "export": (_needs_model, _needs_export_dir),

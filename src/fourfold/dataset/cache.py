@@ -30,12 +30,6 @@ log = get_logger(__name__)
 _PACKAGES = ("fourfold.dataset", "fourfold.dataset.formats", "fourfold.dataset.tool_formats")
 
 
-def cache_root() -> Path:
-    """The folder of all caches: `$FOURFOLD_CACHE`, or `~/.cache/fourfold`."""
-    given = os.environ.get("FOURFOLD_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "fourfold"
-
-
 def fingerprint_of(facts: Mapping[str, Any]) -> str:
     """A short hash of everything that `facts` (JSON values) says."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]

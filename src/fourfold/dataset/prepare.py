@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fourfold.base.cache import cache_root
 from fourfold.base.errors import ConfigError, DataError
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
-from fourfold.dataset.cache import cache_root, code_digest, fingerprint_of, load_or_write, tokenizer_digest
+from fourfold.dataset.cache import code_digest, fingerprint_of, load_or_write, tokenizer_digest
 from fourfold.dataset.encode import Encoder, EncodeSettings
 from fourfold.dataset.info import DatasetEntry, find_entries
 from fourfold.dataset.mix import mix_order, split_rows

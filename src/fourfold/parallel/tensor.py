@@ -24,16 +24,11 @@ from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
 from fourfold.families.tensor_styles import ADDED_STYLES
+from fourfold.families.tensor_styles import TENSOR_FAMILIES as FAMILIES
 from fourfold.parallel import exchange
 from fourfold.parallel.linear import cut_adapters_of_experts, cut_linear
 from fourfold.parallel.shares import Cut, Share, Shares
 from fourfold.parallel.vocabulary import VocabularyShare, share_embedding
-
-FAMILIES = (
-    "cohere2", "deepseek_v3", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "mistral", "mixtral",
-    "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
-)  # fmt: skip
-"""Families that train the same whether their matrices are shared or not; each is tested."""
 
 _LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
 _SEQUENCE = 1

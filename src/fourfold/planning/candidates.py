@@ -23,6 +23,7 @@ LONG_SEQUENCE = 8192
 """Positions from which a sequence may be shared by ranks; each then has at least half as many."""
 
 _MOST = {"tp": 16, "cp": 32, "pp": 64, "ep": 64}
+_USUAL_NODE = 8
 _SIZES = ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")
 
 
@@ -102,10 +103,12 @@ def name_of(layout: Layout) -> str:
 
 
 def simplicity(layout: Layout) -> tuple[int, ...]:
-    """A key that sorts simple layouts first: few axes, then small tp, pp, cp and ep, then plain replicas."""
+    """A key that sorts simple layouts first: few axes, then small tp, pp and cp, experts over about a node's GPUs, then
+    plain replicas."""
     used = sum(size > 1 for size in layout.sizes().values())
     interleaved = int(layout.pp > 1 and layout.pp_schedule != "1f1b")
-    return (used, layout.tp, layout.pp, interleaved, layout.cp, layout.ep, layout.shards, 4 - layout.zero)
+    experts = abs(layout.ep - _USUAL_NODE) if layout.ep > 1 else 0
+    return (used, layout.tp, layout.pp, interleaved, layout.cp, experts, layout.shards, 4 - layout.zero)
 
 
 def _enumerate(
@@ -222,7 +225,7 @@ def _fixed_sizes(shape: ModelShape, cluster: Cluster, barred: dict[str, str], fa
     if bad:
         listed = ", ".join(map(str, bad))
         counts = f"{shape.heads} heads, {shape.kv_heads} key heads and an MLP of {shape.intermediate}"
-        yield Rejected(f"tp {listed}", f"does not divide {counts}")
+        yield Rejected(f"tp {listed}", f"{'do' if len(bad) > 1 else 'does'} not divide {counts}")
 
 
 def _check_given(shape: ModelShape, job: Job, cluster: Cluster, wishes: Wishes) -> None:

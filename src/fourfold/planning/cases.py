@@ -14,8 +14,10 @@ from typing import Any, Literal
 from fourfold.base.units import GIB
 from fourfold.planning.candidates import LONG_SEQUENCE, name_of
 from fourfold.planning.estimate import Estimate
+from fourfold.planning.flops import local_numel
 from fourfold.planning.held import held_by
 from fourfold.planning.layout import Layout
+from fourfold.planning.reasons import compared, instead
 from fourfold.planning.search import Plan
 from fourfold.planning.wishes import obstacles
 
@@ -160,9 +162,11 @@ def _replicas(plan: Plan, sizes: Sizes) -> Verdict:
         return Verdict("DP", "recommended", reason)
     if not sizes.fits_whole:
         reason = f"each replica holds everything: {_gib(sizes.whole)} at least, and a GPU has {_gib(sizes.room)}"
-        if best is not None:
-            reason += f"; only groups that share the model have replicas ({_slower(plan, best, 'dp_replicate')})"
-        return Verdict("DP", "impossible", reason)
+        if best is None:
+            return Verdict("DP", "impossible", reason)
+        return Verdict(
+            "DP", "possible", f"of groups that share the model ({_slower(plan, best, 'dp_replicate')}); {reason}"
+        )
     if _may(plan, "dp_replicate"):
         return Verdict("DP", "possible", _slower(plan, best, "dp_replicate"))
     return _left_out(plan, "DP")
@@ -173,11 +177,11 @@ def _shards(plan: Plan, sizes: Sizes) -> Verdict:
     if found is not None:
         return found
     best = _with(plan, "shards")
-    layer = f"a layer is gathered whole, {_gib(sizes.layer)}{_gradient(plan)}"
+    layer = _gathered(plan, sizes, None if best is None else best.layout)
     if best is not None and best is plan.best:
         job = plan.wishes.job_of(plan.job, best.layout)
         state = _gib(held_by(plan.shape, job, best.layout, best.memory.rank).total)
-        reason = f"{best.layout.shards} shards leave {state} of state on each; {layer}"
+        reason = f"{best.layout.shards} shards leave {state} of state on each; {layer}{_instead(plan, 'shards')}"
         return Verdict("FSDP/ZeRO", "recommended", reason)
     if best is not None or _may(plan, "dp_shard"):
         if sizes.fits_whole and plan.best is not None and not plan.best.layout.splits_model:
@@ -189,14 +193,28 @@ def _shards(plan: Plan, sizes: Sizes) -> Verdict:
     return _too_large(plan, "FSDP/ZeRO", "dp_shard")
 
 
+def _gathered(plan: Plan, sizes: Sizes, layout: Layout | None) -> str:
+    """What FSDP has whole at a time: the largest layer, or what tp and ep leave a rank of it."""
+    cuts = [] if layout is None else [f"{axis} {getattr(layout, axis)}" for axis in ("tp", "ep")]
+    cuts = [cut for cut in cuts if not cut.endswith(" 1")]
+    if layout is None or not cuts:
+        return f"a layer is gathered whole, {_gib(sizes.layer)}{_gradient(plan)}"
+    numels = [sum(local_numel(weight, plan.shape, layout) for weight in kind.weights) for kind in plan.shape.kinds]
+    size = sizes.layer * max(numels) / plan.shape.largest_layer
+    return f"what {' and '.join(cuts)} leave of a layer is gathered, {_gib(size)}{_gradient(plan)}"
+
+
 def _tensor(plan: Plan, sizes: Sizes) -> Verdict:
     found = _usual(plan, "TP", "tp")
     if found is not None:
         return found
     best, link = _with(plan, "tp"), plan.cluster.device.link.kind
     if best is not None and best is plan.best:
-        why = f"it alone splits a matrix (the largest is {_gib(sizes.matrix)})"
-        return Verdict("TP", "recommended", f"{why}; its ranks are joined by {link}")
+        if sizes.fits_layer:
+            why = "it divides layers, activations and logits without gathering them"
+        else:
+            why = f"it alone splits a matrix (the largest is {_gib(sizes.matrix)})"
+        return Verdict("TP", "recommended", f"{why}; its ranks are joined by {link}{_instead(plan, 'tp')}")
     if _may(plan, "tp"):
         if link == "pcie":
             reason = "activations travel twice in every layer, forward and backward, and PCIe is slow for that"
@@ -216,14 +234,16 @@ def _pipeline(plan: Plan, sizes: Sizes) -> Verdict:
     if best is not None and best is plan.best:
         sent = f"sends only activations ({best.cost.bytes_sent.get('pp', 0) / 1e9:.1f} GB a step)"
         over = ", which crosses nodes well" if plan.cluster.nodes > 1 else ""
-        return Verdict("PP", "recommended", f"{sent}{over}; idles {best.cost.bubble:.0%} of a step")
+        idle = f"; idles {best.cost.bubble:.0%} of a step"
+        return Verdict("PP", "recommended", f"{sent}{over}{idle}{_instead(plan, 'pp')}")
     if not sizes.fits_layer and best is None:
         return Verdict("PP", "pointless", "stages hold whole layers, and a single one is too large")
     if _may(plan, "pp"):
-        idle = "" if best is None else f", idles {best.cost.bubble:.0%} of a step"
+        idle = "" if best is None else f" ({best.cost.bubble:.0%} of a step)"
         if sizes.fits_whole:
             return Verdict("PP", "pointless", f"the whole fits one GPU, and stages would wait for each other{idle}")
-        return Verdict("PP", "possible", f"{_slower(plan, best, 'pp')}; sends only activations{idle}")
+        waits = f"; sends only activations, but stages wait for each other{idle}"
+        return Verdict("PP", "possible", f"{_slower(plan, best, 'pp')}{waits}")
     return _too_large(plan, "PP", "pp")
 
 
@@ -234,7 +254,8 @@ def _context(plan: Plan, sizes: Sizes) -> Verdict:
         return found
     best = _with(plan, "cp")
     if best is not None and best is plan.best:
-        return Verdict("CP", "recommended", f"{length}, of which a rank keeps the activations of 1/{best.layout.cp}")
+        share = f"{length}, of which a rank keeps the activations of 1/{best.layout.cp}"
+        return Verdict("CP", "recommended", f"{share}{_instead(plan, 'cp')}")
     if plan.job.sequence < LONG_SEQUENCE:
         return Verdict("CP", "pointless", f"{length}; exchanging keys pays from {LONG_SEQUENCE:,} on")
     if _may(plan, "cp"):
@@ -254,7 +275,8 @@ def _experts(plan: Plan, sizes: Sizes) -> Verdict:
     share = f"{shape.experts} experts, {shape.experts_per_token} for each token"
     if best is not None and best is plan.best:
         each = shape.experts // best.layout.ep
-        return Verdict("EP", "recommended", f"{share}: a rank keeps {each} of a layer, and tokens travel instead")
+        what = f"{share}: a rank keeps {each} of a layer, and tokens travel instead"
+        return Verdict("EP", "recommended", f"{what}{_instead(plan, 'ep')}")
     if _may(plan, "ep"):
         return Verdict("EP", "possible", f"{_slower(plan, best, 'ep')}; {share}")
     return _too_large(plan, "EP", "ep")
@@ -295,8 +317,13 @@ def _slower(plan: Plan, found: Estimate | None, name: str) -> str:
     if found is None or plan.best is None:
         slower = (entry.reason for entry in plan.rejected if name in entry.axes and entry.device_bytes is None)
         return next(slower, "fits, and is slower than the layouts listed")
-    share = found.cost.tokens_per_s / plan.best.cost.tokens_per_s
-    return f"{name_of(found.layout)}: {share:.0%} of the best's tokens/s"
+    return f"{name_of(found.layout)}: {compared(found, plan.best)}"
+
+
+def _instead(plan: Plan, axis: str) -> str:
+    """What the best layout gains by an axis."""
+    found = None if plan.best is None else instead(plan.best, axis, plan.without)
+    return "" if found is None else f"; {found}"
 
 
 def _too_large(plan: Plan, axis: str, name: str) -> Verdict:
@@ -311,7 +338,9 @@ def _too_large(plan: Plan, axis: str, name: str) -> Verdict:
 def _left_out(plan: Plan, axis: str) -> Verdict:
     if plan.wishes.parallel.strategy != "auto":
         return Verdict(axis, "possible", f"left out, since the config says strategy: {plan.wishes.parallel.strategy}")
-    return Verdict(axis, "impossible", f"no size of it divides both the model and {plan.cluster.world_size} GPUs")
+    fixed = (f"{entry.what} {entry.reason}" for entry in plan.rejected if entry.what.startswith(f"{axis.lower()} "))
+    reason = f"no size of it divides both the model and {plan.cluster.world_size} GPUs"
+    return Verdict(axis, "impossible", next(fixed, reason))
 
 
 def _gradient(plan: Plan) -> str:
@@ -324,4 +353,4 @@ def _nodes(count: int) -> str:
 
 def _gib(size: float) -> str:
     gib = size / GIB
-    return f"{gib:,.0f} GiB" if gib >= 100 else f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.0f} MiB"
+    return f"{gib:,.0f} GiB" if gib >= 1000 else f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.0f} MiB"

@@ -17,6 +17,12 @@ from fourfold.planning.kernels import Seconds
 from fourfold.planning.layout import Layout
 from fourfold.planning.traffic import Groups, Unit
 
+UNIT_S = 0.2e-3
+"""Of each gather and each scatter of one of FSDP's units, what is waited for beside the link: its hooks, and streams
+that wait for each other. With it zero3 and ddp take equally long for 1.5B parameters in full on two H100, as was
+measured (51,483 and 50,000 to 55,000 tokens/s, docs/lab-notes.md); without, zero3 would be 5 % ahead, since it sums and
+updates less."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightedLayer:
@@ -158,6 +164,7 @@ def _shard(weights: RankWeights, job: Job, layout: Layout, groups: Groups, clust
     # what no layer holds is gathered before the first layer, and its gradients come last
     exposed = times.gathers * outer.gather_s + times.scatters * outer.scatter_s
     hidden, copied = 0.0, 2 * times.gathers * weights.outer.gathered
+    exposed += UNIT_S * (times.gathers + times.scatters)
     ends = 0.0
     for each in weights.layers:
         unit = _UnitTraffic.of(each.unit, job, groups, cluster)
@@ -166,7 +173,7 @@ def _shard(weights: RankWeights, job: Job, layout: Layout, groups: Groups, clust
         copied += each.count * 2 * gathers * each.unit.gathered
         total = each.count * (gathers * unit.gather_s + times.scatters * unit.scatter_s)
         late = each.count * _late(unit, times, each.seconds, pipeline=layout.pp > 1)
-        exposed += late
+        exposed += late + UNIT_S * each.count * (gathers + times.scatters)
         hidden += total - late
         if each is weights.layers[0]:
             ends = times.gathers * unit.gather_s + (0.0 if layout.pp > 1 else times.scatters * unit.scatter_s)

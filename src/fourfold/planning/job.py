@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from fourfold.base.errors import ConfigError
 from fourfold.config.schema import Run
 
 Recompute = Literal["none", "selective", "full"]
@@ -72,6 +73,29 @@ class Job:
     def tokens_per_step(self) -> int:
         """Positions of an optimizer step over all ranks."""
         return self.sequences_per_step * self.sequence
+
+    def on(self, own_bits: int | None, double_quant: bool) -> Job:
+        """The job on a checkpoint whose linear layers may be packed already.
+
+        Args:
+            own_bits: of the checkpoint; None for plain weights.
+            double_quant: whether its scales are quantised, too.
+        Raises:
+            ConfigError: the job asks for other bits, or trains weights that are packed.
+        """
+        if own_bits is None:
+            return self
+        if self.bits not in (None, own_bits):
+            raise ConfigError(
+                f"quantization_bit: {self.bits} contradicts the checkpoint, which is quantised to {own_bits} bits. "
+                "Leave quantization_bit out."
+            )
+        if self.tuning != "lora":
+            raise ConfigError(
+                f"finetuning_type: {self.tuning} cannot train the {own_bits}-bit weights of this checkpoint. "
+                "Use finetuning_type: lora."
+            )
+        return replace(self, bits=own_bits, double_quant=double_quant)
 
     @classmethod
     def of(cls, run: Run, *, dp: int = 1) -> Job:

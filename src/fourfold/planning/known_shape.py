@@ -16,11 +16,16 @@ from pathlib import Path
 
 import xxhash
 
+from fourfold.base.cache import cache_root
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import is_gguf
 from fourfold.planning.shape import FORMAT, ModelShape
 
-_CODE = (("fourfold.planning", "read_shape.py"), ("fourfold.families", "tensor_styles.py"))
+_CODE = (
+    ("fourfold.planning", "read_shape.py"),
+    ("fourfold.families", "tensor_styles.py"),
+    ("fourfold.families", "shared_positions.py"),
+)
 _GGUF_HEAD = 2**24  # metadata and the list of tensors; what follows are weights
 
 
@@ -83,9 +88,7 @@ def _file(content: bytes) -> Path:
     digest.update(f"{FORMAT} {importlib.metadata.version('transformers')}".encode())
     for package, name in _CODE:
         digest.update((importlib.resources.files(package) / name).read_bytes())
-    root = os.environ.get("FOURFOLD_CACHE")  # as for tokenised data, dataset/cache.py
-    folder = Path(root) if root else Path.home() / ".cache" / "fourfold"
-    return folder / "shapes" / f"{digest.hexdigest()}.json"
+    return cache_root() / "shapes" / f"{digest.hexdigest()}.json"
 
 
 def _load(file: Path) -> ModelShape | None:

@@ -3,13 +3,16 @@ that needs torch."""
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fourfold.families.shared_positions import position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
 from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
@@ -22,8 +25,12 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     """The shape of the causal language model that a config describes.
 
     Raises:
-        ValueError: Transformers has no causal language model for it.
+        ValueError: Transformers has no causal language model for it, or its weights are quantised in a way that cannot
+            be trained.
     """
+    own_bits, own_double_quant = _own_quantization(config)
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
@@ -62,7 +69,39 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         kinds=tuple(kinds),
         order=tuple(kinds.index(layer) for layer in layers),
         outer=tuple(reader.weights(model, "", without=prefix)),
+        own_bits=own_bits,
+        own_double_quant=own_double_quant,
+        refused=tuple(_refused(model, text)),
     )
+
+
+def _own_quantization(config: PreTrainedConfig) -> tuple[int | None, bool]:
+    """Bits of a checkpoint that bitsandbytes has quantised, and whether twice; what the engine expands when it loads
+    (models/quantize.py) counts as plain."""
+    own = config.to_dict().get("quantization_config") or {}
+    method = str(own.get("quant_method", "")) if own else ""
+    if method == "bitsandbytes":
+        is_four = own.get("load_in_4bit") or own.get("_load_in_4bit")
+        return (4, bool(own.get("bnb_4bit_use_double_quant"))) if is_four else (8, False)
+    if own and method not in ("mxfp4", "fp8"):
+        raise ValueError(f"its checkpoint is quantised by {method or 'an unknown method'}, which cannot be trained")
+    return None, False
+
+
+def _refused(model: PreTrainedModel, text: PreTrainedConfig) -> Iterator[tuple[str, str]]:
+    """Axes that the engine refuses for a model, and why; for stages as far as it shows without weights."""
+    for reason in position_obstacles(text, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)):
+        yield "cp", reason
+    decoder = model.get_decoder()
+    names = list(getattr(text, "base_model_pp_plan", None) or {})
+    if len(names) != 3 or not isinstance(getattr(decoder, names[1], None), nn.ModuleList):
+        yield "pp", f"Transformers has no plan of how to cut {text.model_type} models into stages"
+        return
+    parts = [getattr(decoder, name) for name in names]
+    known = {id(p) for part in (*parts, model.get_output_embeddings()) if part is not None for p in part.parameters()}
+    elsewhere = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+    if elsewhere:
+        yield "pp", f"{text.model_type} has weights that no stage would own ({elsewhere[0]})"
 
 
 class _Reader:

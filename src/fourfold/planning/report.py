@@ -89,8 +89,13 @@ def _tuning(plan: Plan) -> str:
         "freeze": f"last {job.trained_layers} layers",
         "lora": f"LoRA of rank {job.lora_rank}",
     }
-    packed = f" on {job.bits} bits" if job.bits else ""
-    return words[job.tuning] + packed
+    return words[job.tuning] + (f" on {job.bits} bits{_packed_share(plan)}" if job.bits else "")
+
+
+def _packed_share(plan: Plan) -> str:
+    """Where most weights are not those of linear layers, which alone are packed: stacked experts are not."""
+    share = sum(weight.numel for weight in plan.shape.weights() if weight.linear) / plan.shape.numel
+    return f", for {share:.0%} of the weights: experts stay plain" if plan.shape.experts and share < 0.5 else ""
 
 
 def _cases(plan: Plan) -> Iterator[str]:
@@ -107,7 +112,7 @@ def _cases(plan: Plan) -> Iterator[str]:
 
 def _ranking(plan: Plan) -> Iterator[str]:
     limit = plan.cluster.device.memory_gib
-    yield f"LAYOUTS, fastest first ({limit:.1f} GiB a GPU, {MARGIN:.0%} kept free where possible)"
+    yield f"LAYOUTS, best first ({limit:.1f} GiB a GPU, {MARGIN:.0%} kept free where possible)"
     shown = plan.layouts[:_MOST_ROWS]
     figures = f"{'recompute':<10}{'micro':>7}{'GiB':>6}{'s/step':>7}{'tok/s':>8}{'MFU':>4}{'idle':>5}"
     yield f"{'#':>2} {'layout':<30}{figures}"

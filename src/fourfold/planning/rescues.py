@@ -174,6 +174,7 @@ def _more_gpus(start: _Trial) -> Iterator[list[_Trial]]:
         link = replace(cluster.node_link, bytes_per_s=cluster.node_link.bytes_per_s * gpus / cluster.per_node)
         larger = replace(cluster, per_node=gpus, nodes=nodes, node_link=link)
         more = larger.world_size - cluster.world_size
-        text = f"{more} more GPUs: {larger.world_size} in {nodes} nodes" if nodes > 1 else f"{more} more GPUs: {gpus}"
+        where = f"in {nodes} nodes" if nodes > 1 else "in one node"
+        text = f"{more} more GPU{'s' if more > 1 else ''}: {larger.world_size} {where}"
         degrees.append(replace(start, change=text, config={}, cluster=larger))
     yield degrees

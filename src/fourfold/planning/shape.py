@@ -17,7 +17,7 @@ from typing import Any, Literal
 Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "other"]
 KINDS: tuple[Kind, ...] = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 
-FORMAT = 1
+FORMAT = 2
 """Version of the JSON; files of another one are read anew."""
 
 
@@ -95,6 +95,9 @@ class ModelShape:
         gated: whether the MLP has a gate beside the up projection.
         kinds: the different layers; `order` tells for each layer which.
         outer: what no layer holds: embedding, last norm, head (left out where tied).
+        own_bits, own_double_quant: of a checkpoint that bitsandbytes has quantised, the bits of its linear layers and
+            whether their scales are quantised, too; None and False for plain weights.
+        refused: (axis, why) of what the engine cannot split it by.
     """
 
     family: str
@@ -114,6 +117,9 @@ class ModelShape:
     kinds: tuple[Layer, ...]
     order: tuple[int, ...]
     outer: tuple[Weight, ...]
+    own_bits: int | None = None
+    own_double_quant: bool = False
+    refused: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -183,7 +189,8 @@ class ModelShape:
         fields = {key: value for key, value in entries.items() if key != "format"}
         kinds = tuple(Layer(_weights(layer["weights"]), layer["window"]) for layer in fields.pop("kinds"))
         outer, order = _weights(fields.pop("outer")), tuple(fields.pop("order"))
-        return cls(**fields, kinds=kinds, order=order, outer=outer)
+        refused = tuple((str(axis), str(why)) for axis, why in fields.pop("refused"))
+        return cls(**fields, kinds=kinds, order=order, outer=outer, refused=refused)
 
 
 def _weights(entries: Iterable[dict[str, Any]]) -> tuple[Weight, ...]:

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from fourfold.config.parallel import ParallelConfig
 from fourfold.config.schema import Run
+from fourfold.families.shared_positions import CHANGING_ROTATION
+from fourfold.families.tensor_styles import TENSOR_FAMILIES
 from fourfold.planning.job import RECOMPUTES, Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
-
-TENSOR_FAMILIES = (
-    "cohere2", "deepseek_v3", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "mistral", "mixtral",
-    "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
-)  # fmt: skip
-"""Families whose matrices the engine shares; a test holds it equal to the engine's own list."""
 
 _WHOLE_STATE = {
     "adamw_8bit": "quantises its state in blocks, which shards would cut",
@@ -70,6 +66,7 @@ def obstacles(shape: ModelShape, job: Job, wishes: Wishes) -> dict[str, str]:
         found["tp"] = f"{shape.family} models are not among the families that are tested with shared matrices"
     elif not any(weight.cut is not None and weight.is_matrix for kind in shape.kinds for weight in kind.weights):
         found["tp"] = f"Transformers has no plan of how to share the matrices of {shape.family} models"
+    found |= dict(shape.refused)
     if job.tuning == "freeze":
         found["pp"] = "freeze trains nothing in the first layers, and a stage needs something to train"
     if not shape.experts:
@@ -107,6 +104,8 @@ def _ruled_out(run: Run) -> Iterator[tuple[str, str]]:
         yield "dp_shard", "pissa_init does not work with sharded adapters"
         yield "ep", "pissa_init does not work with sharded adapters"
         yield "pp", "pissa_init is undone when saving, which needs the whole model"
+    if model.rope_scaling == "dynamic":
+        yield "cp", CHANGING_ROTATION
     if stage not in ("pt", "sft"):
         yield "pp", f"stage {stage} needs the whole model on a rank"
         yield "cp", f"stage {stage} needs whole sequences on a rank"

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from byte_tokenizer import make_byte_tokenizer
 from fourfold.base.errors import DataError
-from fourfold.dataset.cache import cache_root, fingerprint_of, load_or_write, tokenizer_digest
+from fourfold.dataset.cache import fingerprint_of, load_or_write, tokenizer_digest
 
 
 def write_file(folder: Path) -> None:
@@ -66,13 +66,6 @@ def test_load_or_write_when_two_write_at_once_lets_the_second_wait(tmp_path: Pat
     for thread in threads:
         thread.join()
     assert calls == ["begin", "end"]
-
-
-def test_cache_root_when_set_in_the_environment_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    assert cache_root() == tmp_path
-    monkeypatch.delenv("FOURFOLD_CACHE")
-    assert cache_root() == Path.home() / ".cache" / "fourfold"
 
 
 def test_tokenizer_digest_when_saved_and_loaded_stays_the_same(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_candidates_when_heads_do_not_divide_say_so(shape_of: ShapeOf) -> None:
     found, rejected = candidates(shape_of("SmolLM2-135M"), JOB, build_cluster("h100", 8), Wishes())
     assert {layout.tp for layout in found} == {1}
     assert [entry.reason for entry in rejected if entry.what == "tp 2, 4, 8"] == [
-        "does not divide 9 heads, 3 key heads and an MLP of 1536"
+        "do not divide 9 heads, 3 key heads and an MLP of 1536"
     ]
 
 

@@ -18,7 +18,8 @@ from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.predictor import Form, Predictor
-from fourfold.planning.search import MARGIN, TIE, Plan, search
+from fourfold.planning.ranking import TIE, worth
+from fourfold.planning.search import MARGIN, Plan, search
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.wishes import Wishes
 
@@ -55,8 +56,9 @@ def test_layouts_when_ranked_fit_and_are_predicted_alike(
         assert found.memory.device <= _limit(cluster)
         assert "\n" not in found.reason
     assert len({(f.layout, f.recompute, f.micro_batch) for f in plan.layouts}) == len(plan.layouts)
-    speeds = [found.cost.tokens_per_s for found in plan.layouts]
-    assert all(later <= earlier * (1 + TIE) for i, earlier in enumerate(speeds) for later in speeds[i + 1 :])
+    predictor = Predictor(shape, job, cluster, Wishes())
+    worths = [worth(predictor, Form(found.layout, found.recompute, found.micro_batch)) for found in plan.layouts]
+    assert all(later <= earlier * (1 + TIE) for i, earlier in enumerate(worths) for later in worths[i + 1 :])
 
 
 def test_plan_when_made_twice_is_the_same(shape_of: ShapeOf) -> None:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fourfold.config.load import load
-from fourfold.parallel.tensor import FAMILIES
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
-from fourfold.planning.wishes import TENSOR_FAMILIES, Wishes, obstacles
+from fourfold.planning.wishes import Wishes, obstacles
 
 
 def _wishes(**keys: Any) -> Wishes:
     return Wishes.of(load(keys))
-
-
-def test_families_when_compared_are_those_of_the_engine() -> None:
-    assert TENSOR_FAMILIES == FAMILIES
 
 
 @pytest.mark.parametrize(
@@ -69,3 +65,10 @@ def test_obstacles_when_keys_need_whole_things_are_named(
 def test_given_when_a_key_is_in_the_config_is_known() -> None:
     assert _wishes(parallel={"pp_schedule": "1f1b"}).is_given("pp_schedule")
     assert not _wishes().is_given("pp_schedule")
+
+
+def test_obstacles_when_the_model_refuses_an_axis_name_it(shape_of: Callable[[str], ModelShape]) -> None:
+    shape = replace(shape_of("Llama-3-8B"), refused=(("cp", "it turns"), ("pp", "it has no plan")))
+    found = obstacles(shape, Job(), Wishes())
+    assert (found["cp"], found["pp"]) == ("it turns", "it has no plan")
+    assert "rope_type dynamic" in _wishes(rope_scaling="dynamic").ruled_out["cp"]

@@ -1,0 +1,40 @@
+"""Which architectures cannot share the positions of a row over ranks, told from their Transformers config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def is_exchangeable(config: Any, model_class: Any) -> bool:
+    """Whether a model's layers can run an attention of our own: all take theirs from Transformers' interface, and none
+    carries a recurrent state across positions.
+
+    Args:
+        config: a PreTrainedConfig.
+        model_class: the PreTrainedModel that is built from it.
+    """
+    kinds = set(getattr(config, "layer_types", None) or [])
+    recurrent = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
+    return bool(model_class._supports_attention_backend) and not recurrent and not model_class._is_stateful
+
+
+def position_obstacles(config: Any, model_class: Any) -> Iterator[str]:
+    """Why the positions of a model's rows cannot be shared by ranks, whatever the method; nothing if they can.
+
+    Args:
+        config: a PreTrainedConfig, of the text model.
+        model_class: the PreTrainedModel that is built from it; None if there is none.
+    """
+    if model_class is None or not is_exchangeable(config, model_class):
+        yield f"a {config.model_type} model does not take its attention from Transformers' interface in every layer"
+    scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = {p.get("rope_type") for p in (scaling, *scaling.values()) if isinstance(p, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        yield CHANGING_ROTATION
+
+
+CHANGING_ROTATION = (
+    "its rotary embedding (rope_type dynamic or longrope) changes with the longest position of a whole row"
+)
+"""Why such a rotary embedding is refused: a rank sees some positions only."""
