@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from fourfold.families.shared_positions import position_obstacles
 from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
 from fourfold.parallel.ring import ring_attention
@@ -47,23 +48,9 @@ def caps_scores(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "attn_logit_softcapping", None))
 
 
-def is_exchangeable(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model's layers can run this attention: all take theirs from Transformers' interface, and none
-    carries a recurrent state across positions."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    recurrent = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
-    return bool(model_class._supports_attention_backend) and not recurrent and not model_class._is_stateful
-
-
 def context_obstacles(config: PreTrainedConfig, method: Method) -> Iterator[str]:
     """Why the positions of a model's rows cannot be shared by ranks; nothing if they can."""
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model_class is None or not is_exchangeable(config, model_class):
-        yield f"a {config.model_type} model does not take its attention from Transformers' interface in every layer"
-    scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kinds = {p.get("rope_type") for p in (scaling, *scaling.values()) if isinstance(p, dict)}
-    if kinds & {"dynamic", "longrope"}:
-        yield "its rotary embedding (rope_type dynamic or longrope) changes with the longest position of a whole row"
+    yield from position_obstacles(config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
     if method == "ring" and getattr(config, "attention_dropout", 0.0):
         yield f"the ring has no dropout of attention weights, and attention_dropout is {config.attention_dropout}"
 

@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
+from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models import attention
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
@@ -41,7 +42,7 @@ def supports_packing(model: nn.Module) -> bool:
     """Whether every layer keeps packed documents apart: it takes its attention from Transformers' interface, and
     none of its layers carries a recurrent state across positions."""
     inner = base_model(model)
-    return attention.is_exchangeable(inner.config, type(inner))
+    return is_exchangeable(inner.config, type(inner))
 
 
 def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
