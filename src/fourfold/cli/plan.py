@@ -19,6 +19,7 @@ from fourfold.cli.session import Words, clear_errors
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from fourfold.config.rules import Verb
     from fourfold.config.schema import Run
     from fourfold.planning.hardware import Cluster
     from fourfold.planning.search import Plan
@@ -89,7 +90,7 @@ def plan_run(run: Run, cluster: Cluster) -> Plan:
     return search(shape, Job.of(run), cluster, Wishes.of(run))
 
 
-def read_run(verb: str, words: Sequence[str] | None) -> Run:
+def read_run(verb: Verb, words: Sequence[str] | None) -> Run:
     """The run to plan. It needs a model and nothing else: no data, no output folder.
 
     Raises:
@@ -98,7 +99,7 @@ def read_run(verb: str, words: Sequence[str] | None) -> Run:
     return _read(verb, words).run
 
 
-def _read(verb: str, words: Sequence[str] | None) -> _Asked:
+def _read(verb: Verb, words: Sequence[str] | None) -> _Asked:
     """The run to plan. It needs a model and nothing else: no data, no output folder.
 
     Raises:
@@ -106,18 +107,10 @@ def _read(verb: str, words: Sequence[str] | None) -> _Asked:
     """
     if not words:
         raise ConfigError(f"{verb}: needs a config. Write `fourfold {verb} FILE.yaml`, or give keys as key=value.")
-    from fourfold.config.begin import begin_logging
-    from fourfold.config.load import load
-    from fourfold.config.paths import check_paths
+    from fourfold.config.begin import begin
 
     has_file = not words[0].startswith("--") and "=" not in words[0]
-    run = load(words[0] if has_file else None, words[1:] if has_file else words)
-    if not run.model.model_name_or_path:
-        raise ConfigError("model_name_or_path: is not given. Give a hub id, a folder or a .gguf file.")
-    check_paths(run, "train")
-    begin_logging(run)
-    for note in run.notes:
-        log.info("%s", note)
+    run = begin(words[0] if has_file else None, words[1:] if has_file else words, verb)
     return _Asked(run, Path(words[0]) if has_file else None)
 
 
