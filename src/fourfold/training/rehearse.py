@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fourfold.base import registry
@@ -176,8 +177,8 @@ def _build(run: Run, layout: Layout, device: torch.device, *, fake: bool) -> Bui
     built = build(run, precision, mesh, module, fill)
     # What other ranks counted or found is not there to be asked for.
     split = replace(built.split, reducer=Reducer())
-    if fake and layout.shards * layout.pp == 1:
-        # DDP's reducer is not made for fake tensors. Its buckets are the gradients themselves, in views.
+    if layout.shards * layout.pp == 1:
+        # DDP's reducer needs partners and numbers. Its buckets are the gradients themselves, in views.
         split = replace(split, runner=base_model(module), sync=NoSync())
         built.model.take(split)
     return replace(built, split=split)
@@ -209,9 +210,20 @@ def _imagined_ranks(rank: int, world_size: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
-        yield
+        with _told_shapes():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _told_shapes() -> Iterator[None]:
+    """Stages of a pipeline take the shapes that they were told, without asking their neighbours (torch >= 2.13)."""
+    with ExitStack() as stack:
+        for name in ("_warmup_forward_vote", "_warmup_backward_result"):
+            if hasattr(PipelineStage, name):
+                stack.enter_context(mock.patch.object(PipelineStage, name, lambda *_, **__: torch.ones(1)))
+        yield
 
 
 @contextmanager

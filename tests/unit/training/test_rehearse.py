@@ -1,0 +1,78 @@
+"""A rank run without its partners: on real tensors and on fake ones it holds the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fourfold.config.load import load
+from fourfold.planning.layout import Layout
+from fourfold.training.rehearse import Workload, rehearse
+from tiny_models import save_tiny_model
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 512,
+}
+_EXPERTS: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+_TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"finetuning_type": "full", "bf16": True},
+    "lora": {"bf16": True},
+    "qlora": {"bf16": True, "quantization_bit": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "llama": save_tiny_model(root / "llama", "llama", **_SIZES),
+        "experts": save_tiny_model(root / "experts", "qwen3_moe", **_SIZES, **_EXPERTS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "tuning", "layout", "rank"),
+    [
+        ("llama", "full", Layout(), 0),
+        ("llama", "lora", Layout(dp_shard=8), 3),
+        ("llama", "qlora", Layout(tp=2), 1),
+        ("llama", "full", Layout(dp_replicate=2), 1),
+        ("llama", "full", Layout(cp=2, cp_shards=True), 0),
+        ("llama", "full", Layout(pp=4), 0),
+        ("llama", "full", Layout(pp=4), 3),
+        ("llama", "lora", Layout(pp=2, pp_schedule="interleaved_1f1b"), 1),
+        ("llama", "full", Layout(dp_shard=2, tp=2, pp=2), 5),
+        ("experts", "full", Layout(dp_shard=4, ep=4), 2),
+        ("experts", "lora", Layout(dp_shard=4, ep=4), 0),
+    ],
+    ids=lambda value: value.describe().replace(" ", "") if isinstance(value, Layout) else str(value),
+)
+def test_rehearse_on_a_device_steps_and_holds_what_fake_tensors_tell(
+    model: str, tuning: str, layout: Layout, rank: int, folders: dict[str, Path]
+) -> None:
+    run = load({"model_name_or_path": str(folders[model]), **_TUNINGS[tuning]})
+    workload = Workload((64, 32), 4)
+    real = rehearse(run, layout, workload, rank=rank, recompute="full", device=torch.device("cpu"))
+    fake = rehearse(run, layout, workload, rank=rank, recompute="full")
+    assert (real.parameters, real.gradients, real.optimizer) == (fake.parameters, fake.gradients, fake.optimizer)
+    assert real.tokens == fake.tokens == 4 * 96
+    assert real.step_s is not None
+    assert real.step_s > 0
+    assert fake.step_s is None
+    assert fake.peak.total > fake.parameters + fake.optimizer
+
+
+def test_rehearse_when_experts_are_chosen_more_often_takes_more(folders: dict[str, Path]) -> None:
+    run = load({"model_name_or_path": str(folders["experts"]), **_TUNINGS["lora"]})
+    layout = Layout(dp_shard=4, ep=4)
+    even, twice = (rehearse(run, layout, Workload((512,), expert_load=load)).peak.total for load in (1.0, 2.0))
+    assert even < twice
