@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fourfold.base import registry
@@ -239,7 +240,7 @@ def _gpu_branches() -> Iterator[None]:
 
 @contextmanager
 def _real_meshes() -> Iterator[None]:
-    """Parts of meshes are made of numbers, too."""
+    """Parts of meshes are made of numbers, too; and what DTensor tries out at full size is nobody's memory."""
 
     def outside(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -248,10 +249,14 @@ def _real_meshes() -> Iterator[None]:
 
         return call
 
-    with (
-        mock.patch.object(DeviceMesh, "__init__", outside(DeviceMesh.__init__)),
-        mock.patch.object(DeviceMesh, "_flatten", outside(DeviceMesh._flatten)),
-    ):
+    methods = [
+        (DeviceMesh, "__init__"),
+        (DeviceMesh, "_flatten"),
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached"),
+    ]
+    with ExitStack() as stack:
+        for owner, name in methods:
+            stack.enter_context(mock.patch.object(owner, name, outside(getattr(owner, name))))
         yield
 
 
