@@ -1,8 +1,8 @@
 """Bytes that the forward pass keeps of each position for the backward pass, layer by layer.
 
 Derived from what autograd saves of the engine's own operators, and equal to it to the byte for llama-like layers
-(tests/unit/planning/test_estimated_memory.py traces the engine). In units of bytes per position of a layer, with c bytes of
-the compute dtype, H hidden size, q = heads x head size, v = heads x value size, I intermediate size:
+(tests/unit/planning/test_estimated_memory.py traces the engine). In units of bytes per position of a layer, with c
+bytes of the compute dtype, H hidden size, q = heads x head size, v = heads x value size, I intermediate size:
 
 - each norm over hidden states keeps its input in fp32 (4 H), and its result before the weight if that is trained (c H);
 - inputs of matrices: c H for attention, c H for the MLP, c v for the output projection, c I for the down projection;
