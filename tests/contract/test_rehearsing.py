@@ -30,9 +30,7 @@ _HARDWARE = ("--gpu", "h100", "--gpus", "8")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config of a small model."""
     folder = tmp_path_factory.mktemp("rehearse")
-    model = save_tiny_model(
-        folder / "model", "llama", **_SIZES, num_attention_heads=4, num_key_value_heads=4, head_dim=64
-    )
+    model = save_tiny_model(folder / "model", "llama", **_SIZES)
     path = folder / "run.yaml"
     lines = ("finetuning_type: full", "bf16: true", "cutoff_len: 512", "per_device_train_batch_size: 2")
     path.write_text("\n".join([f"model_name_or_path: {model}", *lines]), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -256,8 +257,7 @@ def under(case: Case, layout: Layout) -> list[Curve]:
 
 def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
     """Run `work` in forked processes that form a gloo job; returns what each rank returned."""
-    port = 20000 + (os.getpid() * 7 + run_ranks.calls * 13) % 20000
-    run_ranks.calls += 1
+    port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         reader, writer = _FORK.Pipe(duplex=False)
@@ -282,7 +282,17 @@ def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
     return results
 
 
-run_ranks.calls = 0  # type: ignore[attr-defined]
+def _free_port() -> int:
+    """A port that nobody listens on, below those that the system hands out to whoever connects."""
+    while True:
+        port = 20000 + (os.getpid() * 7 + _free_port.calls * 13) % 12000
+        _free_port.calls += 1
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+_free_port.calls = 0  # type: ignore[attr-defined]
 
 
 def _rank(rank: int, world_size: int, port: int, work: Callable[[], Any], writer: Any) -> None:
