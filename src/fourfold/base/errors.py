@@ -60,3 +60,9 @@ class RunInterruptedError(FourfoldError):
     def __init__(self, message: str, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
         super().__init__(message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -20,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fourfold.base.errors import CheckpointError, ConfigError, ModelError
+from fourfold.base.errors import CheckpointError, ConfigError, ModelError, first_line
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_bytes, format_count
 from fourfold.checkpoint.compare import Comparison, compare, fixed_prompts, logits_of
@@ -276,7 +276,7 @@ def _upload(folder: Path, repository: str, token: str | None) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"export_hub_model_id: {repository} cannot be uploaded ({reason}). The model is in {folder}; "
             "check hf_hub_token and the network."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fourfold.base.errors import ConfigError, ModelError, PlanError
+from fourfold.base.errors import ConfigError, ModelError, PlanError, first_line
 from fourfold.base.log import get_logger
 from fourfold.cli.hardware import Gpu, Gpus, HardwareFile, Nodes, cluster_of
 from fourfold.cli.session import Words, clear_errors
@@ -129,7 +129,7 @@ def _reader(run: Run) -> Callable[[], ModelShape]:
         try:
             return read_shape(_load_config(run), trust_remote_code=run.model.trust_remote_code)
         except (ValueError, AttributeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise ModelError(
                 f"model_name_or_path: {name} is not a causal language model whose shape can be read ({reason}). "
                 "Use a model that Transformers has a causal language model for."

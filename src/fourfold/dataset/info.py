@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourfold.base import registry
-from fourfold.base.errors import ConfigError, DataError
+from fourfold.base.errors import ConfigError, DataError, first_line
 from fourfold.base.hub import WAYS_OUT, settle_hub
 from fourfold.base.log import get_logger
 
@@ -140,7 +140,7 @@ def _remote_info(repo_id: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id, INFO_FILE, repo_type="dataset"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise ConfigError(
             f"dataset_dir: {REMOTE}{repo_id}: {INFO_FILE} cannot be fetched ({reason}). Check the name. {WAYS_OUT}"
         ) from error

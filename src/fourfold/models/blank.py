@@ -7,23 +7,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 from fourfold.config.schema import Run
 from fourfold.models.adapters import attach
-from fourfold.models.load import build_without_weights, load_config
+from fourfold.models.load import build_without_weights, prepare_config
 from fourfold.models.patches import adapters_have_weights
 from fourfold.models.stream import materialize
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import no_weights
 from fourfold.parallel.packed import wrap_packed
+from fourfold.parallel.sharded import local
 from fourfold.parallel.shares import Shares
+from fourfold.planning.read_shape import own_quantization
+from fourfold.planning.states import BLOCK, OUTER_BLOCK
 
 _STD = 0.02
-_BLOCK, _OUTER_BLOCK = 64, 256
-"""Weights that share a scale in bitsandbytes' 4-bit types, and scales that share one under double quantisation."""
 
 
 def blank_model(
@@ -57,24 +58,16 @@ def blank_model(
 
 def _without_weights(run: Run, dtype: torch.dtype) -> tuple[PreTrainedModel, int | None]:
     """The base model on the meta device, and the bits that its linear layers are packed into."""
-    config = load_config(run.model, seq_len=run.data.cutoff_len)
-    own = config.to_dict().get("quantization_config")
-    bits = run.model.quantization_bit or _own_bits(own)
-    double = run.model.double_quantization
-    if own and bits:
+    config, options = prepare_config(run.model, dtype, run.data.cutoff_len)
+    own_bits, own_double = own_quantization(config)
+    bits = run.model.quantization_bit or own_bits
+    if bits:  # the packing below is told to the model afterwards
         config.quantization_config = None
-        double = bool(own.get("bnb_4bit_use_double_quant"))
-    model = build_without_weights(config, run.model, dtype)
+    model = build_without_weights(config, run.model, options)
     if bits:
+        double = own_double if own_bits else run.model.double_quantization
         _pack(model, dtype, double=double, kind=run.model.quantization_type)
     return model, bits
-
-
-def _own_bits(own: dict[str, Any] | None) -> int | None:
-    """Bits of a checkpoint that bitsandbytes has quantised."""
-    if not own or own.get("quant_method") != "bitsandbytes":
-        return None
-    return 4 if own.get("load_in_4bit") or own.get("_load_in_4bit") else 8
 
 
 @torch.no_grad()
@@ -112,9 +105,9 @@ def _made(owner: nn.Module, parameter: nn.Parameter, device: torch.device) -> nn
 @torch.no_grad()
 def _randomize(module: nn.Module) -> None:
     for parameter in module.parameters():
-        local: Tensor = getattr(parameter, "_local_tensor", parameter)
-        if local.is_floating_point():
-            local.normal_(std=_STD)
+        own = local(parameter)
+        if own.is_floating_point():
+            own.normal_(std=_STD)
 
 
 def _pack(model: PreTrainedModel, dtype: torch.dtype, *, double: bool, kind: str) -> None:
@@ -129,18 +122,18 @@ def _pack(model: PreTrainedModel, dtype: torch.dtype, *, double: bool, kind: str
         if not isinstance(layer, nn.Linear) or layer is head:
             continue
         packed = Linear4bit(layer.in_features, layer.out_features, False, dtype, double, kind, torch.uint8, "meta")
-        scales = -(-layer.weight.numel() // _BLOCK)
+        scales = -(-layer.weight.numel() // BLOCK)
         outer = QuantState(
-            absmax=on_meta(-(-scales // _OUTER_BLOCK), dtype=torch.float32),
+            absmax=on_meta(-(-scales // OUTER_BLOCK), dtype=torch.float32),
             code=torch.zeros(256),
-            blocksize=_OUTER_BLOCK,
+            blocksize=OUTER_BLOCK,
             dtype=torch.float32,
         )
         state = QuantState(
             absmax=on_meta(scales, dtype=torch.uint8 if double else torch.float32),
             shape=layer.weight.shape,
             code=code,
-            blocksize=_BLOCK,
+            blocksize=BLOCK,
             quant_type=kind,
             dtype=dtype,
             offset=torch.zeros(()) if double else None,

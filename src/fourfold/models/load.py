@@ -88,7 +88,7 @@ def load_model(
         ConfigError: settings that do not fit the model.
     """
     name = model_name(config)
-    model_config, options = _prepare(config, dtype, seq_len, attention)
+    model_config, options = prepare_config(config, dtype, seq_len, attention)
     if config.train_from_scratch:
         model = _from_scratch(model_config, config, options, device)
     else:
@@ -103,10 +103,10 @@ def load_model(
     return model.eval()
 
 
-def _prepare(
-    config: ModelConfig, dtype: torch.dtype, seq_len: int | None, attention: str | None
+def prepare_config(
+    config: ModelConfig, dtype: torch.dtype, seq_len: int | None, attention: str | None = None
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The model's config and the options that it is built with."""
+    """The model's config and the options that it is built with; arguments as those of `load_model`."""
     name = model_name(config)
     model_config = load_config(config, seq_len=seq_len)
     model_config.use_cache = False
@@ -132,7 +132,7 @@ def load_streamed(
     Raises:
         ModelError, ConfigError: as `load_model`.
     """
-    model_config, options = _prepare(config, dtype, seq_len, None)
+    model_config, options = prepare_config(config, dtype, seq_len)
     reason = why_not_streamed(config, tuning, model_config)
     if reason is None:
         with explained(model_name(config), "the model"):
@@ -146,31 +146,24 @@ def load_streamed(
     return None
 
 
-def _without_weights(model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
-    """The model with its buffers, but with parameters that take no memory."""
-    with _without_memory():
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
-    model.tie_weights()
-    load_generation_config(config, model)
-    return model
-
-
 def build_without_weights(
-    model_config: PreTrainedConfig, config: ModelConfig, dtype: torch.dtype, *, seq_len: int | None = None
+    model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any]
 ) -> PreTrainedModel:
     """The model with its buffers, but with parameters that take no memory (on the meta device).
 
     Args:
-        model_config: as `load_config` gives it.
-        dtype: of the parameters.
+        model_config, options: as `prepare_config` gives them.
     """
-    attention = _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
-    model_config.use_cache = False
     with _without_memory():
-        model = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=config.trust_remote_code, dtype=dtype, attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code, **options)
     model.tie_weights()
+    return model
+
+
+def _without_weights(model_config: PreTrainedConfig, config: ModelConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The same, with the generation config that is published with it."""
+    model = build_without_weights(model_config, config, options)
+    load_generation_config(config, model)
     return model
 
 

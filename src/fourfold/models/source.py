@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fourfold.base.errors import ConfigError, ModelError
+from fourfold.base.errors import ConfigError, ModelError, first_line
 from fourfold.base.hub import WAYS_OUT, endpoint, is_offline
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import MODEL, is_gguf, missing
@@ -65,7 +65,7 @@ def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if Path(name).expanduser().exists():
             advice = "Check that the folder is complete."
         elif is_offline():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
-from fourfold.planning.states import layer_part, optimizer_bytes, outer_part, stage_of
+from fourfold.planning.states import held_part, optimizer_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,6 @@ class Held:
 
 def held_by(shape: ModelShape, job: Job, layout: Layout, rank: int = 0) -> Held:
     """What a rank of the pipeline holds; of the whole model where nothing is split."""
-    stage = stage_of(shape, job, layout, rank)
-    weights = trained = 0
-    for counts, trainable in zip(stage.counts, stage.trained, strict=True):
-        for kind, count, whole in zip(shape.kinds, counts, trainable, strict=True):
-            for number, is_trained in ((whole, True), (count - whole, False)):
-                if number:
-                    part = layer_part(shape, job, layout, kind, trained=is_trained)
-                    weights += number * (part.weights + part.scales)
-                    trained += number * part.trained
-    outer = outer_part(shape, job, layout, stage)
-    weights, trained = weights + outer.weights + outer.scales, trained + outer.trained
-    return Held(trained, weights, trained * job.master_bytes, optimizer_bytes(job, trained))
+    part = held_part(shape, job, layout, rank)
+    gradients = part.trained * job.master_bytes
+    return Held(part.trained, part.weights + part.scales, gradients, optimizer_bytes(job, part.trained))

@@ -1,10 +1,11 @@
 """The peak memory of a rank, term by term.
 
-A step after the first: weights and optimizer state are there. Its peak is at one of three moments:
+A step after the first: weights and optimizer state are there. Its peak is at one of these moments:
 
-- the loss: everything that the forward pass keeps, and a chunk of logits;
+- the start of the forward pass, where FSDP has just gathered;
+- its end, and the loss: everything that the forward pass keeps, and a chunk of logits;
 - the start of the backward pass: the same, and what the last layer's backward pass works with;
-- its end: all gradients, and what the first layer's backward pass works with.
+- its end: all gradients, and what the first layer's backward pass works with, or the embedding's gradient.
 
 Gradients grow while activations shrink, both evenly, so the peak lies at an end. Under a pipeline several micro-batches
 are in flight, most of them on the first rank.
@@ -12,8 +13,10 @@ are in flight, most of them on the first rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from fourfold.planning.activations import Kept, kept
 from fourfold.planning.device import Device
@@ -101,22 +104,31 @@ def _of_rank(
     gradients = held.trained * job.master_bytes
     optimizer = optimizer_bytes(job, held.trained)
     moments = _moments(shape, job, layout, stage, layers, outer, positions, batches, pp_rank, gradients)
-    peak = max(moments, key=lambda moment: sum(moment.values()))
+    peak = max(moments, key=sum)
     on_host = layout.offload
     terms = {
         "parameters": 0 if on_host == "params" else held.weights,
         "scales": held.scales,
-        "gradients": peak["gradients"],
+        "gradients": peak.gradients,
         "optimizer": 0 if on_host != "none" else optimizer,
-        "gathered": peak["gathered"],
-        "activations": peak["activations"],
-        "logits": peak["logits"],
+        "gathered": peak.gathered,
+        "activations": peak.activations,
+        "logits": peak.logits,
         "buffers": (_WORKSPACE if device is not None else 0) + _received(shape, job, layout, stage, positions, batches),
         "context": 0 if device is None else _CONTEXT + (_COMMUNICATOR if layout.world_size > 1 else 0),
     }
     moving = terms["gathered"] + terms["activations"] + terms["logits"] + terms["gradients"]
     terms["slack"] = int(_SLACK * moving) if device is not None else 0
     return Memory(pp_rank, terms)
+
+
+class _Moment(NamedTuple):
+    """What is held beside weights and optimizer state at one time, bytes by terms of a rank's memory."""
+
+    gradients: int
+    gathered: int
+    activations: int
+    logits: int = 0
 
 
 def _moments(
@@ -130,82 +142,72 @@ def _moments(
     batches: int,
     pp_rank: int,
     gradients: int,
-) -> list[dict[str, int]]:
-    """What is held beside weights and optimizer state, at each moment that may be the peak."""
+) -> list[_Moment]:
+    """Each moment that may be the peak."""
+    c, hidden = job.compute_bytes, shape.hidden
+    table = shape.vocab * hidden // layout.tp
+    head = table if job.tuning == "full" and stage.is_last else 0
+    sharded = _Sharded.of(job, layout, layers, outer, head, gradients, batches)
+    layer = int((layers.replayed + layers.working) * positions)
+    # gradients of merged weights, one matrix at a time
+    layer += layers.largest.merged * c * (4 if layers.replayed > 0 else 1) // 3
+    entering = int(c * hidden * positions)
+    # a tied embedding's gradient, and its sum with the head's; or the gradient that is added to those before
+    tables = 2 if shape.tied and head and stage.is_first else 1 if batches > 1 and stage.is_first else 0
+    summed = tables * table * job.master_bytes if job.tuning == "full" and layout.shards == 1 else 0
+    before_outer = gradients - outer.trained * job.master_bytes
+    return [
+        *_waiting_moments(shape, job, layout, stage, layers, outer, sharded, positions, batches, pp_rank, layer),
+        _Moment(sharded.accumulated, sharded.gathering + sharded.waiting, entering),
+        _Moment(sharded.accumulated or before_outer, sharded.end, layer + int(layers.entry * positions)),
+        _Moment(sharded.root_gradients, sharded.root + summed, entering),
+    ]
+
+
+def _waiting_moments(
+    shape: ModelShape,
+    job: Job,
+    layout: Layout,
+    stage: Stage,
+    layers: _Layers,
+    outer: Part,
+    sharded: _Sharded,
+    positions: int,
+    batches: int,
+    pp_rank: int,
+    layer: int,
+) -> Iterator[_Moment]:
+    """Around the loss, where everything waits for its backward pass.
+
+    Args:
+        layer: bytes that the backward pass of a layer takes.
+    """
     c, hidden = job.compute_bytes, shape.hidden
     flying = in_flight(layout, pp_rank, batches)
     replays = layers.replayed > 0
-    layer = int((layers.replayed + layers.working) * positions)
-    scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
     shared = layout.tp > 1 and layout.loss_parallel
-    vocab = -(-shape.vocab // layout.tp) if shared else shape.vocab
+    scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
+    logits = scored * (-(-shape.vocab // layout.tp) if shared else shape.vocab)
+    whole_head = job.tuning == "full" and stage.is_last and layout.shards == 1
+    head_gradient = shape.vocab * hidden // layout.tp * c if whole_head else 0
     hidden_copies = int(c * hidden * positions * (4 if stage.is_last else 1))
-    head = shape.vocab * shape.hidden // layout.tp if job.tuning == "full" and stage.is_last else 0
-    sharded = _Sharded.of(job, layout, layers, outer, head, gradients, batches)
-    head_gradient = head * c if layout.shards == 1 else 0
-    # a tied embedding's gradient, and its sum with the head's; or the gradient that is added to those before
-    tables = 2 if shape.tied and head and stage.is_first else 1 if batches > 1 and stage.is_first else 0
-    table = (
-        tables * shape.vocab * hidden // layout.tp * job.master_bytes
-        if job.tuning == "full" and layout.shards == 1
-        else 0
-    )
     casts = (layers.part.cast + outer.cast) * c  # that autocast makes in a forward pass
     merged = layers.part.merged * c if not replays else 0
-    layer += layers.largest.merged * c * (4 if replays else 1) // 3  # gradients of merged weights, one matrix at a time
-    moments: list[dict[str, int]] = []
+    sent = 0 if stage.is_last else c * hidden * positions  # what a stage has sent, until it is differentiated
     # once before there are gradients, with all that fly; once with them, where forward passes are still to come
-    for gradients_held, waiting in ((0, flying), (sharded.accumulated, min(flying, batches - 1))):
+    for gradients, waiting in ((0, flying), (sharded.accumulated, min(flying, batches - 1))):
         if waiting <= 0:
             continue
-        more = sharded.waiting if gradients_held else 0
-        sent = 0 if stage.is_last else c * hidden * positions  # what a stage has sent, until it is differentiated
+        more = sharded.waiting if gradients else 0
         kept_all = int((layers.kept * positions + merged + sent) * waiting) + hidden_copies
         kept_casts = int(casts * waiting) if not replays else outer.cast * c
-        if not gradients_held or batches > flying:
-            moments.append(
-                {
-                    "gradients": gradients_held,
-                    "gathered": sharded.forward + more + (max(kept_casts, casts) if casts else 0),
-                    "activations": kept_all,
-                    "logits": _FORWARD_LOGIT_BYTES * scored * vocab,
-                }
-            )
-        moments.append(
-            {
-                "gradients": gradients_held,
-                "gathered": sharded.loss + more + kept_casts + head_gradient,
-                "activations": kept_all,
-                "logits": (_SHARED_LOGIT_BYTES if shared else _LOGIT_BYTES) * scored * vocab,
-            }
-        )
-        moments.append(
-            {
-                "gradients": gradients_held,
-                "gathered": sharded.backward + more + kept_casts + head_gradient,
-                "activations": kept_all + layer,
-                "logits": 0,
-            }
-        )
-    at_gathering = {
-        "gradients": sharded.accumulated,
-        "gathered": sharded.gathering + sharded.waiting,
-        "activations": int(c * hidden * positions),
-        "logits": 0,
-    }
-    at_end = {
-        "gradients": sharded.accumulated or gradients - outer.trained * job.master_bytes,
-        "gathered": sharded.end,
-        "activations": layer + int(layers.entry * positions),
-        "logits": 0,
-    }
-    at_table = {
-        "gradients": sharded.root_gradients,
-        "gathered": sharded.root + table,
-        "activations": int(c * hidden * positions),
-        "logits": 0,
-    }
-    return [*moments, at_gathering, at_end, at_table]
+        if not gradients or batches > flying:
+            gathered = sharded.forward + more + (max(kept_casts, casts) if casts else 0)
+            yield _Moment(gradients, gathered, kept_all, _FORWARD_LOGIT_BYTES * logits)
+        beside = more + kept_casts + head_gradient
+        of_logit = _SHARED_LOGIT_BYTES if shared else _LOGIT_BYTES
+        yield _Moment(gradients, sharded.loss + beside, kept_all, of_logit * logits)
+        yield _Moment(gradients, sharded.backward + beside, kept_all + layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,11 +304,7 @@ def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recom
         recompute = "none"
     part, largest = Part(), Part()
     kept_bytes = replayed = working = entry = 0.0
-    counts = stage.layers()
-    trained_counts = (
-        counts if job.tuning == "full" else tuple(sum(column) for column in zip(*stage.trained, strict=True))
-    )
-    for layer, total, full_count in zip(shape.kinds, counts, trained_counts, strict=True):
+    for layer, total, full_count in zip(shape.kinds, stage.layers(), stage.trained_layers(), strict=True):
         for trained, number in ((True, full_count), (False, total - full_count)):
             if not number:
                 continue

@@ -28,7 +28,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         ValueError: Transformers has no causal language model for it, or its weights are quantised in a way that cannot
             be trained.
     """
-    own_bits, own_double_quant = _own_quantization(config)
+    own_bits, own_double_quant = own_quantization(config)
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     )
 
 
-def _own_quantization(config: PreTrainedConfig) -> tuple[int | None, bool]:
+def own_quantization(config: PreTrainedConfig) -> tuple[int | None, bool]:
     """Bits of a checkpoint that bitsandbytes has quantised, and whether twice; what the engine expands when it loads
     (models/quantize.py) counts as plain."""
     own = config.to_dict().get("quantization_config") or {}

@@ -13,7 +13,7 @@ from fourfold.planning.layout import Layout
 from fourfold.planning.shape import Layer, ModelShape, Weight
 from fourfold.planning.stages import stage_layers, stages_of_rank
 
-_BLOCK, _OUTER_BLOCK = 64, 256
+BLOCK, OUTER_BLOCK = 64, 256
 """Weights that share a scale in bitsandbytes' 4-bit types, and scales that share one under double quantisation."""
 
 _MOMENT_BYTES = {
@@ -70,7 +70,7 @@ class Stage:
 
     Attributes:
         counts: for each of its stages, how many layers of each kind of the shape.
-        trained: for each of its stages, how many layers of each kind are trained in full (freeze tuning).
+        trained: for each of its stages, how many layers of each kind are trained in full.
     """
 
     counts: tuple[tuple[int, ...], ...]
@@ -80,7 +80,11 @@ class Stage:
 
     def layers(self) -> tuple[int, ...]:
         """Layers of each kind over all its stages."""
-        return tuple(sum(column) for column in zip(*self.counts, strict=True))
+        return tuple(map(sum, zip(*self.counts, strict=True)))
+
+    def trained_layers(self) -> tuple[int, ...]:
+        """Of these, those that are trained in full."""
+        return tuple(map(sum, zip(*self.trained, strict=True)))
 
 
 def stage_of(shape: ModelShape, job: Job, layout: Layout, pp_rank: int) -> Stage:
@@ -163,9 +167,9 @@ def _scale_bytes(job: Job, layout: Layout, numel: int, rows: int) -> int:
     """Constants of a packed weight, which FSDP does not shard."""
     if job.bits == 8:
         return 4 * rows
-    scales = -(-numel // _BLOCK)
+    scales = -(-numel // BLOCK)
     if job.double_quant and layout.tp == 1:
-        return scales + 4 * -(-scales // _OUTER_BLOCK)
+        return scales + 4 * -(-scales // OUTER_BLOCK)
     return 4 * scales
 
 
@@ -211,10 +215,8 @@ def _sum(parts: Iterable[Part]) -> Part:
 def held_part(shape: ModelShape, job: Job, layout: Layout, pp_rank: int) -> Part:
     """Everything that a rank of the pipeline holds."""
     stage = stage_of(shape, job, layout, pp_rank)
-    counts = stage.layers()
-    full = counts if job.tuning == "full" else tuple(map(sum, zip(*stage.trained, strict=True)))
     parts = [outer_part(shape, job, layout, stage)]
-    for layer, total, trained in zip(shape.kinds, counts, full, strict=True):
+    for layer, total, trained in zip(shape.kinds, stage.layers(), stage.trained_layers(), strict=True):
         parts.append(layer_part(shape, job, layout, layer, trained=True).times(trained))
         parts.append(layer_part(shape, job, layout, layer, trained=False).times(total - trained))
     return _sum(parts)

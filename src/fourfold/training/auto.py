@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fourfold.base.errors import ModelError, PlanError
+from fourfold.base.errors import ModelError, PlanError, first_line
 from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_count
 from fourfold.config.schema import Run
@@ -34,7 +34,7 @@ def plan_auto(run: Run, world_size: int, works: Callable[[Layout], bool]) -> For
             return None
         plan = search(shape_of(run), Job.of(run), cluster, Wishes.of(run), rescue=False)
     except (ModelError, PlanError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         log.info("strategy: auto cannot plan (%s): replicas if one GPU holds the training state, else shards.", reason)
         return None
     for note in cluster.notes:

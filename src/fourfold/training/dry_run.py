@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,4 @@ def _line(name: str, predicted: int, measured: int) -> str:
 
 
 def _wrapped(text: str, width: int = 80) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, width, subsequent_indent="    ")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fourfold.base.errors import ModelError, PlanError
+from fourfold.base.errors import ModelError, PlanError, first_line
 from fourfold.config.schema import Run
 from fourfold.models.load import load_config
 from fourfold.models.unwrap import TunedModel, base_model
@@ -60,7 +60,7 @@ def shape_of(run: Run) -> ModelShape:
     try:
         return find_shape(model, lambda: read_shape(load_config(model), trust_remote_code=model.trust_remote_code))
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ModelError(f"the shape of {model.model_name_or_path} cannot be read ({reason})") from error
 
 

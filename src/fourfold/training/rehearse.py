@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
@@ -160,7 +160,7 @@ def _steps(
         clock.step_ended()
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     return Rehearsal(
-        parameters=sum(local(p).nbytes for p in _unique(built.module)),
+        parameters=sum(local(p).nbytes for p in built.module.parameters()),
         gradients=gradients,
         optimizer=sum(local(value).nbytes for value in state),
         peak=clock.peak(),
@@ -320,10 +320,6 @@ _ASKING = frozenset(
     getattr(torch.ops.aten, name).default for name in ("allclose", "equal", "nonzero", "_local_scalar_dense")
 )
 """Operators whose answer depends on numbers."""
-
-
-def _unique(module: nn.Module) -> list[nn.Parameter]:
-    return list({id(p): p for p in module.parameters()}.values())
 
 
 class _Clock:

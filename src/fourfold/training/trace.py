@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fourfold.parallel.sharded import local
+
 _ROUNDING = 512
 """Bytes that CUDA's caching allocator rounds every request up to."""
 
@@ -83,7 +85,7 @@ class MemoryTrace(TorchDispatchMode):
     def hold(self, tensors: Iterable[Tensor], phase: str) -> None:
         """Count tensors that were made before, or count them under another phase."""
         for tensor in tensors:
-            self._track(_local(tensor), phase)
+            self._track(local(tensor), phase)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count what it gives."""
@@ -156,10 +158,6 @@ class MemoryTrace(TorchDispatchMode):
             self.peaks[self._phase] = self._total
         if self._total > self.peak.total:
             self.peak = Peak(self._total, self._phase, {name: size for name, size in self._by_phase.items() if size})
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _is_fake(tensor: Tensor) -> bool:
