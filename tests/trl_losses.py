@@ -11,17 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
+from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+from trl.rewards import get_soft_overlong_punishment
+from trl.trainer import grpo_trainer
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 
 ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), gather=lambda tensor: tensor, gather_for_metrics=lambda tensor: tensor
+    device=torch.device("cpu"),
+    num_processes=1,
+    process_index=0,
+    gather=lambda tensor: tensor,
+    gather_for_metrics=lambda tensor: tensor,
+    reduce=lambda tensor, reduction: tensor,
 )
 
 
@@ -213,3 +223,83 @@ def trl_reward(rewards: Tensor, margin: Tensor | None, centering: float | None) 
         inputs["margin"] = margin
     loss = trainer.compute_loss(model, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items() if name != "num_tokens"}
+
+
+def trl_grpo(
+    logps: Tensor, mask: Tensor, advantages: Tensor, old_logps: Tensor, reference_logps: Tensor, **settings: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss and metrics of GRPOTrainer on [B, T] log-probabilities of completions."""
+    trainer = bare(
+        GRPOTrainer,
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        current_gradient_accumulation_steps=1,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        **settings,
+    )
+    trainer._get_per_token_logps_and_entropies = lambda *args, **more: (logps, torch.zeros_like(logps), None)
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ids[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": advantages,
+        "old_per_token_logps": old_logps,
+        "ref_per_token_logps": reference_logps,
+        "num_items_in_batch": mask.sum(),
+    }
+    loss = trainer._compute_loss(trainer.model, inputs)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def trl_group_advantages(rewards: Tensor, weights: Tensor, group_size: int, scaling: str) -> tuple[Tensor, float]:
+    """[B] advantages of GRPOTrainer from [B, F] rewards, and the share of rollouts in groups without spread."""
+    names = [f"function {index}" for index in range(rewards.shape[1])]
+    trainer = bare(
+        GRPOTrainer,
+        model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        args=SimpleNamespace(
+            per_device_train_batch_size=len(rewards),
+            steps_per_generation=1,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing_kwargs=None,
+        ),
+        environment_factories=None,
+        environments=None,
+        tools=None,
+        num_iterations=1,
+        _tokenizer=SimpleNamespace(pad_token_id=0),
+        pad_to_multiple_of=None,
+        mask_truncated_completions=False,
+        use_vllm=False,
+        beta=0.0,
+        num_generations=group_size,
+        multi_objective_aggregation="sum_then_normalize",
+        reward_weights=weights,
+        scale_rewards=scaling,
+        reward_func_names=names,
+        _logs={"prompt": [], "completion": [], "advantages": [], "rewards": defaultdict(list)},
+        _pending_extra_logs={},
+        _pending_metrics={},
+    )
+    ones = [[1]] * len(rewards)
+    trainer._generate = lambda prompts: (ones, ones, None, ["word"] * len(rewards), None, {}, None, None)
+    trainer._calculate_rewards = lambda *args: rewards
+    with patch.object(grpo_trainer, "gather_object", lambda things: things):
+        output = trainer._generate_and_score_completions([{"prompt": "word"}] * len(rewards))
+    return output["advantages"], trainer._metrics["train"]["frac_reward_zero_std"][-1]
+
+
+def trl_overlong(lengths: Sequence[int], max_length: int, buffer: int) -> list[float]:
+    """DAPO's penalty of completions of these lengths."""
+    return get_soft_overlong_punishment(max_length, buffer)([[0] * length for length in lengths])
+
+
+def trl_divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
+    """[N] generalised Jensen-Shannon divergences of GKDTrainer."""
+    loss = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=temperature, reduction="none")
+    return loss.sum(-1)

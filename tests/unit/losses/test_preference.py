@@ -154,13 +154,14 @@ def test_preference_loss_when_kto_pair_equals_its_formula() -> None:
 
 
 def test_preference_loss_when_kto_pair_sends_no_gradient_through_its_baselines() -> None:
-    chosen, rejected = torch.tensor([2.0, 1.0]).requires_grad_(), torch.tensor([1.0, 3.0])
-    zeros = PairLogps(torch.zeros(2), torch.zeros(2))
-    settings = PreferenceSettings("kto_pair", 1.0)
-    losses = preference_loss(PairLogps(chosen, rejected), zeros, PairCounts(rejected, rejected), settings).losses
-    losses.sum().backward()
-    sigmoid = torch.tensor([0.0, -1.0]).sigmoid()  # of chosen less the rejected's mean, 2
-    close(chosen.grad if chosen.grad is not None else torch.zeros(2), -sigmoid * (1 - sigmoid) / 2)
+    chosen, rejected = torch.tensor([2.0, 1.0]).requires_grad_(), torch.tensor([1.0, 3.0]).requires_grad_()
+    zeros, counts = PairLogps(torch.zeros(2), torch.zeros(2)), PairCounts(*torch.ones(2, 2))
+    losses = preference_loss(PairLogps(chosen, rejected), zeros, counts, PreferenceSettings("kto_pair", 1.0)).losses
+    grads = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    # sigmoid(2 - chosen) and sigmoid(rejected - 1.5), the other kind's means, each halved
+    for grad, excess, sign in zip(grads, ([0.0, 1.0], [-0.5, 1.5]), (-1, 1), strict=True):
+        sigmoid = torch.tensor(excess).sigmoid()
+        close(grad, sign * sigmoid * (1 - sigmoid) / 2)
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.35])
