@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import typer
@@ -52,4 +53,14 @@ app.command("version")(version.version)
 
 def main() -> None:
     """Entry point of the command line."""
+    _let_segments_grow()
     app()
+
+
+def _let_segments_grow() -> None:
+    """Have torch's allocator grow its segments, which leaves fewer holes, unless the user has set it up.
+
+    It is read when torch is imported. The planner's figures assume it (planning/reserved.py).
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -13,6 +13,9 @@ from typing import Literal
 from fourfold.base.errors import PlanError
 from fourfold.base.units import GIB
 
+HOST_OP_S = 3.5e-6
+"""Of an ordinary server's host; a virtual machine may take three times as long (9.5e-6 beside an H100)."""
+
 DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
 LinkKind = Literal["nvlink", "xgmi", "pcie", "network"]
@@ -53,6 +56,7 @@ class Device:
         nic_gbit_per_s: usual network of a node for each of its GPUs, Gbit/s in one direction.
         efficiency: dtype -> attained share of `dense` by size of the product; at least one.
         source: where the figures are from.
+        host_op_s: what the host takes to launch one small operator in eager mode (`x.add_(1)`), seconds.
         note: what was assumed, if anything; for people.
     """
 
@@ -67,6 +71,7 @@ class Device:
     efficiency: Mapping[str, Curve] = field(hash=False)
     source: str
     link_leaves_node: bool = False
+    host_op_s: float = HOST_OP_S
     note: str = ""
 
     @property

@@ -10,6 +10,7 @@ hbm_gb_s: 3352
 link: nvlink
 link_gb_s: 450       # of a GPU, in one direction
 link_domain: 8
+host_op_us: 3.5      # what the host takes to launch one small operator
 calibration: h100.json
 """
 
@@ -158,6 +159,8 @@ def _device(values: dict[str, Any]) -> Device:
         device = replace(device, link=link_of(values.get("link", device.link.kind), rate))
     if "link_domain" in values:
         device = replace(device, link_domain=values["link_domain"])
+    if "host_op_us" in values:
+        device = replace(device, host_op_s=values["host_op_us"] * 1e-6)
     return device
 
 
@@ -221,5 +224,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "link": (lambda value: value in _KINDS, "nvlink, xgmi or pcie"),
     "link_gb_s": _POSITIVE,
     "link_domain": _COUNT,
+    "host_op_us": _POSITIVE,
     "calibration": (_is_text, "the path of a file of measured figures"),
 }

@@ -26,9 +26,12 @@ MEMORY_SHARE = 0.7
 """Of the peak of device memory, what kernels between products attain. Fitted to the same runs; a plain copy attains
 0.9 on that card."""
 FLASH_SHARE = 0.6
-FLASH_MOST = 335e12
+FLASH_MOST = 315e12
 """Of the dense peak, what flash attention 2 attains, and the most on any card: 0.5 to 0.73 of an A100, 335 TFLOP/s
-on an H100, whose newer instructions it does not use (arXiv:2307.08691, section 4)."""
+on an H100, whose newer instructions it does not use (arXiv:2307.08691, section 4); torch's attains 240 there over
+4,096 positions and some 330 over 30,000."""
+FLASH_NARROW, NARROW_HEAD = 0.82, 64
+"""The same for heads of at most so many numbers, of which a block holds less work (H100: 273 to 285 TFLOP/s)."""
 GROUPED_TOGETHER = 8
 """Experts whose products fill the card at one time in a grouped product: one of 512 tokens has some 50 tiles of
 128 x 128, and three to eight of them make up for the waves of 132 multiprocessors."""
@@ -55,6 +58,12 @@ ADAPTER_BYTES = ((2.0, 4.0), (6.0, 4.0))
 """Of an adapter, for each input and each output number: forward the thin product reads the input, and the other one is
 added to the output; backward the input is read and its gradient added to, the output's gradient read twice
 (models/lora.py)."""
+PACKED_ADAPTER_BYTES = (6.0, 10.0)
+"""On a packed weight besides, for each input and each output number: PEFT's own forward casts the input to the
+adapter's dtype and adds in separate passes. H100: 82 ns for each token and product of a Llama-3-8B."""
+ADAPTER_TOKEN_S = (5e-9, 9e-9)
+"""For each token and adapter, what the thin products cost beside bytes: of the card's multiprocessors they keep half
+busy. H100, rank 8, 8,192 tokens: 130 to 220 us an adapter were missing without it."""
 SCORE_BYTES = 36.0
 """For each score, where attention is not fused (sinks): product 2, scale 4, cast 6, mask 8, softmax 8, cast 6, product
 2. Backward as the products: twice as much."""
@@ -68,8 +77,9 @@ step as one CUDA graph, where the host does not count: 0.108 s, 7,200 kernels, 0
 KERNELS = {"norm": 7, "rotary": 12, "attention": 10, "residual": 1, "mlp": 2, "experts": 25, "product": 1, "adapter": 4}
 """Kernels of the forward pass; counted as the bytes are. A backward pass has twice as many."""
 
-UNPACK_BYTES = 2.5
-"""For each 4-bit weight that is unpacked for a product: half a byte read, two written."""
+UNPACK_BYTES = 3.4
+"""For each 4-bit weight that is unpacked for a product: half a byte read, two written, at 1.7 TB/s on an H100 (1.5 ps a
+weight), which is slower than other kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,23 +88,39 @@ class Engine:
 
     Attributes:
         name: for people.
-        launch_s: of the host, for each kernel.
+        launch_ops: of the host, for each kernel: in units of the time that it takes for one small operator.
         kernels, traffic: share of the kernels and of the bytes between products that fusion leaves.
         linear: dtype of the products of a layer's plain matrices if it is not the job's, e.g. fp8.
     """
 
     name: str
-    launch_s: float = 10e-6
+    launch_ops: float = 2.84
     kernels: float = 1.0
     traffic: float = 1.0
     linear: str | None = None
 
 
 EAGER = Engine("eager")
-"""The engine as it is. Launch: an ordinary host's. On the slow host of the H200 it was 25 us a kernel (a LoRA step of
-1,190 tokens took 0.201 s for some 7,200 kernels), where another program took 2.15 times as long as is published."""
+"""The engine as it is. A kernel of a layer comes with allocations, views and autograd's own work: 27 us each on a host
+that takes 9.5 us for a small operator (`benchmarks/host_time.py`, pure bf16)."""
 COMPILED = Engine("compiled", kernels=0.3, traffic=0.3)
 """Layers compiled by torch: fitted to the same two H200 runs, compiled against eager."""
+
+# What the host does besides, in kernels of the forward pass, from the same runs:
+HOST_ADAPTER = 8
+"""Of an adapter: its kernels, and a function of Python's around them."""
+HOST_UNPACK = 4.5
+"""Of a packed weight."""
+HOST_CAST = 1.9
+"""Of a trained matrix that autocast copies to the compute dtype."""
+HOST_CHECKPOINT = 120
+"""Of a layer that is computed again: saving and restoring, once in the backward pass."""
+HOST_SELECTIVE, HOST_SELECTIVE_UNPACK = 270, 40
+"""Of a layer and of a packed weight under selective recompute, where Python sees every operator, once in all."""
+HOST_EXPERTS = 57
+"""Of a layer's experts: choosing, sorting and merging."""
+HOST_HEAD = 85
+"""Of loss and batch, for a micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +179,10 @@ def product_seconds(device: Device, product: Product, tokens: float, dtype: str,
     return max(seconds, memory_seconds(device, (product.numel + inputs) * number_bytes))
 
 
-def attention_seconds(device: Device, flops: float, dtype: str) -> float:
+def attention_seconds(device: Device, flops: float, dtype: str, head_dim: int) -> float:
     """Time of fused attention of so many operations."""
-    return flops / min(FLASH_SHARE * device.peak(dtype), FLASH_MOST)
+    narrow = FLASH_NARROW if head_dim <= NARROW_HEAD else 1.0
+    return flops / (min(FLASH_SHARE * device.peak(dtype), FLASH_MOST) * narrow)
 
 
 @lru_cache(maxsize=4096)
@@ -187,9 +214,10 @@ def layer_seconds(
     around = [memory_seconds(device, each * width) for each in between]
     attention, fused = _attention(shape, layer, job, place, heads, device)
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
-    kernels = _num_kernels(layer, products, engine)
-    launch, ends = kernels * engine.launch_s, kernels * KERNEL_S
-    forward = product + attention + around[0] + unpack + ends
+    adapters = place.tokens * engine.traffic * sum(each.adapter > 0 for each in products)
+    ends = _num_kernels(layer, products, engine) * KERNEL_S
+    launch = _host_kernels(layer, products, job, mode, engine) * engine.launch_ops * device.host_op_s
+    forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0]
     if mode == "frozen":
         return Seconds(max(forward, launch), 0.0, 0.0)
     weight_grad = product if mode == "trained" else 0.0
@@ -200,12 +228,15 @@ def layer_seconds(
         + unpack
         + attention * (FLASH_BACKWARD if fused else NEEDED_BACKWARD)
         + 2 * ends
+        + adapters * ADAPTER_TOKEN_S[1]
     )
     again, launch_again = 0.0, 0.0
     if recompute == "full":
-        again, launch_again = forward, launch
+        again, launch_again = forward, launch + HOST_CHECKPOINT * engine.launch_ops * device.host_op_s
     elif recompute == "selective":
-        again, launch_again = around[0] + ends, launch
+        packed = sum(each.packed for each in products)
+        seen = HOST_SELECTIVE + HOST_SELECTIVE_UNPACK * packed
+        again, launch_again = around[0] + ends, launch + seen * engine.launch_ops * device.host_op_s
     times = 2 if place.splits_backward else 1
     return Seconds(max(forward, launch), max(backward + times * again, 2 * launch + times * launch_again), weight_grad)
 
@@ -224,7 +255,7 @@ def _attention(
     """Time of scores and values forward, and whether a fused kernel makes them."""
     if not _has_sinks(layer):
         flops = attention_flops(shape, layer, job.sequence, heads) * place.tokens
-        return attention_seconds(device, flops, job.compute), True
+        return attention_seconds(device, flops, job.compute, shape.head_dim), True
     # every score is made, also of keys that the mask hides
     scores = heads * job.sequence * place.tokens
     products = 2.0 * scores * (shape.head_dim + shape.value_dim) / (FLASH_SHARE * device.peak(job.compute))
@@ -259,6 +290,8 @@ def _between(
             for direction in range(2):
                 of_input, of_output = ADAPTER_BYTES[direction]
                 total[direction] += of_input * each.columns + of_output * each.rows
+                if each.packed:
+                    total[direction] += PACKED_ADAPTER_BYTES[direction] * (each.columns + each.rows)
     return total[0], total[1]
 
 
@@ -300,6 +333,19 @@ def _num_kernels(layer: Layer, products: tuple[Product, ...], engine: Engine) ->
     return between * engine.kernels + len(products) * KERNELS["product"] + adapters * KERNELS["adapter"]
 
 
+def _host_kernels(layer: Layer, products: tuple[Product, ...], job: Job, mode: Mode, engine: Engine) -> float:
+    """Of a forward pass, as the host counts them."""
+    found = _num_kernels(layer, products, engine) + (HOST_EXPERTS if layer.has_experts else 0)
+    for each in products:
+        if each.adapter:
+            found += HOST_ADAPTER - KERNELS["adapter"]
+        if each.packed:
+            found += HOST_UNPACK
+        elif mode == "trained" and job.is_mixed:
+            found += HOST_CAST * engine.kernels
+    return found
+
+
 def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: Device) -> Seconds:
     """Logits, loss and their gradients for so many positions of a micro-batch.
 
@@ -311,6 +357,7 @@ def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: De
     product = Product(-(-shape.vocab // tp), shape.hidden)
     one = product_seconds(device, product, chunk, job.compute, job.compute_bytes) * positions / max(chunk, 1.0)
     forward, backward = (memory_seconds(device, each * positions * product.rows) for each in LOGIT_BYTES)
+    forward += HOST_HEAD * EAGER.launch_ops * device.host_op_s  # counted once: the host waits for nothing here
     if job.tuning != "full":
         return Seconds(2 * one + forward + backward, 0.0, 0.0)
     again = one + forward if positions > job.chunk else 0.0

@@ -13,8 +13,9 @@ are in flight, most of them on the first rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,21 +24,24 @@ from fourfold.planning.device import Device
 from fourfold.planning.estimate import Memory
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
+from fourfold.planning.reserved import Pools
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches
-from fourfold.planning.states import Part, Stage, layer_part, optimizer_bytes, outer_part, stage_of
+from fourfold.planning.states import Part, Stage, cut_numel, layer_part, optimizer_bytes, outer_part, stage_of
 
 _FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
 """Of one logit, fp32: with its log-softmax in the forward pass; while the loss is differentiated its log-softmax, the
 gradient of that and its own; and where ranks share the vocabulary, the softmax and its gradient."""
 _CONTEXT = 600 << 20
 """CUDA context, kernels and libraries, outside the allocator (an H100 with CUDA 13: about 0.6 GiB)."""
-_COMMUNICATOR = 450 << 20
+COMMUNICATOR = 450 << 20
 """NCCL's buffers for the communicators of a job with several ranks."""
 _WORKSPACE = 32 << 20
 """cuBLAS's workspace, which PyTorch takes from the allocator (Hopper)."""
-_SLACK = 0.06
-"""Of what comes and goes within a step, what the allocator cannot use again (fragments)."""
+
+_LASTING_ROOT = 1.5
+"""What of FSDP's root unit is there all through a step, with the head's gradient, in units of it: the rest is where a
+large block finds room. From the same runs as `planning/reserved.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +119,59 @@ def _of_rank(
         "activations": peak.activations,
         "logits": peak.logits,
         "buffers": (_WORKSPACE if device is not None else 0) + _received(shape, job, layout, stage, positions, batches),
-        "context": 0 if device is None else _CONTEXT + (_COMMUNICATOR if layout.world_size > 1 else 0),
+        "context": 0 if device is None else _CONTEXT + (COMMUNICATOR if layout.world_size > 1 else 0),
     }
-    moving = terms["gathered"] + terms["activations"] + terms["logits"] + terms["gradients"]
-    terms["slack"] = int(_SLACK * moving) if device is not None else 0
+    terms["slack"] = 0
+    if device is not None:
+        pools = _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
+        lasting = terms["parameters"] + terms["scales"] + terms["optimizer"] + terms["buffers"]
+        reserved = replace(pools, computing=pools.computing + lasting).reserved
+        terms["slack"] = max(reserved - Memory(pp_rank, terms).allocated, 0)
     return Memory(pp_rank, terms)
+
+
+def _pools(
+    shape: ModelShape,
+    job: Job,
+    layout: Layout,
+    layers: _Layers,
+    outer: Part,
+    positions: int,
+    moments: Sequence[_Moment],
+    gradients: int,
+    stage: Stage,
+) -> Pools:
+    """What comes and goes, by the stream that asks for it."""
+    unit, root = layers.largest, outer
+    shared = layout.tp > 1 and layout.loss_parallel
+    scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
+    logits = 4 * scored * (-(-shape.vocab // layout.tp) if shared else shape.vocab)
+    if layout.shards == 1:
+        moving = max(sum(moment) for moment in moments)
+        return Pools(moving, moving, 0, 0, logits, _largest_gradient(shape, job, layout, stage))
+    reduced = 4 if job.is_mixed else job.compute_bytes
+    arriving = root.whole + unit.whole
+    sent = (root.whole_trained + unit.whole_trained) * job.compute_bytes // layout.shards if job.is_mixed else 0
+    whole_gradients = layout.pp > 1 or layout.zero == 1
+    held = [sum(moment) - (0 if whole_gradients else moment.gradients) for moment in moments]
+    held[0] -= arriving
+    for number, moment in enumerate(moments[1:], start=1):
+        if moment.gathered >= root.whole + 2 * unit.whole:  # the next unit is still as it arrives
+            held[number] -= unit.whole
+    moving = max(held)
+    largest = root.whole_trained * reduced
+    if moving - int(_LASTING_ROOT * root.whole) > largest:
+        largest = 0  # it finds room where activations were
+    return Pools(moving, moving, arriving + sent, gradients, logits, largest)
+
+
+def _largest_gradient(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> int:
+    """Bytes of the largest whole gradient of a rank that does not shard."""
+    if job.tuning == "lora":
+        return 0
+    there = [weight for weight in shape.outer if stage.is_first or stage.is_last] if job.tuning == "full" else []
+    weights = [*there, *(weight for kind in shape.kinds for weight in kind.weights)]
+    return max(math.prod(cut_numel(shape, layout, weight)) for weight in weights) * job.master_bytes
 
 
 class _Moment(NamedTuple):
@@ -143,7 +195,7 @@ def _moments(
     pp_rank: int,
     gradients: int,
 ) -> list[_Moment]:
-    """Each moment that may be the peak."""
+    """Each moment that may be the peak; the first is where FSDP has just gathered."""
     c, hidden = job.compute_bytes, shape.hidden
     table = shape.vocab * hidden // layout.tp
     head = table if job.tuning == "full" and stage.is_last else 0
@@ -152,13 +204,13 @@ def _moments(
     # gradients of merged weights, one matrix at a time
     layer += layers.largest.merged * c * (4 if layers.replayed > 0 else 1) // 3
     entering = int(c * hidden * positions)
-    # a tied embedding's gradient, and its sum with the head's; or the gradient that is added to those before
-    tables = 2 if shape.tied and head and stage.is_first else 1 if batches > 1 and stage.is_first else 0
-    summed = tables * table * job.master_bytes if job.tuning == "full" and layout.shards == 1 else 0
+    # a tied embedding's gradient beside the head's, to which it is added; or beside those of the micro-batches before
+    added = stage.is_first and ((shape.tied and head > 0) or batches > 1)
+    summed = table * job.master_bytes if added and job.tuning == "full" and layout.shards == 1 else 0
     before_outer = gradients - outer.trained * job.master_bytes
     return [
-        *_waiting_moments(shape, job, layout, stage, layers, outer, sharded, positions, batches, pp_rank, layer),
         _Moment(sharded.accumulated, sharded.gathering + sharded.waiting, entering),
+        *_waiting_moments(shape, job, layout, stage, layers, outer, sharded, positions, batches, pp_rank, layer),
         _Moment(sharded.accumulated or before_outer, sharded.end, layer + int(layers.entry * positions)),
         _Moment(sharded.root_gradients, sharded.root + summed, entering),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -112,9 +113,18 @@ def build(
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed, fill=fill)
     model.take(split)
+    if mesh.layout.splits_model or mesh.layout.shards > 1:
+        _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
     return Built(module, model, mesh, split, noise, precision, num_parameters)
+
+
+def _free_what_was_cut_away(device: torch.device) -> None:
+    """Return what other ranks hold now to the device: modules are cycles, which Python frees late."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _offload_activations(inner: PreTrainedModel, device: torch.device) -> None:

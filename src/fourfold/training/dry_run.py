@@ -13,12 +13,14 @@ from fourfold.base.errors import PlanError
 from fourfold.base.log import told_elsewhere
 from fourfold.base.units import GIB
 from fourfold.config.schema import Run
+from fourfold.planning.cost import estimate_cost
 from fourfold.planning.estimate import Estimate, Memory
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.search import Plan
 from fourfold.planning.stages import min_microbatches
 from fourfold.planning.states import held_part, optimizer_bytes
+from fourfold.training.host_speed import with_this_host
 from fourfold.training.rehearse import Rehearsal, Workload, rehearse
 
 _MOST_BATCHES = 2
@@ -38,6 +40,7 @@ class Rehearsed:
         found: measured.
         worst: measured with the experts of this rank chosen `_WORST_LOAD` times as often; None without them.
         share: of the step's micro-batches that were run.
+        compute_s: predicted of computing in a step, with this machine's host.
     """
 
     rank: int
@@ -46,6 +49,7 @@ class Rehearsed:
     found: Rehearsal
     worst: Rehearsal | None
     share: float
+    compute_s: float
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `ranks` of `fourfold rehearse --json`."""
@@ -62,6 +66,7 @@ class Rehearsed:
             "measured_reserved_gib": None if found.reserved is None else found.reserved / GIB,
             "worst_load_allocated_gib": None if self.worst is None else self.worst.peak.total / GIB,
             "step_s": found.step_s,
+            "predicted_compute_s": self.compute_s,
             "share_of_step": self.share,
             "tokens": found.tokens,
         }
@@ -127,7 +132,11 @@ def _rehearse_rank(
         "gradients": part.trained * job.master_bytes,
         "optimizer": optimizer_bytes(job, part.trained),
     }
-    return Rehearsed(rank, held, memory, found, worst, batches / of_step)
+    compute_s = best.cost.compute_s
+    if device is not None:
+        cluster = with_this_host(plan.cluster, device)
+        compute_s = estimate_cost(plan.shape, job, layout, cluster, best.recompute, best.micro_batch).compute_s
+    return Rehearsed(rank, held, memory, found, worst, batches / of_step, compute_s)
 
 
 def _fewest(layout: Layout) -> int:
@@ -168,7 +177,7 @@ def as_text(plan: Plan, found: Sequence[Rehearsed], *, fake: bool) -> str:
         if measured.step_s is not None:
             whole = measured.step_s / one.share
             lines.append(
-                f"  computing: {whole:.3f} s a step measured, {best.cost.compute_s:.3f} s predicted (nothing is sent)"
+                f"  computing: {whole:.3f} s a step measured, {one.compute_s:.3f} s predicted (nothing is sent)"
             )
     return "\n".join(lines)
 

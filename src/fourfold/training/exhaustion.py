@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ def _peak(device: torch.device) -> str:
 def _advice(run: Run, mesh: Mesh, place: Place) -> Iterator[str]:
     """What to change: first what costs nothing, then what costs time, then what changes what is learnt."""
     training, tuning = run.training, run.tuning
-    if mesh.device.type == "cuda" and _unused_share(mesh.device) > _MUCH_UNUSED:
-        yield "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: memory is reserved in pieces too small to use."
+    grows = "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", "")
+    if mesh.device.type == "cuda" and not grows and _unused_share(mesh.device) > _MUCH_UNUSED:
+        yield "Set PYTORCH_ALLOC_CONF=expandable_segments:True: memory is reserved in pieces too small to use."
     if place.generates and training.per_device_eval_batch_size > 1:
         size = training.per_device_eval_batch_size
         yield f"per_device_eval_batch_size: {size // 2} instead of {size}."

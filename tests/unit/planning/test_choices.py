@@ -178,7 +178,8 @@ KNOWN: list[tuple[str, str, str, Holds]] = [
     ("Llama-3-8B", "8x80", "lora", lambda layout: layout == Layout(dp_replicate=8)),
     ("Llama-3-8B", "4x8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=32)),
     ("Llama-3-70B", "1x80", "qlora", lambda layout: layout == Layout()),
-    ("Llama-3-70B", "8x141", "lora", lambda layout: replace(layout, zero=3) == Layout(dp_shard=8)),
+    # two whole copies of half a model each, with everything kept, are 8 % faster than shards that recompute
+    ("Llama-3-70B", "8x141", "lora", lambda layout: layout in (Layout(dp_shard=8), Layout(dp_replicate=4, tp=2))),
     ("Llama-3-70B", "4x8x80", "full", lambda layout: layout.shards > 8 and layout.pp == 1),
     ("Llama-3.1-405B", "64x8x80", "full", lambda layout: layout.shards > 8 and layout.tp * layout.pp > 1),
     ("Qwen3-30B-A3B", "8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=8, ep=8)),

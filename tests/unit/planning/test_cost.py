@@ -128,7 +128,7 @@ def test_keys_when_a_window_is_shorter_are_fewer() -> None:
 
 # Time on one device.
 
-NO_LAUNCH = Engine("none", launch_s=0.0)
+NO_LAUNCH = Engine("none", launch_ops=0.0)
 
 
 def test_backward_when_recomputing_takes_a_forward_pass_more() -> None:
@@ -149,10 +149,28 @@ def test_backward_when_zero_bubble_splits_it_recomputes_twice() -> None:
 
 
 def test_layer_when_the_host_is_slow_takes_its_launches() -> None:
-    slow = layer_seconds(TINY, 0, "trained", FULL, Place(16), "none", H100, replace(EAGER, launch_s=1e-3))
+    pure = replace(FULL, master="bf16")
+    card = replace(H100, host_op_s=1e-3)
+    slow = layer_seconds(TINY, 0, "trained", pure, Place(16), "none", card, replace(EAGER, launch_ops=1.0))
     # two norms of 7, rotation 12, attention 10, two residuals, activation 2, seven products
     assert slow.forward == pytest.approx(47e-3)
     assert slow.backward == pytest.approx(94e-3)
+
+
+@pytest.mark.parametrize(
+    ("job", "kernels"),
+    [
+        (FULL, 47 + 7 * 1.9),  # autocast copies seven matrices
+        (LORA, 47 + 7 * (1 + 8) - 7),  # a product each, and what eight kernels take of the adapter
+        (replace(LORA, bits=4), 47 + 7 * 8 + 7 * 4.5),  # unpacked, too
+    ],
+)
+def test_layer_when_the_host_is_slow_takes_what_tuning_adds(job: Job, kernels: float) -> None:
+    mode = "trained" if job.tuning == "full" else "adapted"
+    card, engine = replace(H100, host_op_s=1e-3), replace(EAGER, launch_ops=1.0)
+    none, full = (layer_seconds(TINY, 0, mode, job, Place(16), kind, card, engine) for kind in ("none", "full"))
+    assert none.forward == pytest.approx(kernels * 1e-3)
+    assert full.backward - none.backward == pytest.approx((kernels + 120) * 1e-3)
 
 
 def test_layer_when_frozen_has_no_backward_pass() -> None:
@@ -165,9 +183,11 @@ def test_layer_when_packed_unpacks_in_both_directions() -> None:
         layer_seconds(TINY, 0, "adapted", replace(LORA, bits=bits), Place(64), "none", H100, NO_LAUNCH)
         for bits in (None, 4)
     )
-    unpack = 2.5 * 576 / (0.7 * 3352e9)
-    assert packed.forward - plain.forward == pytest.approx(unpack)
-    assert packed.backward - plain.backward == pytest.approx(unpack)
+    unpack = 3.4 * 576 / (0.7 * 3352e9)
+    ends = 16 + 12 + 12 + 16 + 24 + 24 + 24  # inputs and outputs of the seven products
+    around = [each * 64 * ends / (0.7 * 3352e9) for each in (6, 10)]
+    assert packed.forward - plain.forward == pytest.approx(unpack + around[0])
+    assert packed.backward - plain.backward == pytest.approx(unpack + around[1])
 
 
 def test_head_when_frozen_makes_its_gradient_in_the_forward_pass() -> None:

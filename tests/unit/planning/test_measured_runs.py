@@ -1,0 +1,83 @@
+"""Predictions against what an H100 measured (benchmarks/results/*_h100.jsonl): the planner's own tolerances."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import time_grid
+from fourfold.planning.hardware import find_device
+from rehearsed import GIB, described, point_of, predicted_memory, predictions
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def percentile_95(values: list[float]) -> float:
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
+
+
+@pytest.fixture(scope="module")
+def memory_errors() -> list[tuple[float, float]]:
+    """Signed, in per cent: of the allocator's peak, and of what it reserved."""
+    found = []
+    for row in rows_of("memory_grid_h100.jsonl"):
+        memory = predicted_memory(point_of(row["fields"]), find_device(row["gpu"]))
+        allocated = memory.allocated / GIB / row["measured_gib"]
+        reserved = memory.reserved / GIB / row["reserved_gib"]
+        found.append((100 * (allocated - 1), 100 * (reserved - 1)))
+    return found
+
+
+def test_allocated_when_compared_with_76_measured_runs_is_within_the_tolerance(
+    memory_errors: list[tuple[float, float]],
+) -> None:
+    errors = [allocated for allocated, _ in memory_errors]
+    assert len(errors) >= 60
+    assert statistics.median(map(abs, errors)) <= 3
+    assert percentile_95(list(map(abs, errors))) <= 7
+    assert min(errors) >= -5
+
+
+def test_reserved_when_compared_with_76_measured_runs_is_within_the_tolerance(
+    memory_errors: list[tuple[float, float]],
+) -> None:
+    errors = [reserved for _, reserved in memory_errors]
+    assert statistics.median(map(abs, errors)) <= 3
+    assert percentile_95(list(map(abs, errors))) <= 7
+
+
+def test_verdict_when_compared_with_runs_near_the_limit_is_right_in_19() -> None:
+    rows = rows_of("near_limit_h100.jsonl")
+    right = 0
+    for row in rows:
+        card = find_device(row["gpu"])
+        fits = predicted_memory(point_of(row["fields"]), card).device <= card.memory_bytes
+        right += fits == ("out_of_memory" not in row)
+    assert len(rows) >= 20
+    assert right >= 19
+
+
+def test_step_time_when_compared_with_32_measured_runs_is_within_a_tenth_and_ranks_right() -> None:
+    rows = rows_of("time_grid_h100.jsonl")
+    for row in rows:
+        row |= predictions(point_of(row["fields"]), row["gpu"], row["host_op_us"])
+    found = time_grid.summary(rows)
+    assert found["points"] >= 20
+    assert found["median_error_percent"] <= 10
+    assert found["pairs_wrong"] == []
+    assert found["pairs_right"] >= 30
+
+
+def test_points_when_read_back_have_the_name_they_ran_under() -> None:
+    for row in rows_of("time_grid_h100.jsonl"):
+        assert point_of(row["fields"]).name == row["point"]
+        assert described(point_of(row["fields"]))[2].sequence == row["fields"]["sequences"][0]
