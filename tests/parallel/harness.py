@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,13 +20,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
+from fourfold.losses.documents import reference_name
+from fourfold.losses.kto import KtoSettings
+from fourfold.losses.preference import PreferenceKind, PreferenceSettings
 from fourfold.losses.token import TokenLoss
+from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.objectives.dpo import PreferenceObjective
+from fourfold.objectives.kto import KtoObjective
 from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
@@ -33,7 +40,7 @@ from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
-from fourfold.parallel.step import Step
+from fourfold.parallel.step import LossFunction, Step
 from fourfold.planning.layout import Layout
 from fourfold.training.memory import enable_recompute
 from fourfold.training.precision import LossScaler
@@ -59,7 +66,9 @@ class Case:
         recompute: what the backward pass computes again.
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
-        stage: sft leaves the first third of a sample out of the loss, pt trains on all of it.
+        stage: sft leaves the first third of a sample out of the loss, pt trains on all of it; dpo and kto have two
+            answers to each prompt.
+        pref_loss: of stage dpo.
         offload_activations: move what the backward pass needs to the host.
         scaled: scale the loss as under fp16; in fp32 powers of two change nothing.
     """
@@ -76,6 +85,7 @@ class Case:
     dropout: float = 0.0
     longest: int = 24
     stage: str = "sft"
+    pref_loss: PreferenceKind = "sigmoid"
     offload_activations: bool = False
     scaled: bool = False
 
@@ -152,6 +162,31 @@ def make_model(case: Case) -> TunedModel:
     return tuned
 
 
+def objective_of(case: Case) -> LossFunction:
+    """What a case trains; full tuning finds the reference's log-probabilities with the samples."""
+    stored = case.tuning == "full"
+    if case.stage == "dpo":
+        long_weight = 0.5 if case.pref_loss == "sigmoid" else None
+        beta = 1.0 if case.pref_loss in ("ipo", "sppo") else 0.1  # 1 / beta squared would leave no digits to compare
+        settings = PreferenceSettings(case.pref_loss, beta, bco_weight=0.2 if case.pref_loss == "hinge" else 0.0)
+        return PreferenceObjective(settings, sft_weight=0.1, long_weight=long_weight, stored=stored)
+    if case.stage == "kto":
+        return KtoObjective(KtoSettings(undesirable_weight=1.5), sft_weight=0.1, stored=stored)
+    return TokenLoss(router_coefficient=case.router)
+
+
+def _with_two_answers(ids: list[int], index: int, stage: str) -> Sample:
+    """A prompt, the answer, and another one: its end is left out and what is left is turned round."""
+    prompt, answer = ids[: len(ids) // 3 + 1], ids[len(ids) // 3 + 1 :]
+    other = answer[: max(len(answer) * 2 // 3, 1)][::-1]
+    examples = [Example(prompt + found, [IGNORE_INDEX] * len(prompt) + found) for found in (answer, other)]
+    roles = ("chosen", "rejected") if stage == "dpo" else ("response", "kl")
+    numbers = {reference_name(role): -5.1 * len(found) for role, found in zip(roles, (answer, other), strict=True)}
+    if stage == "kto":
+        numbers["desirable"] = float(index % 3 > 0)
+    return Sample(dict(zip(roles, examples, strict=True)), index, numbers)
+
+
 def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[list[Sample]]:
     """Five steps of 7 or 8 samples of uneven lengths; the last has a single sample."""
     generator = torch.Generator().manual_seed(11)
@@ -161,8 +196,11 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
         for _ in range(count):
             length = int(torch.randint(4, longest + 1, (1,), generator=generator))
             ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
-            prompt = length // 3 if stage == "sft" else 0
-            samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
+            if stage in ("dpo", "kto"):
+                samples.append(_with_two_answers(ids, index, stage))
+            else:
+                prompt = length // 3 if stage == "sft" else 0
+                samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
             index += 1
         steps.append(samples)
     return steps
@@ -189,7 +227,7 @@ def train(case: Case, mesh: Mesh) -> Curve:
     scaler = LossScaler(_CPU) if case.scaled else None
     step = Step(
         model,
-        TokenLoss(router_coefficient=case.router),
+        objective_of(case),
         _CPU,
         nullcontext,
         lambda: filler(policy),
@@ -200,6 +238,8 @@ def train(case: Case, mesh: Mesh) -> Curve:
         finish=split.finish,
         observe=split.observe,
         staged=split.staged(model),
+        module=module,
+        reference=partial(without_adapters, module),
     )
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, mesh.layout)

@@ -1,10 +1,10 @@
-"""Keys of the preference and reinforcement stages: rm, dpo, kto, ppo."""
+"""Keys of the preference and reinforcement stages: rm, dpo, kto, ppo, grpo, kd."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from fourfold.config.key import Section, later
+from fourfold.config.key import Section, key, later
 
 _STAGES = "the stages rm, dpo, kto and ppo"
 
@@ -18,21 +18,24 @@ class PreferenceConfig(Section):
 
     title: ClassVar[str] = "Preference"
 
-    pref_beta: float = _key(0.1, "Strength of the pull towards the reference model.", ge=0)
-    pref_ftx: float = _key(0.0, "Weight of an added SFT loss on the chosen answer.", ge=0)
-    pref_bco_weight: float = _key(0.0, "Weight of the binary classifier loss.", ge=0)
-    pref_loss: Literal["sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "robust", "exo", "sppo"] = _key(
+    pref_beta: float = key(0.1, "Strength of the pull towards the reference model.", ge=0)
+    pref_ftx: float = key(0.0, "Weight of an added SFT loss on the chosen answer.", ge=0)
+    pref_bco_weight: float = key(0.0, "Weight of the binary classifier loss.", ge=0)
+    pref_loss: Literal["sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo", "robust", "exo", "sppo"] = key(
         "sigmoid", "The loss of stage dpo."
     )
-    dpo_label_smoothing: float = _key(0.0, "Share of pairs assumed to be labelled the wrong way round.", ge=0, le=0.5)
-    kto_chosen_weight: float = _key(1.0, "Weight of desirable answers.", ge=0)
-    kto_rejected_weight: float = _key(1.0, "Weight of undesirable answers.", ge=0)
-    simpo_gamma: float = _key(0.5, "Target margin of SimPO.", ge=0)
-    ld_alpha: float | None = _key(None, "Weight of the tokens beyond the shorter answer's length (LD-DPO).", ge=0, le=1)
+    dpo_label_smoothing: float = key(0.0, "Share of pairs assumed to be labelled the wrong way round.", ge=0, le=0.5)
+    kto_chosen_weight: float = key(1.0, "Weight of desirable answers.", ge=0)
+    kto_rejected_weight: float = key(1.0, "Weight of undesirable answers.", ge=0)
+    simpo_gamma: float = key(0.5, "Target margin of SimPO.", ge=0)
+    ld_alpha: float | None = key(None, "Weight of the tokens beyond the shorter answer's length (LD-DPO).", ge=0, le=1)
 
-    ref_model: str | None = _key(None, "Reference model; default: the base model.")
-    ref_model_adapters: str | None = _key(None, "Adapters of the reference model.")
-    ref_model_quantization_bit: Literal[4, 8] | None = _key(None, "Quantise the reference model.")
+    precompute_ref_log_probs: bool = key(
+        False, "Compute the reference's log-probabilities once, before the training (always so without new adapters)."
+    )
+    ref_model: str | None = key(None, "Reference model; default: the base model.")
+    ref_model_adapters: str | None = key(None, "Adapters of the reference model.")
+    ref_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the reference model.")
     reward_model: str | None = _key(None, "Reward model: folder, adapter or address.")
     reward_model_adapters: str | None = _key(None, "Adapters of the reward model.")
     reward_model_quantization_bit: Literal[4, 8] | None = _key(None, "Quantise the reward model.")

@@ -87,7 +87,8 @@ class Batch:
         lengths: length of each document, on the host.
         num_tokens: input tokens without padding.
         samples: for each document the index of its sample (see Sample.index) and its role's position.
-        extras: further tensors that an objective asked for.
+        extras: further tensors: numbers of samples, for each document that of its sample [D] fp32, and what an
+            objective adds.
         whole_rows: see `documents_of_rows`, where the batch is a part of the positions of longer rows (its counts are
             those of the whole); None otherwise.
     """

@@ -179,6 +179,29 @@ def _more_rows(batch: Batch, rows: int) -> Batch:
     )
 
 
+def without_targets(batch: Batch, documents: Sequence[int]) -> Batch:
+    """The same batch, nothing of these documents trained."""
+    gone = torch.isin(batch.document_ids, torch.tensor(documents, dtype=batch.document_ids.dtype))
+    return replace(
+        batch,
+        targets=batch.targets.masked_fill(gone, IGNORE_INDEX),
+        weights=batch.weights.masked_fill(gone, 0.0),
+    )
+
+
+def pairs_of(batch: Batch) -> list[tuple[int, int]]:
+    """Documents of samples of two sequences: for each sample the numbers of its first and of its second one.
+
+    What fills a micro-batch up belongs to no such sample.
+    """
+    roles = batch.samples
+    return [
+        (number, number + 1)
+        for number in range(len(roles) - 1)
+        if roles[number][1] == 0 and roles[number + 1] == (roles[number][0], 1)
+    ]
+
+
 def filler(policy: CutPolicy) -> Batch:
     """A micro-batch that trains nothing and counts for nothing: what a rank runs that has fewer than the others."""
     empty = Sample({"": Example([policy.pad_token_id] * 2, [IGNORE_INDEX] * 2)}, 0)
@@ -203,7 +226,21 @@ def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         lengths=lengths,
         num_tokens=sum(lengths),
         samples=tuple((doc.sample, doc.role) for doc in documents),
+        extras=_extras(samples),
     )
+
+
+def _extras(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """By name [D] fp32, for each document its sample's number; names that not all samples have are left out."""
+    names = set.intersection(*(set(sample.extras) for sample in samples)) if samples else set()
+    sizes = [sum(len(example.documents) for example in sample.sequences.values()) for sample in samples]
+    return {
+        name: torch.tensor(
+            [sample.extras[name] for sample, size in zip(samples, sizes, strict=True) for _ in range(size)],
+            dtype=torch.float32,
+        )
+        for name in sorted(names)
+    }
 
 
 def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
@@ -239,4 +276,5 @@ def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         lengths=tuple(len(doc.input_ids) for doc in documents),
         num_tokens=sum(len(doc.input_ids) for doc in documents),
         samples=tuple((doc.sample, doc.role) for doc in documents),
+        extras=_extras(samples),
     )

@@ -26,6 +26,13 @@ def weighted_sum(nll: Tensor, weights: Tensor) -> Tensor:
     return torch.dot(nll, weights)
 
 
+def router_term(outputs: Outputs, batch: Batch, coefficient: float) -> dict[str, Term]:
+    """The term `router` of a model of experts whose balance counts; none otherwise."""
+    if not coefficient or outputs.router_loss is None:
+        return {}
+    return {"router": Term(coefficient * outputs.router_loss * batch.num_tokens, TOKENS)}
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
     """Cross entropy of the trained tokens, over their summed weight in the whole optimizer step.
@@ -41,6 +48,10 @@ class TokenLoss:
     accuracy: bool = False
     router_coefficient: float = 0.0
 
+    def prepare(self, batches: Sequence[Batch], scorer: object) -> list[Batch]:
+        """Nothing is needed beside them."""
+        return list(batches)
+
     def denominators(self, batches: Sequence[Batch]) -> dict[str, float]:
         """The summed weight and the number of trained positions, and the number of tokens."""
         return {
@@ -54,8 +65,7 @@ class TokenLoss:
         scores = score_tokens(outputs, batch.targets, with_correct=self.accuracy)
         weights = batch.weights.reshape(-1).index_select(0, scores.positions)
         terms = {"nll": Term(weighted_sum(scores.nll, weights), TARGETS)}
-        if self.router_coefficient and outputs.router_loss is not None:
-            terms["router"] = Term(self.router_coefficient * outputs.router_loss * batch.num_tokens, TOKENS)
+        terms |= router_term(outputs, batch, self.router_coefficient)
         metrics: dict[str, Term] = {}
         if scores.correct is not None:
             metrics["accuracy"] = Term(scores.correct.sum().float(), TARGET_COUNT)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import ConfigError, ModelError
@@ -63,6 +65,22 @@ def plan_adapters(config: ModelConfig, tuning: TuningConfig, *, trainable: bool)
 def identify_base(config: ModelConfig, tuning: TuningConfig) -> BaseIdentity | None:
     """The identity to be saved with the adapter that this run trains; see `save_model`."""
     return identify(config, plan_adapters(config, tuning, trainable=True).merged)
+
+
+@contextmanager
+def without_adapters(module: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within it a model computes as if it had no adapters; one without any as it is.
+
+    PEFT's own way would also take their gradients' flags away, which what shards a model has read by then.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def attach(

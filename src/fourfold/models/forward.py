@@ -207,14 +207,16 @@ class StepModel:
             return self.runner(position_ids=batch.position_ids, use_cache=False, **inputs, **kwargs)
 
     def _outputs(self, outputs: Any, router_loss: Tensor | None) -> Outputs:
+        positions = None if self.context is None else self.context.group
         if self._head is None:
-            return Outputs(outputs.logits, lambda logits: logits, vocabulary=self.vocabulary)
+            return Outputs(outputs.logits, lambda logits: logits, vocabulary=self.vocabulary, positions=positions)
         return Outputs(
             outputs.last_hidden_state,
             self._head,
             router_loss,
             head_is_frozen=self._head_is_frozen(),
             vocabulary=self.vocabulary,
+            positions=positions,
         )
 
     def take(self, split: Parallelized) -> None:

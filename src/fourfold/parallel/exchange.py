@@ -103,6 +103,11 @@ def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _exchange(x, partial(_all_reduce, group=group), _as_it_is)
 
 
+def add_up(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Partial sums are added up, and so are the gradients: each rank goes on with a part of one loss."""
+    return _exchange(x, partial(_all_reduce, group=group), partial(_all_reduce, group=group))
+
+
 def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Parts are joined for work that is divided: the gradient arrives in partial sums, each rank gets its part's."""
     return _exchange(x, partial(_all_gather, dim=dim, group=group), partial(_reduce_scatter, dim=dim, group=group))

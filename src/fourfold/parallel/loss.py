@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fourfold.dataset.batch import IGNORE_INDEX
+from fourfold.dataset.batch import IGNORE_INDEX, Batch
+from fourfold.parallel.exchange import add_up
 from fourfold.parallel.vocabulary import VocabularyShare, shared_argmax, shared_cross_entropy
 
 CHUNK_TOKENS = 2048
@@ -37,6 +39,7 @@ class Outputs:
         router_loss: scalar load-balancing loss of a mixture-of-experts model (not yet scaled), or None.
         head_is_frozen: whether nothing in the head is trained.
         vocabulary: which tokens the head's logits are of, where ranks share the vocabulary; None for all.
+        positions: the ranks that share each row's positions; None where this one has them all.
     """
 
     hidden: Tensor
@@ -44,6 +47,7 @@ class Outputs:
     router_loss: Tensor | None = None
     head_is_frozen: bool = False
     vocabulary: VocabularyShare | None = None
+    positions: dist.ProcessGroup | None = None
 
     def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""
@@ -145,3 +149,25 @@ def score_tokens(
         ]
         nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
     return TokenScores(nll, positions, correct if with_correct else None)
+
+
+def document_logps(outputs: Outputs, batch: Batch, weights: Tensor | None = None) -> Tensor:
+    """Log-probability of each document's targets, [D] fp32; the same on all ranks that share the batch's positions.
+
+    A loss that is made of it is one loss for all these ranks: each must count its share (`loss_share`).
+
+    Args:
+        weights: [B, S] fp32, of the targets; None for 1.
+    """
+    scores = score_tokens(outputs, batch.targets)
+    logps = -scores.nll
+    if weights is not None:
+        logps = logps * weights.reshape(-1).index_select(0, scores.positions)
+    documents = batch.document_ids.reshape(-1).index_select(0, scores.positions).long()
+    sums = logps.new_zeros(len(batch.lengths)).index_add(0, documents, logps)
+    return sums if outputs.positions is None else add_up(sums, outputs.positions)
+
+
+def loss_share(outputs: Outputs) -> float:
+    """The part of a loss of whole documents that each rank counts, where several compute the same one."""
+    return 1.0 if outputs.positions is None else 1.0 / outputs.positions.size()

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.gradients import GradientSync, NoSync
-from fourfold.parallel.loss import Outputs
+from fourfold.parallel.loss import Outputs, document_logps
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
 from fourfold.parallel.terms import LossTerms, Term
 
 
+class Scorer(Protocol):
+    """What an objective may ask of the engine before a step is trained."""
+
+    @property
+    def reducer(self) -> Reducer:
+        """Adds up over ranks."""
+        ...
+
+    def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
+        """For each micro-batch the log-probabilities of its documents' targets, [D] fp32 on the host, no gradient.
+
+        All ranks must call, with equally many micro-batches.
+
+        Args:
+            reference: under the model without its adapters.
+        """
+        ...
+
+
 class LossFunction(Protocol):
-    """The two calls of an objective that a step needs (objectives/interface.py)."""
+    """The calls of an objective that a step needs (objectives/interface.py)."""
+
+    def prepare(self, batches: Sequence[Batch], scorer: Scorer) -> list[Batch]: ...
 
     def denominators(self, batches: Sequence[Batch]) -> dict[str, float]: ...
 
@@ -107,6 +128,8 @@ class Step:
         finish: completes the gradients after the last backward pass of a step.
         observe: further figures of the step that was trained, over all ranks.
         staged: runs the micro-batches through a pipeline instead of one after the other.
+        module: the model, put into evaluation mode while it is only asked.
+        reference: within it the model is its own reference: adapters do nothing.
     """
 
     model: Callable[[Batch], Outputs]
@@ -121,6 +144,8 @@ class Step:
     finish: Callable[[], None] = nothing
     observe: Callable[[], dict[str, float]] = no_figures
     staged: Staged | None = None
+    module: nn.Module | None = None
+    reference: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def forward_backward(
         self,
@@ -145,7 +170,8 @@ class Step:
 
     def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> StepResult:
         """All micro-batches, forward and (where gradients are enabled) backward."""
-        batches, counts = self._prepare(batches)
+        ready = self.objective.prepare(self._fill(batches), self)
+        counts = self._counts(ready)
         sums = _Sums()
 
         def loss_of(outputs: Outputs, batch: Batch) -> Tensor:
@@ -154,11 +180,40 @@ class Step:
             loss = torch.stack([_quotient(term, counts) for term in found.terms.values()]).sum()
             return loss if self.scale is None else self.scale(loss)
 
+        self._pass(ready, before, loss_of)
+        return self._result(sums, counts)
+
+    def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
+        """See `Scorer`."""
+        found: list[Tensor] = []
+
+        def read(outputs: Outputs, batch: Batch) -> Tensor:
+            found.append(document_logps(outputs, batch).detach())
+            return outputs.hidden.new_zeros(())
+
+        with torch.no_grad(), self._asked(), self.reference() if reference else nullcontext():
+            self._pass(batches, _ignore, read)
+        return self.reducer.from_last_stage([logps.cpu() for logps in found])
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Dropout and noise rest."""
+        training = self.module is not None and self.module.training
+        if self.module is not None and training:
+            self.module.eval()
+        try:
+            yield
+        finally:
+            if self.module is not None and training:
+                self.module.train()
+
+    def _pass(
+        self, batches: Sequence[Batch], before: Callable[[int], None], loss_of: Callable[[Outputs, Batch], Tensor]
+    ) -> None:
         if self.staged is None:
             self._one_by_one(batches, before, loss_of)
         else:
             self._through_stages(self.staged, batches, before, loss_of)
-        return self._result(sums, counts)
 
     def _one_by_one(
         self, batches: Sequence[Batch], before: Callable[[int], None], loss_of: Callable[[Outputs, Batch], Tensor]
@@ -191,18 +246,18 @@ class Step:
         wires = staged.model.wires(on_device[0], cut.hidden_size, cut.dtype)
         staged.pipeline.run(len(on_device), wires, forward)
 
-    def _prepare(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        """As many micro-batches as the rank with most has (and a pipeline needs), and over all ranks the denominators
-        and the tokens.
-
-        They are counted on whole micro-batches: ranks that share one count the same.
-        """
+    def _fill(self, batches: Sequence[Batch]) -> list[Batch]:
+        """As many micro-batches as the rank with most has, and a pipeline needs."""
         count = max(self.reducer.largest(len(batches)), 1)
         if self.staged is not None:
             count = self.staged.pipeline.count(count)
-        filled = [*batches, *(self.filler() for _ in range(count - len(batches)))]
-        tokens = float(sum(batch.num_tokens for batch in filled))
-        return filled, self.reducer.counts({**self.objective.denominators(filled), _TOKENS: tokens})
+        return [*batches, *(self.filler() for _ in range(count - len(batches)))]
+
+    def _counts(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Over all ranks the denominators and the tokens, counted on whole micro-batches: ranks that share one count
+        the same."""
+        tokens = float(sum(batch.num_tokens for batch in batches))
+        return self.reducer.counts({**self.objective.denominators(batches), _TOKENS: tokens})
 
     def _result(self, sums: _Sums, counts: dict[str, float]) -> StepResult:
         """Global figures: this rank's sums, added up over ranks, divided once."""

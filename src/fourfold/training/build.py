@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
+from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
@@ -66,6 +68,8 @@ class Built:
             finish=self.split.finish,
             observe=self.split.observe,
             staged=self.split.staged(self.model),
+            module=self.module,
+            reference=partial(without_adapters, self.module),
         )
 
     def recompute(self, kind: Recompute) -> Recompute:

@@ -1,0 +1,81 @@
+"""Every stage of post-training under every axis, with every tuning: the losses of one process."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import pytest
+import torch
+from cells import LAYOUTS
+from harness import Case, Curve, run_ranks, train
+
+from fourfold.parallel.mesh import build_mesh, single
+
+STAGES = ("dpo", "kto")
+TUNINGS = ("full", "lora", "qlora")
+_LAYOUTS = ("ddp2", "zero3-2", "tp2", "pp2-1f1b", "pp2-zbv", "cp2-allgather", "fsdp2xtp2")
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.04,
+}
+_CPU = torch.device("cpu")
+
+
+def _case(stage: str, tuning: str, number: int, layers: int = 2, pref_loss: str = "sigmoid") -> Case:
+    return Case(
+        family=("llama", "qwen3")[number % 2],
+        tuning=tuning,
+        packed=number % 3 > 0,
+        stage=stage,
+        pref_loss=pref_loss,  # type: ignore[arg-type]
+        overrides=(*_SHAPE.items(), ("num_hidden_layers", layers)),
+    )
+
+
+def _cases(layers: int) -> list[Case]:
+    """Every stage with every tuning, and every loss of stage dpo with one of them."""
+    cases = [_case(stage, tuning, n, layers) for n, (stage, tuning) in enumerate(
+        (stage, tuning) for stage in STAGES for tuning in TUNINGS
+    )]  # fmt: skip
+    kinds = ("hinge", "ipo", "kto_pair", "orpo", "simpo", "robust", "exo", "sppo")
+    return cases + [_case("dpo", TUNINGS[n % 2], n, layers, kind) for n, kind in enumerate(kinds)]
+
+
+@cache
+def _alone(layers: int) -> dict[Case, Curve]:
+    [found] = run_ranks(1, lambda: {case: train(case, single(_CPU)) for case in _cases(layers)})
+    return found
+
+
+def _under(layout: str, layers: int) -> dict[Case, Curve]:
+    mesh = build_mesh(LAYOUTS[layout], _CPU)
+    return {case: train(case, mesh) for case in _cases(layers)}
+
+
+def _assert_same(curves: list[Curve], expected: Curve) -> None:
+    """Three losses within 1e-5 (2e-5 of those above 1), metrics of the first step, and its gradients within 5e-6 of
+    their largest: a loss of whole answers is steep in each token."""
+    largest = max(float(grad.abs().max()) for grad in expected.gradients.values())
+    seen: set[str] = set()
+    for curve in curves:
+        assert curve.losses[:3] == pytest.approx(expected.losses[:3], abs=1e-5, rel=2e-5)
+        assert curve.metrics.keys() == expected.metrics.keys()
+        assert curve.metrics == pytest.approx(expected.metrics, abs=1e-4, rel=1e-5)
+        for name, grad in curve.gradients.items():
+            whole = expected.gradients[name]
+            part = curve.shares[name].take(whole) if name in curve.shares else whole
+            assert float((part - grad).abs().max()) <= 5e-6 * largest, name
+            seen.add(name)
+    assert seen == expected.gradients.keys()
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_losses_when_a_stage_runs_under_a_layout_are_those_of_one_process(layout: str) -> None:
+    layers = 4 if layout.endswith("zbv") else 2
+    found = run_ranks(LAYOUTS[layout].world_size, partial(_under, layout, layers))
+    for case, expected in _alone(layers).items():
+        _assert_same([curves[case] for curves in found], expected)
