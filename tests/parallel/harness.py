@@ -34,7 +34,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.dpo import PreferenceObjective
 from fourfold.objectives.kto import KtoObjective
 from fourfold.parallel import host_adamw
-from fourfold.parallel.apply import parallelize
+from fourfold.parallel.apply import Parallelized, parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
@@ -206,8 +206,12 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
     return steps
 
 
-def train(case: Case, mesh: Mesh) -> Curve:
-    """Five AdamW steps, each with the samples that belong to this data-parallel rank."""
+def train(case: Case, mesh: Mesh, before: Callable[[StepModel, Parallelized], None] | None = None) -> Curve:
+    """Five AdamW steps, each with the samples that belong to this data-parallel rank.
+
+    Args:
+        before: called before each step.
+    """
     module = make_model(case)
     if not mesh.layout.splits_backward:
         use_short_forward(module)
@@ -245,6 +249,8 @@ def train(case: Case, mesh: Mesh) -> Curve:
     optimizer = _optimizer(parameters, mesh.layout)
     losses, norms, gradients, metrics = [], [], {}, {}
     for number, samples in enumerate(make_steps(inner.config.vocab_size, case.longest, case.stage)):
+        if before is not None:
+            before(model, split)
         mine = samples[mesh.dp_rank :: mesh.layout.dp]
         optimizer.zero_grad()
         result = step.forward_backward(cut(mine, policy))

@@ -189,6 +189,45 @@ class StepModel:
         hidden = outputs.last_hidden_state.to(part.dtype)
         return (hidden,) if sums is None else (hidden, sums)
 
+    def next_logits(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        wanted: Tensor | None,
+        *,
+        part: Part | None = None,
+        received: Tensor | None = None,
+        **attention: object,
+    ) -> Tensor:
+        """The model on one packed row, for generation: what may follow some of its positions.
+
+        No wrapper of replicas is called, so that each may do so as often as it likes; nothing is counted.
+
+        Args:
+            input_ids, position_ids: [1, S] int64.
+            wanted: [N] int64, the positions whose logits are made; None for all.
+            part: the stage that is run; None for the whole model.
+            received: [1, S, hidden size], what the stage before returned; None for the first.
+            attention: keyword arguments of the attention that is set.
+        Returns:
+            logits [N, own tokens]; of a stage that is not the last, hidden states [1, S, hidden size].
+        """
+        entry = {"input_ids": input_ids} if received is None else {"inputs_embeds": received}
+        is_last = part is None or part.is_last
+        with nullcontext() if part is None else part.running():
+            outputs = self._inner(
+                position_ids=position_ids,
+                use_cache=False,
+                hidden_only=self._head is not None or not is_last,
+                **entry,
+                **attention,
+            )
+        if part is not None and not is_last:
+            return outputs.last_hidden_state.to(part.dtype)
+        found = outputs.logits[0] if self._head is None else outputs.last_hidden_state[0]
+        found = found if wanted is None else found.index_select(0, wanted)
+        return found if self._head is None else self._head(found)
+
     def wires(self, batch: Batch, hidden_size: int, dtype: torch.dtype) -> list[Wire]:
         """What goes from stage to stage for such a micro-batch."""
         hidden = ((*batch.input_ids.shape, hidden_size), dtype)

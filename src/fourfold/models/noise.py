@@ -22,7 +22,7 @@ _BITS = 24
 _GOLDEN = -1640531527  # 2**32 / golden ratio, as int32
 
 
-def _hash(values: Tensor) -> Tensor:
+def hash32(values: Tensor) -> Tensor:
     """Murmur3's 32-bit finaliser, elementwise on int32 (products wrap)."""
     for multiplier, shift in ((-2048144789, 16), (-1028477387, 13)):
         values = values ^ ((values >> shift) & ((1 << (32 - shift)) - 1))
@@ -50,10 +50,10 @@ class NoiseKeys:
     def enter(self, batch: Batch) -> None:
         """Make the keys of a micro-batch (on its device)."""
         device = batch.input_ids.device
-        owners = [_mix32(self.seed, self.step, sample, role) for sample, role in batch.samples]
+        owners = [mix32(self.seed, self.step, sample, role) for sample, role in batch.samples]
         table = torch.tensor([*owners, 0], dtype=torch.int32, device=device)
         documents = batch.document_ids.long()  # -1, padding, takes the last entry
-        self.tokens = _hash(table[documents] + batch.position_ids.int() * _GOLDEN)
+        self.tokens = hash32(table[documents] + batch.position_ids.int() * _GOLDEN)
         sizes = torch.tensor([*batch.lengths, 1], dtype=torch.float32, device=device)
         self.lengths = sizes[documents]
 
@@ -73,17 +73,17 @@ class NoiseKeys:
     def new_salt(self) -> int:
         """A number that tells one user of the keys from another."""
         self.salts += 1
-        return _mix32(self.salts)
+        return mix32(self.salts)
 
     def bits(self, features: int, salt: int, first: int = 0) -> Tensor:
         """[B, S, features] int32 in [0, 2**24), for features from `first` on."""
         assert self.tokens is not None, "no micro-batch has been entered"
         columns = torch.arange(first, first + features, dtype=torch.int32, device=self.tokens.device)
-        per_feature = _hash(columns * _GOLDEN + salt)
-        return _hash(self.tokens[..., None] ^ per_feature) & ((1 << _BITS) - 1)
+        per_feature = hash32(columns * _GOLDEN + salt)
+        return hash32(self.tokens[..., None] ^ per_feature) & ((1 << _BITS) - 1)
 
 
-def _mix32(*numbers: int) -> int:
+def mix32(*numbers: int) -> int:
     """One int32 from several integers."""
     state = 0x9E3779B9
     for number in numbers:

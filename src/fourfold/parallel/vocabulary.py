@@ -8,13 +8,15 @@ never the logits. Its gradient is  softmax(z)_v - [v = t],  each rank's own toke
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.exchange import reduce
+from fourfold.parallel.exchange import join, reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +108,26 @@ def shared_argmax(logits: Tensor, share: VocabularyShare) -> Tensor:
     found = torch.where(values == largest, tokens + share.start, torch.iinfo(torch.int64).max)
     dist.all_reduce(found, op=dist.ReduceOp.MIN, group=share.group)
     return found
+
+
+@torch.no_grad()
+def num_tokens(share: VocabularyShare) -> int:
+    """Tokens of the whole vocabulary; every rank of the group must call."""
+    total = torch.tensor([share.stop])
+    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=share.group)  # on the host, so that no device is waited for
+    return int(total)
+
+
+@torch.no_grad()
+def join_logits(logits: Tensor, share: VocabularyShare, total: int) -> Tensor:
+    """The logits of all `total` tokens, the same on all ranks: [N, own tokens] -> [N, tokens]."""
+    size = share.group.size()
+    edges = [rank * total // size for rank in range(size + 1)]
+    widest = max(stop - start for start, stop in pairwise(edges))
+    joined = join(F.pad(logits, (0, widest - logits.shape[-1])), 1, share.group)
+    if widest * size == total:
+        return joined
+    starts = range(0, widest * size, widest)
+    return torch.cat(
+        [joined[:, at : at + stop - start] for at, (start, stop) in zip(starts, pairwise(edges), strict=True)], dim=1
+    )
