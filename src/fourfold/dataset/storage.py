@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -225,6 +225,7 @@ class TokenisedDataset:
         self._roles: list[str] = meta["roles"]
         self._num_samples: int = meta["num_samples"]
         self._chunks: dict[int, SampleColumns] = {}
+        self._added: dict[str, np.ndarray] = {}
 
     def __reduce__(self) -> tuple[type[TokenisedDataset], tuple[Path]]:
         return TokenisedDataset, (self.folder,)
@@ -239,7 +240,20 @@ class TokenisedDataset:
         chunk = self._chunks.get(number)
         if chunk is None:
             chunk = self._chunks[number] = SampleColumns(self._reader.get_batch(number), self._roles)
-        return chunk.sample(index - int(self._starts[number]), index)
+        sample = chunk.sample(index - int(self._starts[number]), index)
+        if not self._added:
+            return sample
+        return replace(sample, extras={**sample.extras, **{n: float(v[index]) for n, v in self._added.items()}})
+
+    def add_numbers(self, name: str, values: np.ndarray) -> None:
+        """Give every sample a number more (`Sample.extras`), in memory only.
+
+        Args:
+            values: [samples].
+        """
+        if len(values) != self._num_samples:
+            raise ValueError(f"{len(values)} numbers for {self._num_samples} samples")
+        self._added[name] = values
 
     @cached_property
     def _starts(self) -> np.ndarray:

@@ -170,7 +170,7 @@ class Step:
 
     def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> StepResult:
         """All micro-batches, forward and (where gradients are enabled) backward."""
-        ready = self.objective.prepare(self._fill(batches), self)
+        ready = self.objective.prepare(self.fill(batches), self)
         counts = self._counts(ready)
         sums = _Sums()
 
@@ -246,7 +246,7 @@ class Step:
         wires = staged.model.wires(on_device[0], cut.hidden_size, cut.dtype)
         staged.pipeline.run(len(on_device), wires, forward)
 
-    def _fill(self, batches: Sequence[Batch]) -> list[Batch]:
+    def fill(self, batches: Sequence[Batch]) -> list[Batch]:
         """As many micro-batches as the rank with most has, and a pipeline needs."""
         count = max(self.reducer.largest(len(batches)), 1)
         if self.staged is not None:

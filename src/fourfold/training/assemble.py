@@ -15,8 +15,10 @@ from fourfold.base.errors import ModelError, PlanError
 from fourfold.base.log import get_logger, told_elsewhere
 from fourfold.config.schema import Run
 from fourfold.dataset.collate import CutPolicy, filler
+from fourfold.dataset.encoded import ROLES
 from fourfold.dataset.prepare import Prepared, encode_settings, prepare
 from fourfold.dataset.render import Renderer
+from fourfold.dataset.stage_rows import row_kind
 from fourfold.models.adapters import attach, identify_base
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.liger import apply_liger
@@ -106,7 +108,8 @@ class Parts:
         Decided once, and activations are recomputed from then on if it takes that.
         """
         training, sizes = self.run.training, self.sizes()
-        tokens = training.per_device_train_batch_size * self.run.data.cutoff_len
+        sequences = training.per_device_train_batch_size * len(ROLES[row_kind(training.stage)])
+        tokens = sequences * self.run.data.cutoff_len
         if self.mesh.device.type == "cpu":
             # What the user's own micro-batch takes at its longest: no more memory than it was meant to need.
             fewest, most = _CPU_TOKENS

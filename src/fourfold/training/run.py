@@ -36,6 +36,7 @@ from fourfold.training.fit import fit
 from fourfold.training.machines import Choice, agree, choose, machines_of
 from fourfold.training.predict import generate_predictions
 from fourfold.training.ranks import RankFacts, compare_ranks
+from fourfold.training.reference import add_reference
 
 log = get_logger(__name__)
 
@@ -100,6 +101,8 @@ def _work(
     with exhaustion_told(run, mesh, lambda: Place("while the model was loaded")):
         parts = load_parts(run, output_dir, mesh, data_told=data_told, planned=planned)
     _check_data(parts)
+    with exhaustion_told(run, mesh, partial(_place_of_reference, parts)):
+        add_reference(parts)
     with full_disk_told(output_dir):
         return _verbs(parts)
 
@@ -142,6 +145,10 @@ def _evaluate(parts: Parts) -> dict[str, Any]:
 def _place_of_evaluation(parts: Parts) -> Place:
     generates = parts.run.training.predict_with_generate
     return Place("in the evaluation", parts.policy.max_tokens, parts.sizes().longest, generates=generates)
+
+
+def _place_of_reference(parts: Parts) -> Place:
+    return Place("under the reference model", parts.policy.max_tokens, parts.sizes().longest)
 
 
 def _what_next(parts: Parts) -> str:
