@@ -16,7 +16,10 @@ _WORDS = (
 
 
 def write_dataset(folder: Path, num_rows: int = 22) -> None:
-    """An alpaca data set `tiny` of rows of different lengths, and a text one, `tiny_text`, with their entries."""
+    """Data sets of rows of different lengths, with their entries.
+
+    `tiny` alpaca, `tiny_text` plain text, `tiny_pairs` pairs of answers, `tiny_tags` answers tagged good or bad.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(num_rows):
@@ -25,9 +28,25 @@ def write_dataset(folder: Path, num_rows: int = 22) -> None:
     (folder / "tiny.json").write_text(json.dumps(rows), encoding="utf-8")
     texts = [{"text": " ".join([row["output"]] * 4)} for row in rows]
     (folder / "tiny_text.jsonl").write_text("\n".join(json.dumps(row) for row in texts), encoding="utf-8")
+    pairs = [
+        {"instruction": row["instruction"], "chosen": row["output"], "rejected": " ".join(row["output"].split()[::-1])}
+        for row in rows
+    ]
+    (folder / "tiny_pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    tags = [{**row, "label": number % 3 > 0} for number, row in enumerate(rows)]
+    (folder / "tiny_tags.json").write_text(json.dumps(tags), encoding="utf-8")
     info = {
         "tiny": {"file_name": "tiny.json"},
         "tiny_text": {"file_name": "tiny_text.jsonl", "columns": {"prompt": "text"}},
+        "tiny_pairs": {
+            "file_name": "tiny_pairs.json",
+            "ranking": True,
+            "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+        },
+        "tiny_tags": {
+            "file_name": "tiny_tags.json",
+            "columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"},
+        },
     }
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 

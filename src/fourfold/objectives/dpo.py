@@ -124,11 +124,12 @@ class PreferenceObjective:
             terms["sft"] = Term(self.sft_weight * nll.sum() * share, PAIRS)
         terms |= router_term(outputs, batch, self.router_coefficient)
         shown = logps.detach() / counts if self.settings.loss in AVERAGED else logps.detach()
+        margins = found.chosen_rewards - found.rejected_rewards
         metrics = {
             "rewards/chosen": found.chosen_rewards,
             "rewards/rejected": found.rejected_rewards,
-            "rewards/margins": found.chosen_rewards - found.rejected_rewards,
-            "rewards/accuracies": (found.chosen_rewards > found.rejected_rewards).float(),
+            "rewards/margins": margins,
+            "rewards/accuracies": (1 + margins.sign()) / 2,  # without a preference it is right half of the time
             "logps/chosen": shown[:, 0],
             "logps/rejected": shown[:, 1],
         }
