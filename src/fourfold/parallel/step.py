@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
@@ -194,6 +195,15 @@ class Step:
         with torch.no_grad(), self._asked(), self.reference() if reference else nullcontext():
             self._pass(batches, _ignore, read)
         return self.reducer.from_last_stage([logps.cpu() for logps in found])
+
+    def rest(self) -> None:
+        """Leave weights as they are between steps: a pass without gradients may leave some gathered, and who lists
+        the parameters then (an optimizer that is built, say) would get the gathered ones."""
+        if self.module is None:
+            return
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @contextmanager
     def _asked(self) -> Iterator[None]:

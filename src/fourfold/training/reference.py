@@ -60,6 +60,7 @@ def add_reference(parts: Parts) -> None:
     if tables is None:
         with _asking(parts) as step:
             tables = {name: _compute(parts, data, step, name) for name, data in sets.items()}
+            step.rest()
         parts.mesh.wait()
         if parts.mesh.rank == 0:
             _write(file, made_with, tables)
