@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
+from fourfold.generate.rollout import RolloutEngine
 from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import use_short_forward
@@ -51,6 +53,11 @@ class Built:
     precision: Precision
     num_parameters: int
 
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[object]]:
+        """The context of a forward pass."""
+        return self.split.autocast or self.precision.autocast(self.mesh.device)
+
     def step(
         self, objective: LossFunction, filler: Callable[[], Batch], scaler: torch.amp.GradScaler | None = None
     ) -> Step:
@@ -59,7 +66,7 @@ class Built:
             model=self.model,
             objective=objective,
             device=self.mesh.device,
-            autocast=self.split.autocast or self.precision.autocast(self.mesh.device),
+            autocast=self.autocast,
             filler=filler,
             scale=None if scaler is None else scaler.scale,
             sync=self.split.sync,
@@ -71,6 +78,35 @@ class Built:
             module=self.module,
             reference=partial(without_adapters, self.module),
         )
+
+    def rollouts(self, *, stop_token_ids: Sequence[int], pad_token_id: int, batch_tokens: int) -> RolloutEngine:
+        """The engine that answers prompts with the model as it is; every rank of the job must call.
+
+        Args:
+            batch_tokens: positions, of prompts and answers, that the cache of a rank has room for.
+        Raises:
+            ModelError: the engine does not know how to run such a model.
+        """
+        return RolloutEngine(
+            self.model,
+            self.mesh,
+            self.split,
+            autocast=self.autocast,
+            stop_token_ids=stop_token_ids,
+            pad_token_id=pad_token_id,
+            batch_tokens=batch_tokens,
+            keep_gathered=self._has_room_for_all(),
+        )
+
+    def _has_room_for_all(self) -> bool:
+        """Whether the weights that ranks shard would fit, gathered, into half of what is free on each of them."""
+        device = self.mesh.device
+        if self.mesh.layout.shards == 1 or device.type != "cuda":
+            return False
+        size = sum(parameter.numel() for parameter in self.module.parameters()) * self.precision.compute.itemsize
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        lacks = 2 * size > free - torch.cuda.memory_allocated(device)
+        return self.split.reducer.largest(int(lacks)) == 0
 
     def recompute(self, kind: Recompute) -> Recompute:
         """Have the backward pass compute decoder layers again; returns what it will do."""

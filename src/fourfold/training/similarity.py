@@ -19,6 +19,9 @@ from fourfold.base.log import get_logger
 
 log = get_logger(__name__)
 
+Segmenter = Callable[[str], list[str]]
+"""Cuts a text into words, with the white space between them."""
+
 FIGURES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
 _SENTENCE_END, _SIX_DOTS = re.compile(r"(?<=[。！？?])(?= )"), re.compile(r"\.{6}(?P<next>[^”’])")
@@ -26,7 +29,7 @@ _MOST_CHARACTERS = 4
 """Longest run of characters that BLEU-4 compares."""
 
 
-def segmenter() -> Callable[[str], list[str]] | None:
+def segmenter() -> Segmenter | None:
     """What cuts a text into words; None, with a warning that says what to install, where there is no jieba."""
     if importlib.util.find_spec("jieba") is None:
         log.warning(
@@ -43,11 +46,11 @@ def segmenter() -> Callable[[str], list[str]] | None:
     return jieba.lcut
 
 
-def similarity(answer: str, label: str, words_of: Callable[[str], list[str]]) -> dict[str, float]:
+def similarity(answer: str, label: str, words_of: Segmenter) -> dict[str, float]:
     """The figures of one answer, each from 0 to 100 and rounded to four decimals; see FIGURES.
 
     Args:
-        words_of: cuts a text into words, with the white space between them.
+        words_of: see Segmenter.
     """
     ours, theirs = words_of(answer), words_of(label)
     found = {"bleu-4": bleu(answer, label)}

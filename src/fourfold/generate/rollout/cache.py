@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models.attention import attend
@@ -180,11 +180,15 @@ def rollout_attention(
     return rollout.attend(module, query, key, value, scores), None
 
 
-def can_roll_out(model: PreTrainedModel) -> bool:
+def can_roll_out(config: PreTrainedConfig, model_class: Any) -> bool:
     """Whether a model's answers can be generated here: its layers take their attention from Transformers' interface,
-    carry no recurrent state, and see either all that is before them or a sliding window of it."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    return is_exchangeable(model.config, type(model)) and kinds <= _KINDS
+    carry no recurrent state, and see either all that is before them or a sliding window of it.
+
+    Args:
+        model_class: the PreTrainedModel that is built from the config.
+    """
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    return is_exchangeable(config, model_class) and kinds <= _KINDS
 
 
 @contextmanager

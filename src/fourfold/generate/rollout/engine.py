@@ -76,7 +76,7 @@ class RolloutEngine:
     ) -> None:
         self._model, self._mesh, self._autocast = model, mesh, autocast
         self._inner = base_model(model.module)
-        if not can_roll_out(self._inner):
+        if not can_roll_out(self._inner.config, type(self._inner)):
             raise ModelError(
                 f"{self._inner.config.model_type}: answers cannot be generated while training, since its layers carry "
                 "more than keys and values from token to token, or mask them in a way of their own."
