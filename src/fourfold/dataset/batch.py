@@ -27,12 +27,14 @@ class Example:
         documents: lengths of the documents in order; they sum to `len(input_ids)`. A document never sees
             another, and positions restart with each.
         weights: loss weight of each label, or None for all ones.
+        numbers: further numbers of each label, by name (advantages, log-probabilities of before).
     """
 
     input_ids: list[int]
     labels: list[int]
     documents: tuple[int, ...] = ()
     weights: list[float] | None = None
+    numbers: Mapping[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.documents:
@@ -86,6 +88,7 @@ class Batch:
         cu_seqlens: [D + 1] int32 for packed batches: where each document starts; None for padded ones.
         lengths: length of each document, on the host.
         num_tokens: input tokens without padding.
+        numbers: by name [B, S] fp32, numbers of each target, 0 where there is none.
         samples: for each document the index of its sample (see Sample.index) and its role's position.
         extras: further tensors: numbers of samples, for each document that of its sample [D] fp32, and what an
             objective adds.
@@ -102,6 +105,7 @@ class Batch:
     lengths: tuple[int, ...]
     num_tokens: int
     samples: tuple[tuple[int, int], ...] = ()
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     whole_rows: tuple[tuple[int, ...], ...] | None = None
 
@@ -142,5 +146,6 @@ class Batch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             document_ids=self.document_ids.to(device, non_blocking=True),
             cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
+            numbers={name: tensor.to(device, non_blocking=True) for name, tensor in self.numbers.items()},
             extras={name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()},
         )

@@ -6,7 +6,7 @@ denominators (parallel/terms.py) make the loss independent of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,11 +41,12 @@ class CutPolicy:
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """One document of an example: its tokens, next-token targets and weights, all of the same length."""
+    """One document of an example: its tokens, next-token targets, their weights and numbers, all of the same length."""
 
     input_ids: list[int]
     targets: list[int]
     weights: list[float]
+    numbers: Mapping[str, list[float]]
     sample: int
     role: int
 
@@ -57,7 +58,8 @@ def _documents(example: Example, sample: int, role: int) -> Iterator[_Document]:
         labels = example.labels[start + 1 : stop]
         given = example.weights[start + 1 : stop] if example.weights is not None else [1.0] * (length - 1)
         weights = [w if label != IGNORE_INDEX else 0.0 for w, label in zip(given, labels, strict=True)]
-        yield _Document(example.input_ids[start:stop], [*labels, IGNORE_INDEX], [*weights, 0.0], sample, role)
+        numbers = {name: [*values[start + 1 : stop], 0.0] for name, values in example.numbers.items()}
+        yield _Document(example.input_ids[start:stop], [*labels, IGNORE_INDEX], [*weights, 0.0], numbers, sample, role)
         start = stop
 
 
@@ -149,6 +151,7 @@ def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
         input_ids=pad(batch.input_ids, value=policy.pad_token_id),
         targets=pad(batch.targets, value=IGNORE_INDEX),
         weights=pad(batch.weights),
+        numbers={name: pad(values) for name, values in batch.numbers.items()},
         position_ids=torch.cat([batch.position_ids, positions], dim=1),
         **added,
     )
@@ -174,6 +177,7 @@ def _more_rows(batch: Batch, rows: int) -> Batch:
         input_ids=F.pad(batch.input_ids, below),
         targets=F.pad(batch.targets, below, value=IGNORE_INDEX),
         weights=F.pad(batch.weights, below),
+        numbers={name: F.pad(values, below) for name, values in batch.numbers.items()},
         position_ids=torch.cat([batch.position_ids, positions]),
         document_ids=F.pad(batch.document_ids, below, value=-1),
     )
@@ -220,6 +224,10 @@ def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         input_ids=torch.tensor([[t for doc in documents for t in doc.input_ids]]),
         targets=torch.tensor([[t for doc in documents for t in doc.targets]]),
         weights=torch.tensor([[w for doc in documents for w in doc.weights]], dtype=torch.float32),
+        numbers={
+            name: torch.tensor([[v for doc in documents for v in doc.numbers[name]]], dtype=torch.float32)
+            for name in _number_names(documents)
+        },
         position_ids=positions[None],
         document_ids=document_ids[None],
         cu_seqlens=starts,
@@ -228,6 +236,11 @@ def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         samples=tuple((doc.sample, doc.role) for doc in documents),
         extras=_extras(samples),
     )
+
+
+def _number_names(documents: Sequence[_Document]) -> list[str]:
+    """Names of the numbers that all documents have."""
+    return sorted(set.intersection(*(set(doc.numbers) for doc in documents))) if documents else []
 
 
 def _extras(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -253,6 +266,7 @@ def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
     positions = torch.zeros(shape, dtype=torch.int64)
     document_ids = torch.full(shape, -1, dtype=torch.int32)
     documents: list[_Document] = []
+    numbers = {name: torch.zeros(shape) for name in _number_names([doc for row in rows for doc in row])}
     for r, row in enumerate(rows):
         start = 0
         for doc in row:
@@ -260,6 +274,8 @@ def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
             input_ids[r, start:stop] = torch.tensor(doc.input_ids)
             targets[r, start:stop] = torch.tensor(doc.targets)
             weights[r, start:stop] = torch.tensor(doc.weights)
+            for name, values in numbers.items():
+                values[r, start:stop] = torch.tensor(doc.numbers[name])
             # The padding continues the last document's positions: it is not a document of its own, and a causal
             # model never looks at it from the left.
             positions[r, start:] = torch.arange(width - start)
@@ -270,6 +286,7 @@ def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         input_ids=input_ids,
         targets=targets,
         weights=weights,
+        numbers=numbers,
         position_ids=positions,
         document_ids=document_ids,
         cu_seqlens=None,

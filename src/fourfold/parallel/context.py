@@ -78,6 +78,7 @@ class ContextParallel:
             input_ids=part(batch.input_ids),
             targets=part(batch.targets),
             weights=part(batch.weights),
+            numbers={name: part(values) for name, values in batch.numbers.items()},
             position_ids=part(batch.position_ids),
             document_ids=part(batch.document_ids),
             whole_rows=documents,

@@ -7,7 +7,7 @@ need them, in chunks, and never as one [S, vocabulary] tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,14 @@ def score_tokens(
         ]
         nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
     return TokenScores(nll, positions, correct if with_correct else None)
+
+
+def at_temperature(outputs: Outputs, temperature: float) -> Outputs:
+    """The outputs of a model whose logits are divided by a temperature, as sampling divides them."""
+    if temperature == 1.0:
+        return outputs
+    head = outputs.head
+    return replace(outputs, head=lambda hidden: head(hidden) / temperature)
 
 
 def document_logps(outputs: Outputs, batch: Batch, weights: Tensor | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
+from fourfold.parallel.exchange import add_up
 from fourfold.parallel.gradients import GradientSync, NoSync
-from fourfold.parallel.loss import Outputs, document_logps
+from fourfold.parallel.loss import Outputs, at_temperature, document_logps, score_tokens
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
@@ -196,6 +197,32 @@ class Step:
             self._pass(batches, _ignore, read)
         return self.reducer.from_last_stage([logps.cpu() for logps in found])
 
+    def token_logps(self, batches: Sequence[Batch], *, reference: bool, temperature: float = 1.0) -> list[Tensor]:
+        """For each micro-batch the log-probability of every target, [B, S] fp32 on the host, 0 where there is none.
+
+        All ranks must call, with equally many micro-batches (`fill`).
+
+        Args:
+            reference: under the model without its adapters.
+            temperature: that logits are divided by.
+        """
+        placed = [replace(batch, numbers={**batch.numbers, _PLACE: _places(batch)}) for batch in batches]
+        found: list[Tensor] = []
+
+        def read(outputs: Outputs, batch: Batch) -> Tensor:
+            scores = score_tokens(at_temperature(outputs, temperature), batch.targets)
+            size = sum(map(sum, batch.whole_rows)) if batch.whole_rows else batch.input_ids.numel()
+            whole = scores.nll.new_zeros(size)
+            places = batch.numbers[_PLACE].reshape(-1).index_select(0, scores.positions).long()
+            whole = whole.index_copy(0, places, -scores.nll.detach())
+            found.append(whole if outputs.positions is None else add_up(whole, outputs.positions))
+            return outputs.hidden.new_zeros(())
+
+        with torch.no_grad(), self._asked(), self.reference() if reference else nullcontext():
+            self._pass(placed, _ignore, read)
+        values = self.reducer.from_last_stage([logps.cpu() for logps in found])
+        return [_as_rows(value, batch) for value, batch in zip(values, batches, strict=True)]
+
     def rest(self) -> None:
         """Leave weights as they are between steps: a pass without gradients may leave some gathered, and who lists
         the parameters then (an optimizer that is built, say) would get the gathered ones."""
@@ -285,6 +312,18 @@ class Step:
 
 
 _TOKENS = "__tokens__"
+_PLACE = "__place__"
+
+
+def _places(batch: Batch) -> Tensor:
+    """[B, S] fp32: where each position is; exact up to 2^24."""
+    return torch.arange(batch.input_ids.numel(), dtype=torch.float32).view(batch.input_ids.shape)
+
+
+def _as_rows(values: Tensor, batch: Batch) -> Tensor:
+    """Flat values of a micro-batch that a pipeline may have widened -> [B, S]."""
+    rows, width = batch.input_ids.shape
+    return values[: rows * width].view(rows, width)
 
 
 def _quotient(term: Term, denominators: dict[str, float]) -> Tensor:
