@@ -36,6 +36,7 @@ from fourfold.planning.job import RECOMPUTES
 from fourfold.planning.predictor import Form
 from fourfold.training.build import Built, build
 from fourfold.training.evaluate import Evaluator
+from fourfold.training.host_speed import with_this_host
 from fourfold.training.memory import fit_to_memory
 from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.precision import Precision, resolve
@@ -147,7 +148,7 @@ class Parts:
                 self.run,
                 self.module,
                 layout,
-                cluster,
+                with_this_host(cluster, self.mesh.device),
                 self.sizes(),
                 packed=self.built.model.packed,
                 document=self._mean_document(),

@@ -24,7 +24,6 @@ from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.read_shape import read_shape
 from fourfold.planning.shape import ModelShape
-from fourfold.training.host_speed import with_this_host
 from fourfold.training.step_sizes import StepSizes
 
 _LOADED = ("parameters", "scales", "context")
@@ -48,8 +47,7 @@ def cluster_of_job(run: Run, world_size: int) -> Cluster | None:
     nodes, rest = divmod(world_size, per_node)
     if rest:
         raise PlanError(f"nproc: {world_size} processes are not the same number on each machine, {per_node} here.")
-    cluster = build_cluster(found.device, per_node, nodes, notes=found.notes)
-    return with_this_host(cluster, torch.device("cuda", torch.cuda.current_device()))
+    return build_cluster(found.device, per_node, nodes, notes=found.notes)
 
 
 def shape_of(run: Run) -> ModelShape:
