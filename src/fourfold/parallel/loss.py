@@ -40,6 +40,7 @@ class Outputs:
         head_is_frozen: whether nothing in the head is trained.
         vocabulary: which tokens the head's logits are of, where ranks share the vocabulary; None for all.
         positions: the ranks that share each row's positions; None where this one has them all.
+        value: maps hidden states [..., hidden size] to values [...] fp32; None for a model without a value head.
     """
 
     hidden: Tensor
@@ -48,6 +49,7 @@ class Outputs:
     head_is_frozen: bool = False
     vocabulary: VocabularyShare | None = None
     positions: dist.ProcessGroup | None = None
+    value: Callable[[Tensor], Tensor] | None = None
 
     def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fourfold.dataset.batch import Batch
+from fourfold.dataset.batch import IGNORE_INDEX, Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.gradients import GradientSync, NoSync
@@ -187,15 +187,20 @@ class Step:
 
     def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
         """See `Scorer`."""
+        with self.reference() if reference else nullcontext():
+            return self._ask(batches, document_logps)
+
+    def _ask(self, batches: Sequence[Batch], read: Callable[[Outputs, Batch], Tensor]) -> list[Tensor]:
+        """What is read from the outputs of each micro-batch, on the host of every rank."""
         found: list[Tensor] = []
 
-        def read(outputs: Outputs, batch: Batch) -> Tensor:
-            found.append(document_logps(outputs, batch).detach())
+        def note(outputs: Outputs, batch: Batch) -> Tensor:
+            found.append(read(outputs, batch).detach())
             return outputs.hidden.new_zeros(())
 
-        with torch.no_grad(), self._asked(), self.reference() if reference else nullcontext():
-            self._pass(batches, _ignore, read)
-        return self.reducer.from_last_stage([logps.cpu() for logps in found])
+        with torch.no_grad(), self._asked():
+            self._pass(batches, _ignore, note)
+        return self.reducer.from_last_stage([tensor.cpu() for tensor in found])
 
     def token_logps(self, batches: Sequence[Batch], *, reference: bool, temperature: float = 1.0) -> list[Tensor]:
         """For each micro-batch the log-probability of every target, [B, S] fp32 on the host, 0 where there is none.
@@ -206,22 +211,44 @@ class Step:
             reference: under the model without its adapters.
             temperature: that logits are divided by.
         """
-        placed = [replace(batch, numbers={**batch.numbers, _PLACE: _places(batch)}) for batch in batches]
-        found: list[Tensor] = []
 
-        def read(outputs: Outputs, batch: Batch) -> Tensor:
+        def read(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
             scores = score_tokens(at_temperature(outputs, temperature), batch.targets)
-            size = sum(map(sum, batch.whole_rows)) if batch.whole_rows else batch.input_ids.numel()
-            whole = scores.nll.new_zeros(size)
-            places = batch.numbers[_PLACE].reshape(-1).index_select(0, scores.positions).long()
-            whole = whole.index_copy(0, places, -scores.nll.detach())
-            found.append(whole if outputs.positions is None else add_up(whole, outputs.positions))
-            return outputs.hidden.new_zeros(())
+            return -scores.nll, scores.positions
 
-        with torch.no_grad(), self._asked(), self.reference() if reference else nullcontext():
-            self._pass(placed, _ignore, read)
-        values = self.reducer.from_last_stage([logps.cpu() for logps in found])
-        return [_as_rows(value, batch) for value, batch in zip(values, batches, strict=True)]
+        with self.reference() if reference else nullcontext():
+            return self._ask_tokens(batches, read)
+
+    def token_values(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """For each micro-batch what the value head says where a target is to be predicted, as `token_logps`."""
+
+        def read(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
+            assert outputs.value is not None, "the model has no value head"
+            positions = torch.nonzero(batch.targets.reshape(-1) != IGNORE_INDEX).squeeze(-1)
+            hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions)
+            return outputs.value(hidden), positions
+
+        return self._ask_tokens(batches, read)
+
+    def _ask_tokens(
+        self, batches: Sequence[Batch], read: Callable[[Outputs, Batch], tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """For each micro-batch [B, S] fp32 on the host.
+
+        Args:
+            read: values [N] and flat positions [N] of the part of a micro-batch that this rank computes.
+        """
+        placed = [replace(batch, numbers={**batch.numbers, _PLACE: _places(batch)}) for batch in batches]
+
+        def whole(outputs: Outputs, batch: Batch) -> Tensor:
+            values, positions = read(outputs, batch)
+            size = sum(map(sum, batch.whole_rows)) if batch.whole_rows else batch.input_ids.numel()
+            places = batch.numbers[_PLACE].reshape(-1).index_select(0, positions).long()
+            found = values.new_zeros(size).index_copy(0, places, values.detach())
+            return found if outputs.positions is None else add_up(found, outputs.positions)
+
+        found = self._ask(placed, whole)
+        return [_as_rows(value, batch) for value, batch in zip(found, batches, strict=True)]
 
     def rest(self) -> None:
         """Leave weights as they are between steps: a pass without gradients may leave some gathered, and who lists

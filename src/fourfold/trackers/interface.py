@@ -59,6 +59,10 @@ class Tracker(Protocol):
         """Figures of one step; training ones have plain names (`loss`), evaluation ones begin with `eval_`."""
         ...
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of texts and numbers, all with the same columns; a tracker that has no tables leaves them out."""
+        return
+
     def advance(self, step: int) -> None:
         """`step` optimizer steps are done; called after each, also when nothing is logged."""
         return

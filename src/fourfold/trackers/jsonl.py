@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fourfold.base.units import format_duration
 from fourfold.trackers.interface import RunInfo, Tracker
@@ -29,7 +29,8 @@ class Jsonl(Tracker):
     """Appends rows to a file; every row is on its way to the disk when `log` returns."""
 
     def __init__(self, path: Path, max_steps: int, start_step: int) -> None:
-        self._max_steps = max_steps
+        self._max_steps, self._folder, self._start_step = max_steps, path.parent, start_step
+        self._tables: dict[str, TextIO] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_until(path, start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -38,8 +39,19 @@ class Jsonl(Tracker):
         self._file.write(json.dumps(to_row(step, self._max_steps, figures)) + "\n")
         self._file.flush()
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Into a file of its own, e.g. `completions.jsonl`."""
+        if name not in self._tables:
+            path = self._folder / f"{name}.jsonl"
+            keep_until(path, self._start_step)
+            self._tables[name] = path.open("a", encoding="utf-8")
+        for row in rows:
+            self._tables[name].write(json.dumps({"current_steps": step, **row}, ensure_ascii=False) + "\n")
+        self._tables[name].flush()
+
     def finish(self) -> None:
-        self._file.close()
+        for file in (self._file, *self._tables.values()):
+            file.close()
 
 
 def build(info: RunInfo) -> Jsonl:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,6 +22,17 @@ class TensorBoard(Tracker):
         for name, value in figures.items():
             self._writer.add_scalar(grouped_name(name), value, step)
         self._writer.flush()
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """As text in Markdown."""
+        if not rows:
+            return
+        columns = list(rows[0])
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        for row in rows:
+            cells = (str(row[column]).replace("\n", "<br>").replace("|", "\\|") for column in columns)
+            lines.append("| " + " | ".join(cells) + " |")
+        self._writer.add_text(name, "\n".join(lines), step)
 
     def finish(self) -> None:
         self._writer.close()

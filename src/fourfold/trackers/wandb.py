@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourfold.base.errors import ConfigError
@@ -22,6 +22,15 @@ class Wandb(Tracker):
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log({grouped_name(name): value for name, value in figures.items()} | {_STEP: step})
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """As a W&B table."""
+        import wandb
+
+        if rows:
+            columns: list[Any] = list(rows[0])
+            data: list[Any] = [[row[column] for column in columns] for row in rows]
+            self._run.log({name: wandb.Table(columns=columns, data=data), _STEP: step})
 
     def finish(self) -> None:
         if self._open:
