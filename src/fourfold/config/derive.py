@@ -16,6 +16,8 @@ def derive(run: Run) -> dict[str, Any]:
     - eval_strategy: steps evaluates every logging_steps, and any eval_strategy but no means do_eval;
     - a file that asks for nothing is meant to train;
     - warmup_steps below 1 is warmup_ratio;
+    - clip_high is clip_low, or 0.28 for dapo (arXiv 2503.14476);
+    - scale_rewards is none for dr_grpo (arXiv 2503.20783), else group;
     - report_to loses `none` and gains what use_swanlab asks for.
     """
     training, values = run.training, dict[str, Any]()
@@ -34,6 +36,11 @@ def derive(run: Run) -> dict[str, Any]:
     if training.warmup_steps < 1:
         values["warmup_steps"] = 0
         values["warmup_ratio"] = training.warmup_steps or training.warmup_ratio
+    learning = run.reinforcement
+    if learning.clip_high is None:
+        values["clip_high"] = 0.28 if learning.grpo_variant == "dapo" else learning.clip_low
+    if learning.scale_rewards is None:
+        values["scale_rewards"] = "none" if learning.grpo_variant == "dr_grpo" else "group"
     trackers = tuple(name for name in run.output.report_to if name != "none")
     if run.output.use_swanlab and "swanlab" not in trackers:
         trackers = (*trackers, "swanlab")

@@ -36,10 +36,12 @@ class PreferenceConfig(Section):
     ref_model: str | None = key(None, "Reference model; default: the base model.")
     ref_model_adapters: str | None = key(None, "Adapters of the reference model.")
     ref_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the reference model.")
-    reward_model: str | None = _key(None, "Reward model: folder, adapter or address.")
-    reward_model_adapters: str | None = _key(None, "Adapters of the reward model.")
-    reward_model_quantization_bit: Literal[4, 8] | None = _key(None, "Quantise the reward model.")
-    reward_model_type: Literal["lora", "full", "api"] = _key("lora", "What reward_model names.")
+    reward_model: str | None = key(
+        None, "What rewards completions besides reward_funcs: folder, adapter or http address, see reward_model_type."
+    )
+    reward_model_adapters: str | None = key(None, "Adapters of the reward model.")
+    reward_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the reward model.")
+    reward_model_type: Literal["lora", "full", "api"] = key("lora", "What reward_model names.")
 
     ppo_buffer_size: int = _key(1, "Batches of rollouts per PPO step.", ge=1)
     ppo_epochs: int = _key(4, "Passes over each buffer.", ge=1)

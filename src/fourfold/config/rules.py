@@ -9,6 +9,7 @@ from typing import Literal
 
 from fourfold.base import registry
 from fourfold.base.errors import ConfigError
+from fourfold.config import reward_rules
 from fourfold.config.device import gpu_visible
 from fourfold.config.key import Status
 from fourfold.config.schema import Run, table
@@ -372,6 +373,10 @@ _CONTRADICTIONS: tuple[Rule, ...] = (
     _checkpointing,
     _offload,
     _schedule,
+    reward_rules.reward_model,
+    reward_rules.reward_weights,
+    reward_rules.groups,
+    reward_rules.overlong,
 )
 
 _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
@@ -384,6 +389,7 @@ _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
         _stream_length,
         _fp16_device,
         _stage_exists,
+        reward_rules.needs_reward,
         _later_losses,
     ),
     "plan": (_needs_model,),

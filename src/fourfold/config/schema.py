@@ -20,6 +20,7 @@ from fourfold.config.model import ModelConfig
 from fourfold.config.output import OutputConfig
 from fourfold.config.parallel import ParallelConfig
 from fourfold.config.preference import PreferenceConfig
+from fourfold.config.reinforcement import ReinforcementConfig
 from fourfold.config.training import TrainingConfig
 from fourfold.config.tuning import TuningConfig
 
@@ -32,6 +33,7 @@ SECTIONS: Mapping[str, type[Section]] = MappingProxyType(
         "output": OutputConfig,
         "generation": GenerationConfig,
         "preference": PreferenceConfig,
+        "reinforcement": ReinforcementConfig,
         "parallel": ParallelConfig,
         "export": ExportConfig,
     }
@@ -110,6 +112,7 @@ class Run:
     output: OutputConfig = field(default_factory=OutputConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reinforcement: ReinforcementConfig = field(default_factory=ReinforcementConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     source: Mapping[str, Any] = field(default_factory=dict)

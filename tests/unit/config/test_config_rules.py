@@ -47,6 +47,15 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
             {"dataset": "a,b", "mix_strategy": "interleave_under", "interleave_probs": "0.5,0.6"},
             "interleave_probs: add up to 1.1",
         ),
+        ({"reward_model": "m", "reward_model_type": "api"}, "reward_model: m is no address"),
+        ({"reward_model": "http://a/b"}, "reward_model: http://a/b is an address, but reward_model_type is lora"),
+        (
+            {"reward_funcs": "a:f,b:f", "reward_model": "m", "reward_weights": "1,2"},
+            "reward_weights: has 2 values for 3 rewards (a:f, b:f, reward_model)",
+        ),
+        ({"reward_weights": 1}, "reward_weights: has 1 values for 0 rewards. Give one"),
+        ({"stage": "grpo", "num_generations": 1}, "num_generations: 1 leaves nothing to compare"),
+        ({"overlong_buffer": 65, "max_new_tokens": 64}, "overlong_buffer: 65 is longer than max_new_tokens (64)"),
         ({"quantization_bit": 4, "finetuning_type": "full"}, "quantization_bit: 4 works with finetuning_type: lora"),
         ({"quantization_bit": "8", "finetuning_type": "freeze"}, "quantization_bit: 8 works with"),
         ({"quantization_bit": 4, "pissa_init": True}, "quantization_bit: 4 does not work with pissa_init"),
@@ -172,3 +181,11 @@ def test_gpu_visible_when_devices_are_listed(
     monkeypatch.setattr(device, "DRIVER_FILES", ((tmp_path.parent, tmp_path.name),))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
     assert device.gpu_visible() is expected
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_load_when_a_stage_learns_from_rewards_needs_one(stage: str) -> None:
+    expected = f"reward_funcs: stage {stage} needs a reward. Give reward_funcs, or reward_model."
+    assert expected in problems_of({"stage": stage}, "train")
+    for given in ({"reward_funcs": "a:f"}, {"reward_model": "m"}):
+        assert expected not in problems_of({"stage": stage, **given}, "train")

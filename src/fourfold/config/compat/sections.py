@@ -8,11 +8,13 @@ from fourfold.config.compat.llamafactory import LlamaFactoryKeys
 from fourfold.config.compat.megatron import MegatronKeys
 from fourfold.config.compat.refused import RefusedKeys
 from fourfold.config.compat.transformers import TransformersKeys
+from fourfold.config.compat.trl import TrlKeys
 from fourfold.config.key import Section
 
 COMPAT: tuple[type[Section], ...] = (
     LlamaFactoryKeys,
     TransformersKeys,
+    TrlKeys,
     AccelerateKeys,
     DeepSpeedKeys,
     MegatronKeys,
