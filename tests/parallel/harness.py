@@ -32,6 +32,7 @@ from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.objectives.dpo import PreferenceObjective
+from fourfold.objectives.grpo import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, ROLLOUTS, GroupPolicyObjective
 from fourfold.objectives.kto import KtoObjective
 from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import Parallelized, parallelize
@@ -172,7 +173,25 @@ def objective_of(case: Case) -> LossFunction:
         return PreferenceObjective(settings, sft_weight=0.1, long_weight=long_weight, stored=stored)
     if case.stage == "kto":
         return KtoObjective(KtoSettings(undesirable_weight=1.5), sft_weight=0.1, stored=stored)
+    if case.stage == "grpo":
+        gspo = case.tuning == "lora"
+        return GroupPolicyObjective(clip_high=0.28, sequence_level=gspo, kl_weight=0.05, temperature=0.9)
     return TokenLoss(router_coefficient=case.router)
+
+
+def _rollout(ids: list[int], index: int) -> Sample:
+    """A prompt and its answer, with what was found out about it before."""
+    prompt, answer = ids[: len(ids) // 3 + 1], ids[len(ids) // 3 + 1 :]
+    before, size = [0.0] * len(prompt), len(answer)
+    numbers = {
+        ADVANTAGES: before + [(-1.0) ** index * (1 + index % 3)] * size,
+        OLD_LOGPS: before + [-5.0 - 0.1 * (n % 5) for n in range(size)],
+        REFERENCE_LOGPS: before + [-5.2] * size,
+    }
+    labels = [IGNORE_INDEX] * len(prompt) + answer
+    return Sample(
+        {"": Example(ids, labels, weights=before + [1 / size] * size, numbers=numbers)}, index, {ROLLOUTS: 1.0}
+    )
 
 
 def _with_two_answers(ids: list[int], index: int, stage: str) -> Sample:
@@ -198,6 +217,8 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
             ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
             if stage in ("dpo", "kto"):
                 samples.append(_with_two_answers(ids, index, stage))
+            elif stage == "grpo":
+                samples.append(_rollout(ids, index))
             else:
                 prompt = length // 3 if stage == "sft" else 0
                 samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
@@ -206,11 +227,17 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
     return steps
 
 
-def train(case: Case, mesh: Mesh, before: Callable[[StepModel, Parallelized], None] | None = None) -> Curve:
+def train(
+    case: Case,
+    mesh: Mesh,
+    before: Callable[[StepModel, Parallelized], None] | None = None,
+    ask: Callable[[Step, CutPolicy], None] | None = None,
+) -> Curve:
     """Five AdamW steps, each with the samples that belong to this data-parallel rank.
 
     Args:
         before: called before each step.
+        ask: called before the first one.
     """
     module = make_model(case)
     if not mesh.layout.splits_backward:
@@ -245,6 +272,9 @@ def train(case: Case, mesh: Mesh, before: Callable[[StepModel, Parallelized], No
         module=module,
         reference=partial(without_adapters, module),
     )
+    if ask is not None:
+        ask(step, policy)
+        step.rest()
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, mesh.layout)
     losses, norms, gradients, metrics = [], [], {}, {}

@@ -7,11 +7,14 @@ from functools import cache, partial
 import pytest
 import torch
 from cells import LAYOUTS
-from harness import Case, Curve, run_ranks, train
+from harness import Case, Curve, make_steps, run_ranks, train
 
+from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.parallel.mesh import build_mesh, single
+from fourfold.parallel.step import Step
+from fourfold.training.rollouts import answer_values
 
-STAGES = ("dpo", "kto")
+STAGES = ("dpo", "kto", "grpo")
 TUNINGS = ("full", "lora", "qlora")
 _LAYOUTS = ("ddp2", "zero3-2", "tp2", "pp2-1f1b", "pp2-zbv", "cp2-allgather", "fsdp2xtp2")
 _SHAPE = {
@@ -79,3 +82,30 @@ def test_losses_when_a_stage_runs_under_a_layout_are_those_of_one_process(layout
     found = run_ranks(LAYOUTS[layout].world_size, partial(_under, layout, layers))
     for case, expected in _alone(layers).items():
         _assert_same([curves[case] for curves in found], expected)
+
+
+def _asked(layout: str | None) -> list[torch.Tensor]:
+    """Log-probabilities of every target of the first step, and of the answers as a whole."""
+    mesh = single(_CPU) if layout is None else build_mesh(LAYOUTS[layout], _CPU)
+    found: list[torch.Tensor] = []
+
+    def ask(step: Step, policy: CutPolicy) -> None:
+        samples = make_steps(99, 24, "grpo")[0][mesh.dp_rank :: mesh.layout.dp]
+        batches = step.fill(cut(samples, policy))
+        values = step.token_logps(batches, reference=True, temperature=0.7)
+        of_tokens = answer_values(samples, batches, values)
+        found.extend(torch.tensor(each) for each in of_tokens)
+
+    train(_case("grpo", "lora", 1), mesh, ask=ask)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["zero3-2", "tp2", "pp2-1f1b", "cp2-allgather"])
+def test_log_probabilities_of_tokens_when_asked_under_a_layout_are_those_of_one_process(layout: str) -> None:
+    [expected] = run_ranks(1, partial(_asked, None))
+    dp = LAYOUTS[layout].dp
+    for rank, found in enumerate(run_ranks(LAYOUTS[layout].world_size, partial(_asked, layout))):
+        own = expected[rank % dp :: dp] if dp > 1 else expected
+        assert len(found) == len(own)
+        for values, whole in zip(found, own, strict=True):
+            torch.testing.assert_close(values, whole, atol=1e-5, rtol=1e-5)

@@ -43,8 +43,8 @@ class PreferenceConfig(Section):
     reward_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the reward model.")
     reward_model_type: Literal["lora", "full", "api"] = key("lora", "What reward_model names.")
 
-    ppo_buffer_size: int = _key(1, "Batches of rollouts per PPO step.", ge=1)
-    ppo_epochs: int = _key(4, "Passes over each buffer.", ge=1)
-    ppo_score_norm: bool = _key(False, "Normalise rewards.")
-    ppo_target: float = _key(6.0, "Target KL of the adaptive controller.", gt=0)
-    ppo_whiten_rewards: bool = _key(False, "Whiten rewards before advantages are computed.")
+    ppo_buffer_size: int = key(1, "Batches of rollouts per PPO step.", ge=1)
+    ppo_epochs: int = key(4, "Passes over each buffer.", ge=1)
+    ppo_score_norm: bool = key(False, "Normalise rewards.")
+    ppo_target: float = key(6.0, "Target KL of the adaptive controller.", gt=0)
+    ppo_whiten_rewards: bool = key(False, "Whiten rewards before advantages are computed.")

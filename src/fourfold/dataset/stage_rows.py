@@ -18,6 +18,7 @@ ROW_KINDS: Mapping[str, RowKind] = {
     "dpo": "preference",
     "kto": "kto",
     "ppo": "prompt",
+    "grpo": "prompt",
 }
 """Stage -> what its rows are."""
 

@@ -89,7 +89,7 @@ def _recomputes(run: Run) -> tuple[Recompute, ...]:
 
 
 def _ruled_out(run: Run) -> Iterator[tuple[str, str]]:
-    tuning, model, stage = run.tuning, run.model, run.training.stage
+    tuning, model = run.tuning, run.model
     whole = {
         "use_dora": tuning.use_dora,
         "additional_target": bool(tuning.additional_target),
@@ -106,6 +106,3 @@ def _ruled_out(run: Run) -> Iterator[tuple[str, str]]:
         yield "pp", "pissa_init is undone when saving, which needs the whole model"
     if model.rope_scaling == "dynamic":
         yield "cp", CHANGING_ROTATION
-    if stage not in ("pt", "sft"):
-        yield "pp", f"stage {stage} needs the whole model on a rank"
-        yield "cp", f"stage {stage} needs whole sequences on a rank"

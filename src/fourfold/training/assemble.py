@@ -109,8 +109,11 @@ class Parts:
         Decided once, and activations are recomputed from then on if it takes that.
         """
         training, sizes = self.run.training, self.sizes()
-        sequences = training.per_device_train_batch_size * len(ROLES[row_kind(training.stage)])
-        tokens = sequences * self.run.data.cutoff_len
+        kind, longest = row_kind(training.stage), self.run.data.cutoff_len
+        if kind == "prompt":
+            longest += self.run.generation.max_new_tokens
+        roles = 1 if kind == "prompt" else len(ROLES[kind])
+        tokens = training.per_device_train_batch_size * roles * longest
         if self.mesh.device.type == "cpu":
             # What the user's own micro-batch takes at its longest: no more memory than it was meant to need.
             fewest, most = _CPU_TOKENS
@@ -170,6 +173,9 @@ class Parts:
         """Tokens of samples and steps on a data-parallel rank."""
         cutoff_len, dp = self.run.data.cutoff_len, self.mesh.layout.dp
         samples = -(-samples_per_step(self.run.training, dp) // dp)
+        if row_kind(self.run.training.stage) == "prompt":  # answers are as long as may be
+            copies = self.run.reinforcement.num_generations if self.run.training.stage == "grpo" else 1
+            return StepSizes.at_most(cutoff_len + self.run.generation.max_new_tokens, samples * copies)
         if self.data.stream is not None:
             return StepSizes.at_most(cutoff_len, samples)
         lengths = None if self.data.train is None else self.data.train.lengths

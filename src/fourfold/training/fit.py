@@ -31,6 +31,7 @@ from fourfold.training.forecast import compare, forecast
 from fourfold.training.loop import Loop, LoopSettings
 from fourfold.training.precision import LossScaler
 from fourfold.training.ranks import peak_memory_of_ranks
+from fourfold.training.reinforce import build_practice
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
 
@@ -49,7 +50,8 @@ def fit(parts: Parts) -> dict[str, float]:
     """
     run, output_dir = parts.run, parts.output_dir
     num_samples = 0 if parts.data.train is None else len(parts.data.train)
-    budget = plan_steps(run.training, num_samples, parts.mesh.layout.dp)
+    buffer = run.preference.ppo_buffer_size if run.training.stage == "ppo" else 1
+    budget = plan_steps(run.training, num_samples, parts.mesh.layout.dp, buffer=buffer)
     facts = run_facts(parts, num_samples, budget)
     resume = run.output.resume_from_checkpoint
     ranks = {"rank": parts.mesh.rank, "num_ranks": parts.mesh.layout.world_size}
@@ -182,6 +184,7 @@ def build_loop(
         scaler=scaler,
         evaluator=evaluator,
         clip=parts.split.clip,
+        practice=build_practice(parts, step),
     )
     return loop, checkpointer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fourfold.base.errors import ConfigError, RunInterruptedError
 from fourfold.base.log import get_logger
+from fourfold.dataset.batch import Sample
 from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.dataset.loader import Loader, StepSamples
 from fourfold.parallel.reduce import clip_gradients
@@ -23,6 +24,7 @@ from fourfold.trackers.interface import Tracker
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.interrupt import StopRequest
 from fourfold.training.memory import peak_memory_figures
+from fourfold.training.practice import Practice, Practised
 from fourfold.training.schedule import Cadence
 from fourfold.training.state import TrainState
 from fourfold.training.step_times import StepTimes
@@ -86,6 +88,7 @@ class Loop:
         scaler: scales the loss under fp16.
         evaluator: evaluates, or None.
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
+        practice: turns the prompts of a step into what is trained on; None trains on the samples themselves.
         step_times: of this process's steps, without loading data, evaluating and saving.
     """
 
@@ -103,8 +106,10 @@ class Loop:
     scaler: torch.amp.GradScaler | None = None
     evaluator: Evaluator | None = None
     clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
+    practice: Practice | None = None
     step_times: StepTimes = field(default_factory=StepTimes)
     _figures: dict[str, float] = field(default_factory=dict)
+    _table: list[dict[str, Any]] = field(default_factory=list)
     _window: Window = field(default_factory=Window)
 
     def fit(self) -> None:
@@ -115,6 +120,8 @@ class Loop:
         """
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.module.train()
+        if self.practice is not None:
+            self.practice.restore(self.state.practice)
         if self.settings.evaluate_first and self.evaluator is not None and self.state.step == 0:
             self._evaluate(self.evaluator)
         with StopRequest() as stop:
@@ -138,20 +145,41 @@ class Loop:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _train_step(self, found: StepSamples, parameters: list[nn.Parameter]) -> None:
-        batches = cut(found.samples, self.policy)
-        self.optimizer.zero_grad(set_to_none=True)
-        result = self.step.forward_backward(batches, before=partial(self.begin_micro_batch, found.step))
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = self.clip(parameters, self.settings.max_grad_norm)
+        practised = Practised([found.samples]) if self.practice is None else self.practice.practise(found)
+        self._table = practised.table
         rate = self.optimizer.param_groups[0]["lr"]
-        if self._optimizer_step() and not self.settings.schedule_follows_metric:
+        results, norm, stepped = [], 0.0, False
+        for number, samples in enumerate(practised.updates):
+            before = partial(_begin_later, self.begin_micro_batch, found.step, number)
+            result, norm, done = self._update(samples, parameters, before)
+            results.append(result)
+            stepped |= done
+        if stepped and not self.settings.schedule_follows_metric:
             self.scheduler.step()
+        if self.practice is not None:
+            self.state.practice = self.practice.state()
+        result = merge(results)
+        result = replace(result, metrics={**practised.figures, **result.metrics})
         if math.isfinite(self.state.loss_sum) and not math.isfinite(result.loss):
             log.warning(
                 "loss: is %s at step %d. Lower learning_rate, or look at the data.", result.loss, found.step + 1
             )
-        self._record(found, result, float(norm), float(rate))
+        self._record(found, result, norm, float(rate))
+
+    def _update(
+        self, samples: Sequence[Sample], parameters: list[nn.Parameter], before: Callable[[int], None]
+    ) -> tuple[StepResult, float, bool]:
+        """One update of the weights.
+
+        Returns:
+            figures, the gradient's norm before it was clipped, and whether the weights were changed.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        result = self.step.forward_backward(cut(samples, self.policy), before=before)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = self.clip(parameters, self.settings.max_grad_norm)
+        return result, float(norm), self._optimizer_step()
 
     def _optimizer_step(self) -> bool:
         """Update the weights; False when fp16 overflowed and the step was skipped."""
@@ -216,6 +244,8 @@ class Loop:
         state.window_loss, state.window_steps = 0.0, 0
         self._window = Window()
         self._publish(figures)
+        for tracker in self.trackers if self._table else ():
+            tracker.table(state.step, "completions", self._table)
 
     def _evaluate(self, evaluator: Evaluator) -> None:
         figures = evaluator.run() | {"epoch": self.state.epoch}
@@ -244,6 +274,25 @@ class Loop:
         self.state.log_history.append({**row, "step": self.state.step})
         for tracker in self.trackers:
             tracker.log(self.state.step, figures)
+
+
+_MICRO_BATCHES = 1 << 16
+"""More than an update has."""
+
+
+def _begin_later(begin: Callable[[int, int], None], step: int, update: int, number: int) -> None:
+    """Key the micro-batches of all updates of a step apart."""
+    begin(step, update * _MICRO_BATCHES + number)
+
+
+def merge(results: Sequence[StepResult]) -> StepResult:
+    """Several updates as one step: means of their figures, and all their tokens."""
+    if len(results) == 1:
+        return results[0]
+    last = results[-1]
+    terms = {name: sum(r.terms.get(name, 0.0) for r in results) / len(results) for name in last.terms}
+    metrics = {name: sum(r.metrics.get(name, 0.0) for r in results) / len(results) for name in last.metrics}
+    return replace(last, terms=terms, metrics=metrics, num_tokens=sum(r.num_tokens for r in results))
 
 
 _MACHINE_FIGURES = {"tokens_per_sec", "elapsed_s", "remaining_s", "peak_memory_gib", "reserved_memory_gib"}

@@ -219,8 +219,6 @@ def _pipeline_problems(run: Run, layout: Layout) -> list[str]:
         )
     if run.tuning.pissa_init:
         problems.append("pissa_init: is undone when saving, which needs the whole model. Use plain LoRA.")
-    if run.training.stage not in ("pt", "sft"):
-        problems.append(f"parallel.pp: stage {run.training.stage} needs the whole model on a rank. Use parallel.pp: 1.")
     return problems
 
 
@@ -240,6 +238,4 @@ def _optimizer_problems(optim: str, layout: Layout) -> list[str]:
 def _context_problems(run: Run, layout: Layout) -> list[str]:
     """What cannot be trained with the positions of a row shared by ranks."""
     reasons = list(context_obstacles(load_config(run.model).get_text_config(), layout.cp_method))
-    if run.training.stage not in ("pt", "sft"):
-        reasons.append(f"stage {run.training.stage} needs whole sequences on a rank")
     return [f"parallel.cp: {layout.cp} cannot be used: {reason}. Use parallel.cp: 1." for reason in reasons]

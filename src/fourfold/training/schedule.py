@@ -37,14 +37,15 @@ class Budget:
         return math.ceil(self.max_steps / self.steps_per_epoch)
 
 
-def plan_steps(training: TrainingConfig, num_samples: int, dp_size: int = 1) -> Budget:
+def plan_steps(training: TrainingConfig, num_samples: int, dp_size: int = 1, *, buffer: int = 1) -> Budget:
     """Steps of a run, counted as Transformers' Trainer counts them.
 
     Args:
         num_samples: samples of the training set; 0 when it is a stream (max_steps is set then).
         dp_size: data-parallel ranks.
+        buffer: batches of samples that a step of the loop takes together (`ppo_buffer_size`).
     """
-    per_step = samples_per_step(training, dp_size)
+    per_step = samples_per_step(training, dp_size) * buffer
     steps_per_epoch = math.ceil(num_samples / per_step) if num_samples else training.max_steps
     max_steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * steps_per_epoch)
     warmup = training.warmup_steps if training.warmup_steps > 0 else math.ceil(training.warmup_ratio * max_steps)

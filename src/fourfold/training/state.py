@@ -29,6 +29,7 @@ class TrainState:
         train_runtime_s: seconds spent training, over all starts of the run.
         best_metric, best_step: the best evaluation and its step.
         evaluations_since_best: for early stopping.
+        practice: what a reinforcement stage goes on with (the weight of the KL, say).
         log_history: every logged row.
     """
 
@@ -44,6 +45,7 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    practice: dict[str, float] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,99 @@
+"""Putting a reinforcement stage together: rewards, the engine that answers, and the reference."""
+
+from __future__ import annotations
+
+from fourfold.base.log import get_logger
+from fourfold.dataset.collate import filler
+from fourfold.losses.advantages import KlController
+from fourfold.losses.token import TokenLoss
+from fourfold.parallel.step import Step
+from fourfold.rewards.build import build_rewards
+from fourfold.rewards.table import RewardTable
+from fourfold.training.assemble import Parts
+from fourfold.training.frozen import build_frozen, frozen_run
+from fourfold.training.practice import GroupPractice, PpoPractice, Practice
+from fourfold.training.rollouts import RolloutMaker
+
+log = get_logger(__name__)
+
+
+def build_practice(parts: Parts, step: Step) -> Practice | None:
+    """What the run's stage does in a step before it trains; None for stages that train on their data.
+
+    Raises:
+        ConfigError: rewards that cannot be had, or a model that cannot answer while it is trained.
+    """
+    made = {"grpo": _group_practice, "ppo": _ppo_practice}.get(parts.run.training.stage)
+    return None if made is None else made(parts, step)
+
+
+def _temperature(parts: Parts) -> float:
+    """That answers are sampled at; the likeliest tokens are the policy's at any."""
+    generation = parts.run.generation
+    return generation.temperature if generation.do_sample and generation.temperature > 0 else 1.0
+
+
+def _group_practice(parts: Parts, step: Step) -> GroupPractice:
+    run = parts.run
+    keys, generation = run.reinforcement, run.generation
+    variant = keys.grpo_variant
+    maker = RolloutMaker(parts, _rewards(parts), keys.num_generations)
+    return GroupPractice(
+        maker=maker,
+        step=step,
+        policy=parts.policy,
+        reducer=parts.split.reducer,
+        copies=keys.num_generations,
+        scaling=keys.scale_rewards or "group",
+        per_answer=variant in ("grpo", "gspo"),
+        updates=keys.num_iterations,
+        temperature=_temperature(parts),
+        mask_truncated=keys.mask_truncated_completions,
+        overlong=keys.overlong_buffer,
+        longest=generation.max_new_tokens,
+        reference=reference_of(parts, step) if keys.kl_weight else None,
+        shown=keys.log_completions,
+    )
+
+
+def _ppo_practice(parts: Parts, step: Step) -> PpoPractice:
+    run, keys = parts.run, parts.run.preference
+    return PpoPractice(
+        maker=RolloutMaker(parts, _rewards(parts), 1),
+        step=step,
+        policy=parts.policy,
+        reducer=parts.split.reducer,
+        reference=reference_of(parts, step),
+        epochs=keys.ppo_epochs,
+        parts=keys.ppo_buffer_size,
+        temperature=_temperature(parts),
+        normalise=keys.ppo_score_norm,
+        whiten_rewards=keys.ppo_whiten_rewards,
+        controller=KlController(target=keys.ppo_target),
+        shown=run.reinforcement.log_completions,
+    )
+
+
+def _rewards(parts: Parts) -> RewardTable:
+    """The run's rewards; a reward model is loaded whole by the rank that asks it."""
+    return build_rewards(parts.run, None)
+
+
+def reference_of(parts: Parts, step: Step) -> tuple[Step, bool]:
+    """What runs the reference: the model itself with its adapters off, or a second one that never changes.
+
+    Returns:
+        the engine, and whether adapters are to be off.
+    """
+    run, preference = parts.run, parts.run.preference
+    own = run.tuning.finetuning_type == "lora" and not run.tuning.pissa_init
+    if preference.ref_model is None and own:
+        return step, True
+    name = preference.ref_model or run.model.model_name_or_path or ""
+    log.info("Reference model: %s, held beside the one that is trained", name)
+    if preference.ref_model is None:
+        frozen = frozen_run(run, name, None, run.model.quantization_bit)
+    else:
+        frozen = frozen_run(run, name, preference.ref_model_adapters, preference.ref_model_quantization_bit)
+    built = build_frozen(frozen, parts.mesh, parts.tokenizer)
+    return built.step(TokenLoss(), lambda: filler(parts.policy)), False
