@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,43 @@ def test_kto_when_it_trains_raises_good_answers_over_bad_ones(
     run(tiny_llama, tiny_data, tmp_path, **{**_KTO, "learning_rate": 3e-3, "num_train_epochs": 6, "val_size": 0.2})
     assert losses(tmp_path)[0] == pytest.approx(0.5, abs=1e-6)  # 1 - sigmoid(0)
     assert losses(tmp_path, "rewards/chosen")[-1] > losses(tmp_path, "rewards/rejected")[-1]
+
+
+def _pair_folder(folder: Path, rows: list[dict[str, Any]], **entry: Any) -> Path:
+    folder.mkdir()
+    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    info = {"pairs": {"file_name": "pairs.json", "ranking": True, **entry}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+def test_pairs_when_their_answers_are_the_same_are_counted_and_the_first_is_named(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"instruction": f"Say {n}", "chosen": "red", "rejected": "red" if n % 3 == 1 else "blue"} for n in range(6)]
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    data = _pair_folder(tmp_path / "data", rows, columns=columns)
+    run(tiny_llama, data, tmp_path / "out", **{**_DPO, "dataset": "pairs", "max_steps": 1})
+    told = caplog.text
+    assert "dataset pairs: 2 rows dropped (chosen and rejected are the same)" in told
+    assert "First row dropped (chosen and rejected are the same): " in told
+    assert "row 1" in told
+
+
+def test_pairs_when_they_are_whole_talks_are_split_where_the_answers_begin(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talk(*texts: str) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+    rows = [{"chosen": talk("a", "red"), "rejected": talk("b" if n == 2 else "a", "blue")} for n in range(4)]
+    columns = {"chosen": "chosen", "rejected": "rejected"}
+    data = _pair_folder(tmp_path / "data", rows, formatting="openai", columns=columns)
+    parts = _parts(tiny_llama, data, tmp_path / "out", **{**_DPO, "dataset": "pairs"})
+    assert "dataset pairs: 1 rows dropped (chosen and rejected answer different prompts)" in caplog.text
+    assert parts.data.train is not None
+    assert len(parts.data.train) == 3
+    chosen, rejected = parts.data.train[0].sequences.values()
+    prompt = [label == IGNORE_INDEX for label in chosen.labels].index(False)
+    assert 0 < prompt == [label == IGNORE_INDEX for label in rejected.labels].index(False)
+    assert chosen.input_ids[:prompt] == rejected.input_ids[:prompt]

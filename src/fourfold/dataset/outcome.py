@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fourfold.base.log import get_logger
 from fourfold.dataset.encode import EncodeSettings
 from fourfold.dataset.storage import SetStats
-from fourfold.dataset.tokenise import BROKEN_TURNS, NOTHING_TRAINED, ChunkResult
+from fourfold.dataset.tokenise import BROKEN_TURNS, NOTHING_TRAINED, SAME_ANSWERS, ChunkResult
 
 log = get_logger(__name__)
 
@@ -79,6 +79,8 @@ def _advice(reason: str, settings: EncodeSettings) -> str:
     """What to do about rows that were dropped for a reason."""
     if reason == NOTHING_TRAINED:
         return f"Raise cutoff_len ({settings.cutoff_len}), or see that the rows have answers."
+    if reason == SAME_ANSWERS:
+        return f"Raise cutoff_len ({settings.cutoff_len}) if the answers differ further on, or correct the rows."
     if reason == BROKEN_TURNS:
         return "See that user and assistant take turns, and that the entry's tags name them."
     return "Correct the rows, or the columns of their entry."

@@ -12,7 +12,7 @@ from fourfold.base.errors import DataError
 from fourfold.dataset.encode import Encoder
 from fourfold.dataset.encoded import ROLES, EncodedRow
 from fourfold.dataset.fields import show
-from fourfold.dataset.formats.interface import BadRow, BrokenTurns, Parse
+from fourfold.dataset.formats.interface import BadRow, BrokenTurns, Parse, PromptsDiffer
 from fourfold.dataset.info import FORMATS_PACKAGE, DatasetEntry
 from fourfold.dataset.raw import Place, RawChunk
 from fourfold.dataset.rows import Row
@@ -20,6 +20,8 @@ from fourfold.dataset.storage import SetStats, to_record_batch
 
 NOTHING_TRAINED = "nothing to train"
 BROKEN_TURNS = "broken turns"
+PROMPTS_DIFFER = "chosen and rejected answer different prompts"
+SAME_ANSWERS = "chosen and rejected are the same"
 BAD_ROW = "bad row"
 
 PACKED_SET = -1
@@ -99,6 +101,8 @@ class ChunkTokeniser:
                 rows.append(parsers[number](raw, self.entries[number], self.encoder.settings.kind))
             except BrokenTurns as problem:
                 result.drop(number, BROKEN_TURNS, f"{_told(chunk.place(at))}: {problem}")
+            except PromptsDiffer as problem:
+                result.drop(number, PROMPTS_DIFFER, f"{_told(chunk.place(at))}: {problem}")
             except BadRow as problem:
                 self._complain(result, number, chunk.place(at), str(problem))
             else:
@@ -133,6 +137,9 @@ class ChunkTokeniser:
         if not item.trains and not (settings.packing and settings.kind == "text"):
             result.drop(number, NOTHING_TRAINED, _told(chunk.place(at)))
             return False
+        if settings.kind == "preference" and _same_answers(item):
+            result.drop(number, SAME_ANSWERS, _told(chunk.place(at)))
+            return False
         stats = result.of_set(number)
         stats.samples += 1
         stats.tokens += item.length
@@ -149,6 +156,12 @@ class ChunkTokeniser:
             )
             raise DataError(message, file=place[0], row=place[1])
         result.drop(number, BAD_ROW, f"{_told(place)}: {problem}")
+
+
+def _same_answers(item: EncodedRow) -> bool:
+    """Whether nothing tells the answers of a pair apart, as they are trained."""
+    chosen, rejected = item.sequences.values()
+    return chosen.ids == rejected.ids
 
 
 def kept_of(items: Sequence[EncodedRow], kept: Sequence[int]) -> list[int]:

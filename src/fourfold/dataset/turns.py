@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fourfold.dataset.fields import needed_bool, show, text_field
-from fourfold.dataset.formats.interface import BadRow, BrokenTurns, RawRow, RowKind
+from fourfold.dataset.formats.interface import BadRow, BrokenTurns, PromptsDiffer, RawRow, RowKind
 from fourfold.dataset.info import DatasetEntry, Tags
 from fourfold.dataset.rows import Message, Role, Row
 
@@ -39,6 +39,40 @@ def message_list(raw: RawRow, entry: DatasetEntry) -> list[Any]:
     if not isinstance(messages, list):
         raise BadRow(f"{column!r} must be a list of messages, not {show(messages)}")
     return messages
+
+
+def read_pair(
+    raw: RawRow, entry: DatasetEntry, read: Callable[[Any], Message]
+) -> tuple[list[Message], tuple[Message, Message]]:
+    """The prompt and both answers of a preference row.
+
+    An answer is a message, or a list of messages that ends with it; what comes before is the prompt, where the row has
+    no column of messages, and must be the same for both.
+
+    Args:
+        read: a message of the format.
+    Raises:
+        BadRow: one is missing or of a wrong type.
+        PromptsDiffer: the answers are to different prompts.
+    """
+    columns = entry.columns
+    talks = [_talk(raw, column, read) for column in (columns.chosen, columns.rejected)]
+    prompts = [talk[:-1] for talk in talks]
+    if prompts[0] != prompts[1]:
+        raise PromptsDiffer(f"{columns.chosen!r} and {columns.rejected!r} answer different prompts")
+    answers = talks[0][-1], talks[1][-1]
+    if prompts[0] and (columns.messages is None or raw.get(columns.messages) is None):
+        return prompts[0], answers
+    return [read(message) for message in message_list(raw, entry)], answers
+
+
+def _talk(raw: RawRow, column: str | None, read: Callable[[Any], Message]) -> list[Message]:
+    value = None if column is None else raw.get(column)
+    if isinstance(value, dict):
+        return [read(value)]
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{column!r} must be a message (an answer of the pair) or a list of messages, not {show(value)}")
+    return [read(message) for message in value]
 
 
 def tagged_text(message: Any, tag: str | None, what: str) -> str:

@@ -26,6 +26,7 @@ from fourfold.parallel.mesh import (
     stop_process_group,
 )
 from fourfold.planning.predictor import Form
+from fourfold.rewards.build import check_reward_functions
 from fourfold.trackers.interface import check_installed
 from fourfold.trackers.reports.plot import plot_losses
 from fourfold.trackers.reports.results import Split, format_results, read_results, write_results
@@ -53,6 +54,7 @@ def train(run: Run) -> dict[str, Any]:
         FourfoldError: whatever is the user's to settle.
     """
     check_installed(run.output.report_to)
+    check_reward_functions(run)
     if is_worker():
         return _work_in_job(run, None, None)
     machines = machines_of(run)

@@ -22,6 +22,10 @@ class BrokenTurns(BadRow):
     """A conversation whose roles do not alternate or that has nothing to answer; dropped and counted."""
 
 
+class PromptsDiffer(BadRow):
+    """A pair whose answers are to different prompts; dropped and counted."""
+
+
 class Parse(Protocol):
     """The `parse` function of each file of this folder."""
 
@@ -31,5 +35,6 @@ class Parse(Protocol):
         Raises:
             BadRow: a field is missing or of a wrong type.
             BrokenTurns: the turns are not a conversation.
+            PromptsDiffer: a pair's answers are to different prompts.
         """
         ...

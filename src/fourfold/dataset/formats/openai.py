@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from fourfold.dataset.fields import show, tools_field
 from fourfold.dataset.formats.interface import BadRow, RawRow, RowKind
 from fourfold.dataset.info import DatasetEntry, Tags
 from fourfold.dataset.rows import Message, Role, Row
-from fourfold.dataset.turns import message_list, read_role, role_names, row_of_turns
+from fourfold.dataset.turns import message_list, read_pair, read_role, role_names, row_of_turns
 
 _ANSWERS_JOINT = "\n</tool_response>\n<tool_response>\n"
 """Stands between the answers of several tools, which make one turn; as LLaMA-Factory has it."""
@@ -24,14 +25,17 @@ def parse(raw: RawRow, entry: DatasetEntry, kind: RowKind) -> Row:
 
     Raises:
         BadRow: a field is missing or of a wrong type.
+        PromptsDiffer: a pair's answers are to different prompts.
         BrokenTurns: a role that is not known, or turns that do not alternate.
     """
     tags, columns = entry.tags, entry.columns
     names: dict[str, Role] = {"developer": "system", **role_names(tags)}
-    messages = _join_answers(_message(message, tags, names) for message in message_list(raw, entry))
     answers = None
     if kind == "preference":
-        answers = _answer(raw, columns.chosen, tags, names), _answer(raw, columns.rejected, tags, names)
+        messages, answers = read_pair(raw, entry, partial(_message, tags=tags, names=names))
+    else:
+        messages = [_message(message, tags, names) for message in message_list(raw, entry)]
+    messages = _join_answers(messages)
     return row_of_turns(raw, entry, kind, messages, answers, tools_field(raw, columns.tools))
 
 
@@ -64,12 +68,3 @@ def _join_answers(messages: Iterable[Message]) -> list[Message]:
         else:
             joined.append(message)
     return joined
-
-
-def _answer(raw: RawRow, column: str | None, tags: Tags, names: Mapping[str, Role]) -> Message:
-    value = None if column is None else raw.get(column)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, dict):
-        raise BadRow(f"{column!r} must be a message (an answer of the pair), not {show(value)}")
-    return _message(value, tags, names)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from fourfold.dataset.fields import show, tools_field
-from fourfold.dataset.formats.interface import BadRow, RawRow, RowKind
+from fourfold.dataset.fields import tools_field
+from fourfold.dataset.formats.interface import RawRow, RowKind
 from fourfold.dataset.info import DatasetEntry, Tags
 from fourfold.dataset.rows import Message, Role, Row
-from fourfold.dataset.turns import message_list, read_role, role_names, row_of_turns, tagged_text
+from fourfold.dataset.turns import message_list, read_pair, read_role, role_names, row_of_turns, tagged_text
 
 
 def parse(raw: RawRow, entry: DatasetEntry, kind: RowKind) -> Row:
@@ -17,23 +18,18 @@ def parse(raw: RawRow, entry: DatasetEntry, kind: RowKind) -> Row:
 
     Raises:
         BadRow: a field is missing or of a wrong type.
+        PromptsDiffer: a pair's answers are to different prompts.
         BrokenTurns: a role that is not known, or turns that do not alternate.
     """
     tags, columns = entry.tags, entry.columns
     names = role_names(tags)
-    messages = [_message(message, tags, names) for message in message_list(raw, entry)]
     answers = None
     if kind == "preference":
-        answers = _answer(raw, columns.chosen, tags, names), _answer(raw, columns.rejected, tags, names)
+        messages, answers = read_pair(raw, entry, partial(_message, tags=tags, names=names))
+    else:
+        messages = [_message(message, tags, names) for message in message_list(raw, entry)]
     return row_of_turns(raw, entry, kind, messages, answers, tools_field(raw, columns.tools))
 
 
 def _message(message: Any, tags: Tags, names: Mapping[str, Role]) -> Message:
     return Message.of(read_role(message, tags, names), tagged_text(message, tags.content_tag, "text"))
-
-
-def _answer(raw: RawRow, column: str | None, tags: Tags, names: Mapping[str, Role]) -> Message:
-    value = None if column is None else raw.get(column)
-    if not isinstance(value, dict):
-        raise BadRow(f"{column!r} must be a message (an answer of the pair), not {show(value)}")
-    return _message(value, tags, names)
