@@ -16,7 +16,11 @@ from fourfold.training.rollouts import answer_values
 
 STAGES = ("dpo", "kto", "grpo")
 TUNINGS = ("full", "lora", "qlora")
-_LAYOUTS = ("ddp2", "zero3-2", "tp2", "pp2-1f1b", "pp2-zbv", "cp2-allgather", "fsdp2xtp2")
+_GRID = pytest.mark.grid
+_LAYOUTS = (
+    *("ddp2", "zero3-2", "tp2", "pp2-1f1b", "fsdp2xtp2"),
+    *(pytest.param(name, marks=_GRID) for name in ("pp2-zbv", "cp2-allgather", "fsdp2xpp2", "tp2xpp2")),
+)
 _SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 256,
