@@ -31,9 +31,11 @@ from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.models.value_head import freeze_head, new_value_head
 from fourfold.objectives.dpo import PreferenceObjective
 from fourfold.objectives.grpo import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, ROLLOUTS, GroupPolicyObjective
 from fourfold.objectives.kto import KtoObjective
+from fourfold.objectives.rm import RewardObjective
 from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import Parallelized, parallelize
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
@@ -41,6 +43,7 @@ from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
+from fourfold.parallel.stages import VALUE_HEAD
 from fourfold.parallel.step import LossFunction, Step
 from fourfold.planning.layout import Layout
 from fourfold.training.memory import enable_recompute
@@ -67,8 +70,8 @@ class Case:
         recompute: what the backward pass computes again.
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
-        stage: sft leaves the first third of a sample out of the loss, pt trains on all of it; dpo and kto have two
-            answers to each prompt.
+        stage: sft leaves the first third of a sample out of the loss, pt trains on all of it; rm, dpo and
+            kto have two answers to each prompt.
         pref_loss: of stage dpo.
         offload_activations: move what the backward pass needs to the host.
         scaled: scale the loss as under fp16; in fp32 powers of two change nothing.
@@ -134,6 +137,17 @@ def assert_together_same(curves: list[Curve], reference: Curve, *, loss: float =
 
 def make_model(case: Case) -> TunedModel:
     """The model of a case; the same weights in every process."""
+    module = _make_tuned(case)
+    if case.stage == "rm":
+        inner = base_model(module)
+        freeze_head(module, None)
+        head = new_value_head(inner.config.hidden_size, seed=5, std=0.1)
+        head.summary.bias.requires_grad_(False)
+        inner.add_module(VALUE_HEAD, head)
+    return module
+
+
+def _make_tuned(case: Case) -> TunedModel:
     model = tiny_model(case.family, **dict(case.overrides)).train()
     if case.bias_router:
         for name, bias in model.named_buffers():
@@ -176,6 +190,8 @@ def objective_of(case: Case) -> LossFunction:
     if case.stage == "grpo":
         gspo = case.tuning == "lora"
         return GroupPolicyObjective(clip_high=0.28, sequence_level=gspo, kl_weight=0.05, temperature=0.9)
+    if case.stage == "rm":
+        return RewardObjective(case.router)
     return TokenLoss(router_coefficient=case.router)
 
 
@@ -199,7 +215,7 @@ def _with_two_answers(ids: list[int], index: int, stage: str) -> Sample:
     prompt, answer = ids[: len(ids) // 3 + 1], ids[len(ids) // 3 + 1 :]
     other = answer[: max(len(answer) * 2 // 3, 1)][::-1]
     examples = [Example(prompt + found, [IGNORE_INDEX] * len(prompt) + found) for found in (answer, other)]
-    roles = ("chosen", "rejected") if stage == "dpo" else ("response", "kl")
+    roles = ("response", "kl") if stage == "kto" else ("chosen", "rejected")
     numbers = {reference_name(role): -5.1 * len(found) for role, found in zip(roles, (answer, other), strict=True)}
     if stage == "kto":
         numbers["desirable"] = float(index % 3 > 0)
@@ -215,7 +231,7 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
         for _ in range(count):
             length = int(torch.randint(4, longest + 1, (1,), generator=generator))
             ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
-            if stage in ("dpo", "kto"):
+            if stage in ("rm", "dpo", "kto"):
                 samples.append(_with_two_answers(ids, index, stage))
             elif stage == "grpo":
                 samples.append(_rollout(ids, index))

@@ -14,7 +14,7 @@ from fourfold.parallel.mesh import build_mesh, single
 from fourfold.parallel.step import Step
 from fourfold.training.rollouts import answer_values
 
-STAGES = ("dpo", "kto", "grpo")
+STAGES = ("dpo", "kto", "grpo", "rm")
 TUNINGS = ("full", "lora", "qlora")
 _GRID = pytest.mark.grid
 _LAYOUTS = (

@@ -33,6 +33,7 @@ from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.models.quantize import dequantize_model, is_quantized
 from fourfold.models.renderer import make_renderer
 from fourfold.models.tokenizer import load_tokenizer
+from fourfold.models.value_head import find_value_head, missing_head
 from fourfold.models.weights import save_model
 
 log = get_logger(__name__)
@@ -81,11 +82,13 @@ def export(run: Run) -> Exported:
 
     Raises:
         ConfigError: no `export_dir`, or one that holds something else.
-        ModelError: a model or adapter that cannot be loaded, or an adapter of another base model.
+        ModelError: a model or adapter that cannot be loaded, or an adapter of another base model; no value head where
+            the stage is rm.
         CheckpointError: the disk is full, or what was written is not what should be; nothing is left behind.
     """
     folder = target_folder(run)
     device = inference_device(run) if run.export.export_device == "auto" else torch.device("cpu")
+    value_head = _find_value_head(run)
     tokenizer = load_tokenizer(run.model)
     stop_token_ids = settle_tokenizer(run, tokenizer)
     dtype = written_dtype(run.model)
@@ -100,6 +103,8 @@ def export(run: Run) -> Exported:
         if source.model.dtype != dtype:  # else what Transformers keeps in fp32 stays so
             torch.nn.Module.to(source.model, dtype)
         save_model(source.model, temporary, tokenizer=tokenizer, max_shard_size=size)
+        if value_head is not None:
+            shutil.copyfile(value_head, temporary / value_head.name)
         _let_others_read(temporary)
         torch.nn.Module.to(source.model, "meta")  # its memory is needed for the copy that is read back
         compared.append(_read_back(run, temporary, source, device))
@@ -132,6 +137,16 @@ def target_folder(run: Run) -> Path:
             f"export_dir: {folder} is not empty. Choose another folder, or replace it with overwrite_output_dir: true."
         )
     return folder
+
+
+def _find_value_head(run: Run) -> Path | None:
+    """The file that makes a reward model of it, which goes along; None for other models."""
+    path = find_value_head(run.model)
+    if path is None and run.training.stage == "rm":
+        raise ModelError(missing_head(run.model))
+    if path is not None:
+        log.info("The value head goes along: %s", path)
+    return path
 
 
 def settle_tokenizer(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,6 +18,9 @@ from fourfold.models import pissa
 from fourfold.models.parameters import tied_names
 from fourfold.models.shard_files import WEIGHTS, ShardFiles, has_shards
 from fourfold.models.tensor_files import HostTensors, NamedSource, TensorFiles
+from fourfold.models.unwrap import TunedModel
+from fourfold.models.value_head import FILE as VALUE_HEAD_FILE
+from fourfold.models.value_head import is_of_value_head, value_head_parts
 from fourfold.models.weights import adapter_parts
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import Part, everyone, fill, parts_of
@@ -88,6 +91,8 @@ def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
     Raises:
         CheckpointError: a trained weight is missing, or the file has one that the model does not.
     """
+    assert isinstance(model, PreTrainedModel | PeftModel)
+    _load_value_head(model, folder, shares)
     if isinstance(model, PeftModel):
         path = folder / "adapter_model.safetensors"
         if not path.exists():
@@ -100,14 +105,25 @@ def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
             parts = {name: (part, [name]) for name, part in adapter_parts(model, shares).items()}
             _load_parts(parts, TensorFiles([path]), path)
         return
-    assert isinstance(model, PreTrainedModel)
     parts: dict[str, tuple[Part, list[str]]] = {}
     first: dict[int, str] = {}  # one parameter under several names is saved under one of them
     own, saved_as = dict(model.named_parameters(remove_duplicate=False)), tied_names(model)
     for name, part in parts_of(model, shares).items():
+        if is_of_value_head(name):
+            continue
         key = first.setdefault(id(own.get(name, part)), name)
         parts.setdefault(key, (part, []))[1].extend([name, saved_as.get(name, name)])
     _load_parts(parts, _read_model(model, folder), folder)
+
+
+def _load_value_head(model: TunedModel, folder: Path, shares: Shares) -> None:
+    parts = value_head_parts(model, shares)
+    if not any(everyone(bool(parts))):
+        return
+    path = folder / VALUE_HEAD_FILE
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing; the checkpoint holds no reward model.")
+    _load_parts({name: (part, [name]) for name, part in parts.items()}, TensorFiles([path]), path)
 
 
 def _load_parts(parts: Mapping[str, tuple[Part, list[str]]], source: NamedSource, place: Path) -> None:

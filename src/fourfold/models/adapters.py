@@ -26,6 +26,7 @@ from fourfold.models.patches import adapters_have_weights, peft_noise_ignored
 from fourfold.models.quantize import is_quantized
 from fourfold.models.source import check_source, explained
 from fourfold.models.targets import ALL, LoraTargets, lora_targets
+from fourfold.models.value_head import freeze_head
 from fourfold.models.vocabulary import grows_vocabulary
 
 log = get_logger(__name__)
@@ -90,6 +91,7 @@ def attach(
     *,
     trainable: bool,
     master_dtype: torch.dtype | None = torch.float32,
+    reads_logits: bool = True,
 ) -> PreTrainedModel | PeftModel:
     """Set what is trained, and add or load the adapters.
 
@@ -97,6 +99,7 @@ def attach(
         model: as `load_model` gives it; changed in place.
         trainable: False for chat, prediction and export: adapters are loaded and nothing requires a gradient.
         master_dtype: of the trained parameters; None leaves them as they are (`pure_bf16`).
+        reads_logits: whether the loss depends on the logits; otherwise the head is not trained.
     Raises:
         ConfigError: a target that matches nothing, or settings that contradict each other or the model.
         ModelError: an adapter that cannot be loaded or belongs to another base model.
@@ -113,7 +116,7 @@ def attach(
     if tuning.finetuning_type == "lora":
         if plan.continued is None:
             assert isinstance(tuned, PreTrainedModel)
-            tuned = _new_adapter(tuned, config, tuning)
+            tuned = _new_adapter(tuned, config, tuning, reads_logits=reads_logits)
     elif is_quantized(model):
         raise ConfigError(
             f"finetuning_type: {tuning.finetuning_type} cannot train quantised weights. Use lora, or a plain "
@@ -123,11 +126,24 @@ def attach(
         unfreeze(model, tuning)
     else:
         model.requires_grad_(True)
+    if not reads_logits:
+        freeze_head(tuned, _key_of_head(tuning, plan))
     if master_dtype is not None:
         upcast_trainable(tuned, master_dtype)
     if config.print_param_status:
         log.info(list_parameters(tuned))
     return tuned
+
+
+def _key_of_head(tuning: TuningConfig, plan: AdapterPlan) -> str | None:
+    """The key that has a head trained which is not trained by itself; None under full tuning."""
+    if tuning.finetuning_type == "full":
+        return None
+    if tuning.finetuning_type == "freeze":
+        return "freeze_extra_modules"
+    if plan.continued is not None:
+        return f"{_KEY}: {plan.continued}"
+    return "additional_target" if tuning.additional_target else "lora_target"
 
 
 def _load_adapters(
@@ -210,7 +226,7 @@ def _load_adapter(
         ) from error
 
 
-def _new_adapter(model: PreTrainedModel, config: ModelConfig, tuning: TuningConfig) -> PeftModel:
+def _new_adapter(model: PreTrainedModel, config: ModelConfig, tuning: TuningConfig, *, reads_logits: bool) -> PeftModel:
     targets = lora_targets(model, tuning.lora_target)
     if ALL in tuning.lora_target:
         targets = _without_experts(targets, tuning)
@@ -222,7 +238,7 @@ def _new_adapter(model: PreTrainedModel, config: ModelConfig, tuning: TuningConf
         )
     if tuning.pissa_init:
         _check_pissa(model, tuning, targets)
-    extra = _additional_modules(model, config, tuning)
+    extra = _additional_modules(model, config, tuning, reads_logits=reads_logits)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=tuning.lora_rank,
@@ -287,7 +303,9 @@ def _check_pissa(model: PreTrainedModel, tuning: TuningConfig, targets: LoraTarg
         )
 
 
-def _additional_modules(model: PreTrainedModel, config: ModelConfig, tuning: TuningConfig) -> list[str]:
+def _additional_modules(
+    model: PreTrainedModel, config: ModelConfig, tuning: TuningConfig, *, reads_logits: bool
+) -> list[str]:
     """Modules trained in full beside the adapters; a resized embedding and head always are.
 
     Raises:
@@ -303,8 +321,8 @@ def _additional_modules(model: PreTrainedModel, config: ModelConfig, tuning: Tun
             f"Use one or more of: {', '.join(valid)}."
         )
     if grows_vocabulary(config) and not wanted:
-        tied = model.config.tie_word_embeddings
-        ends = (model.get_input_embeddings(), None if tied else model.get_output_embeddings())
+        alone = model.config.tie_word_embeddings or not reads_logits
+        ends = (model.get_input_embeddings(), None if alone else model.get_output_embeddings())
         wanted = [name.split(".")[-1] for name, module in model.named_modules() if any(module is end for end in ends)]
         log.info("resize_vocab: %s are trained and saved with the adapter.", " and ".join(wanted))
     return wanted

@@ -17,6 +17,7 @@ from fourfold.models.load import build_without_weights, prepare_config
 from fourfold.models.patches import adapters_have_weights
 from fourfold.models.stream import materialize
 from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.models.value_head import add_value_head, learns_level, reads_logits, reads_values
 from fourfold.parallel.apply import no_weights
 from fourfold.parallel.packed import wrap_packed
 from fourfold.parallel.sharded import local
@@ -44,7 +45,19 @@ def blank_model(
         if bits:  # scales and all
             on_meta = False
         with adapters_have_weights():
-            module = attach(model.eval(), run.model, run.tuning, trainable=True, master_dtype=master)
+            stage = run.training.stage
+            module = attach(
+                model.eval(),
+                run.model,
+                run.tuning,
+                trainable=True,
+                master_dtype=master,
+                reads_logits=reads_logits(stage),
+            )
+        if reads_values(stage):
+            add_value_head(
+                module, run.model, seed=run.training.seed, dtype=master or dtype, trains_bias=learns_level(stage)
+            )
     if not on_meta:
         _give_memory(module, device)
         return module, no_weights

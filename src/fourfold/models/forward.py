@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.families.shared_positions import is_exchangeable
@@ -30,7 +31,7 @@ from fourfold.parallel.exchange import scale_gradient
 from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.loss import Outputs
 from fourfold.parallel.pipeline import Wire
-from fourfold.parallel.stages import Part
+from fourfold.parallel.stages import Part, value_head_of
 from fourfold.parallel.vocabulary import VocabularyShare
 
 log = get_logger(__name__)
@@ -83,6 +84,13 @@ def accept_hidden_only(model: PreTrainedModel) -> None:
         return (decoder if hidden_only else whole)(*args, **kwargs)
 
     model.forward = forward
+
+
+def _no_logits(hidden: Tensor) -> Tensor:
+    raise ModelError(
+        "model_name_or_path: the head of this model family is more than a matrix, so there are no logits beside the "
+        "values of a value head. Use another model."
+    )
 
 
 @dataclass
@@ -168,7 +176,7 @@ class StepModel:
 
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""
-        outputs = self._call(batch, input_ids=batch.input_ids, hidden_only=self._head is not None)
+        outputs = self._call(batch, input_ids=batch.input_ids, hidden_only=self._wants_hidden)
         return self._outputs(outputs, None if self._head is None else self._router_loss(outputs, batch))
 
     def stage(self, batch: Batch, part: Part, received: tuple[Tensor, ...]) -> Outputs | tuple[Tensor, ...]:
@@ -182,7 +190,7 @@ class StepModel:
         """
         entry = {"input_ids": batch.input_ids} if part.is_first else {"inputs_embeds": received[0]}
         with part.running():
-            outputs = self._call(batch, hidden_only=self._head is not None or not part.is_last, **entry)
+            outputs = self._call(batch, hidden_only=self._wants_hidden or not part.is_last, **entry)
         sums = self._balance_sums(outputs, batch, received[1] if len(received) > 1 else None)
         if part.is_last:
             return self._outputs(outputs, None if sums is None else self._as_copy(balance(sums)))
@@ -247,16 +255,22 @@ class StepModel:
 
     def _outputs(self, outputs: Any, router_loss: Tensor | None) -> Outputs:
         positions = None if self.context is None else self.context.group
-        if self._head is None:
+        if not self._wants_hidden:
             return Outputs(outputs.logits, lambda logits: logits, vocabulary=self.vocabulary, positions=positions)
         return Outputs(
             outputs.last_hidden_state,
-            self._head,
+            self._head or _no_logits,
             router_loss,
             head_is_frozen=self._head_is_frozen(),
             vocabulary=self.vocabulary,
             positions=positions,
+            value=value_head_of(self._inner),
         )
+
+    @property
+    def _wants_hidden(self) -> bool:
+        """Whether the last hidden states are taken out, and not the logits: a head is applied to them afterwards."""
+        return self._head is not None or value_head_of(self._inner) is not None
 
     def take(self, split: Parallelized) -> None:
         """Run the model as it was split over ranks."""

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -29,7 +27,7 @@ from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.models.gguf_model import sample_gguf_weights
 from fourfold.models.sample import COLUMNS, sample_rows
-from fourfold.models.source import gguf_path, model_name
+from fourfold.models.source import fetch_file, gguf_path, model_name
 
 log = get_logger(__name__)
 
@@ -107,24 +105,12 @@ def _left_alone(name: str, shape: tuple[int, ...]) -> bool:
 
 def _weight_files(name: str, config: ModelConfig) -> list[Path]:
     """The safetensors files of a folder or a hub id, sorted; empty if there are none."""
-    index = _fetch(name, SAFE_WEIGHTS_INDEX_NAME, config)
+    index = fetch_file(name, SAFE_WEIGHTS_INDEX_NAME, config)
     if index is None:
-        single = _fetch(name, SAFE_WEIGHTS_NAME, config)
+        single = fetch_file(name, SAFE_WEIGHTS_NAME, config)
         return [] if single is None else [single]
     shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for path in (_fetch(name, shard, config) for shard in shards) if path is not None]
-
-
-def _fetch(name: str, file: str, config: ModelConfig, *, revision: str | None = None) -> Path | None:
-    """A file of a local folder or of the hub; None if there is no such file."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder / file if (folder / file).is_file() else None
-    try:
-        path = hf_hub_download(name, file, revision=revision, cache_dir=config.cache_dir, token=config.hf_hub_token)
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
-        return None
-    return Path(path)
+    return [path for path in (fetch_file(name, shard, config) for shard in shards) if path is not None]
 
 
 def _sample_files(files: list[Path]) -> Iterator[Sample]:
@@ -156,7 +142,7 @@ def read_identity(adapter: str, config: ModelConfig) -> BaseIdentity | None:
         ModelError: the file is damaged or of a newer format.
     """
     file = f"{config.adapter_folder}/{FILE_NAME}" if config.adapter_folder else FILE_NAME
-    path = _fetch(adapter, file, config)
+    path = fetch_file(adapter, file, config)
     if path is None:
         return None
     try:

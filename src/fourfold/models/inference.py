@@ -16,7 +16,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 def load_for_inference(
-    run: Run, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype | None = None
+    run: Run, tokenizer: PreTrainedTokenizerBase | None, device: torch.device, dtype: torch.dtype | None = None
 ) -> PreTrainedModel | PeftModel:
     """The model in evaluation mode, with its adapters attached but the last one not merged.
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from fourfold.base.errors import ConfigError, ModelError, first_line
@@ -41,6 +43,18 @@ def check_source(name: str, key: str = MODEL) -> None:
 def gguf_path(name: str) -> Path | None:
     """The path of a model that is a GGUF file, None for any other."""
     return Path(name).expanduser() if is_gguf(name) else None
+
+
+def fetch_file(name: str, file: str, config: ModelConfig, *, revision: str | None = None) -> Path | None:
+    """A file of a local folder or of the hub; None if there is no such file."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder / file if (folder / file).is_file() else None
+    try:
+        path = hf_hub_download(name, file, revision=revision, cache_dir=config.cache_dir, token=config.hf_hub_token)
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+        return None
+    return Path(path)
 
 
 def hub_options(config: ModelConfig) -> dict[str, Any]:

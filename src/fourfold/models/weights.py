@@ -16,6 +16,7 @@ from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.parameters import tied_names
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
+from fourfold.models.value_head import is_of_value_head, value_head_parts, value_head_state, write_value_head
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import Part, gather, parts_of
 
@@ -41,6 +42,9 @@ def save_model(
         state: the weights, from `gather_weights`, where the model's own are sharded.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    values = value_head_state(model) if state is None else _only_value_head(state)
+    write_value_head(values, folder)
+    state = None if state is None else {name: tensor for name, tensor in state.items() if name not in values}
     if isinstance(model, PeftModel):
         _save_adapter(model, folder, state)
         if base is not None:
@@ -85,13 +89,21 @@ def gather_weights(model: PreTrainedModel | PeftModel, shares: Shares) -> dict[s
     Every rank of a model that is split must call.
     """
     parts = adapter_parts(model, shares) if isinstance(model, PeftModel) else model_parts(model, shares)
+    parts |= value_head_parts(model, shares)
     return {name: tensor for name, tensor in gather(parts) if tensor is not None}
 
 
+def _only_value_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if is_of_value_head(name)}
+
+
 def model_parts(model: PreTrainedModel, shares: Shares) -> dict[str, Part]:
-    """All weights of a whole model on this rank, by the names that they are saved under: tied ones once."""
-    saved_as = tied_names(model)
-    return {saved_as.get(name, name): part for name, part in parts_of(model, shares).items()}
+    """All weights of a whole model on this rank, by the names that they are saved under: tied ones once.
+
+    A value head is not among them, since it is saved apart (models/value_head.py).
+    """
+    saved_as, parts = tied_names(model), parts_of(model, shares)
+    return {saved_as.get(name, name): part for name, part in parts.items() if not is_of_value_head(name)}
 
 
 def adapter_parts(model: PeftModel, shares: Shares) -> dict[str, Part]:
@@ -120,9 +132,10 @@ def _save_whole(
     state: dict[str, Tensor] | None,
     max_shard_size: str,
 ) -> None:
+    if state is None:
+        state = {name: tensor for name, tensor in model.state_dict().items() if not is_of_value_head(name)}
     if dtype is not None:
-        own = model.state_dict() if state is None else state
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     with bars_on_terminals_only():
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_size)
     _save_config(model, folder, dtype)

@@ -178,6 +178,22 @@ def document_logps(outputs: Outputs, batch: Batch, weights: Tensor | None = None
     return sums if outputs.positions is None else add_up(sums, outputs.positions)
 
 
+def document_values(outputs: Outputs, batch: Batch) -> Tensor:
+    """The value at the last token of each document, [D] fp32; the same on all ranks that share the batch's positions.
+
+    A loss that is made of it is one loss for all these ranks: each must count its share (`loss_share`).
+    """
+    assert outputs.value is not None, "the model has no value head"
+    lengths = torch.tensor(batch.lengths, device=batch.document_ids.device)
+    documents = batch.document_ids.reshape(-1).long()
+    is_last = (documents >= 0) & (batch.position_ids.reshape(-1) == lengths[documents.clamp(min=0)] - 1)
+    positions = torch.nonzero(is_last).squeeze(-1)
+    # also where no document of this rank ends, so that the head has a gradient, of zeros, on every rank
+    values = outputs.value(outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions))
+    found = values.new_zeros(len(batch.lengths)).index_add(0, documents.index_select(0, positions), values)
+    return found if outputs.positions is None else add_up(found, outputs.positions)
+
+
 def loss_share(outputs: Outputs) -> float:
     """The part of a loss of whole documents that each rank counts, where several compute the same one."""
     return 1.0 if outputs.positions is None else 1.0 / outputs.positions.size()

@@ -26,6 +26,14 @@ from fourfold.planning.stages import num_stages, stage_layers, stages_of_rank
 _SCALES = ("embedding_multiplier", "embedding_scale")
 """Attributes of decoders (granite, hyperclovax, hrm) by which `forward` multiplies embeddings; only one stage may."""
 
+VALUE_HEAD = "v_head"
+"""Name of the child that reads values from the last hidden states, where a model has one (models/value_head.py)."""
+
+
+def value_head_of(root: nn.Module) -> nn.Module | None:
+    """A model's value head; None if it has none, or if another stage of a pipeline has it."""
+    return dict(root.named_children()).get(VALUE_HEAD)
+
 
 class Skip(nn.Module):
     """In place of a layer of another stage, or of the last norm: returns its first argument.
@@ -172,7 +180,7 @@ def cut_stages(root: PreTrainedModel, mesh: Mesh, compute: torch.dtype | None) -
     setattr(decoder, layers_name, layers)
     scales = {name: float(getattr(decoder, name)) for name in _SCALES if name in vars(decoder)}
     norm = getattr(decoder, norm_name)
-    last = (norm,) if head is None else (norm, head)
+    last = tuple(module for module in (norm, head, value_head_of(root)) if module is not None)
     tree = _Tree(decoder, layers, norm_name, norm, scales, (embedding,), last, Skip())
     total = num_stages(layout)
     ranges = stage_layers(layout, len(layers))
@@ -185,6 +193,8 @@ def cut_stages(root: PreTrainedModel, mesh: Mesh, compute: torch.dtype | None) -
         tree.norm, tree.last = tree.skip, ()
         setattr(decoder, norm_name, tree.skip)
         root.set_output_embeddings(None)  # type: ignore[arg-type]
+        if value_head_of(root) is not None:
+            setattr(root, VALUE_HEAD, None)
     if not has_first:
         tree.first = ()
         if not (is_tied and has_last):
@@ -232,8 +242,8 @@ def _places(root: PreTrainedModel, decoder: nn.Module) -> tuple[str, str, str]:
             "Use tp or dp_shard."
         )
     known = {id(p) for name in names for p in getattr(decoder, name).parameters()}
-    head = root.get_output_embeddings()
-    known |= {id(p) for p in head.parameters()} if head is not None else set()
+    for head in (root.get_output_embeddings(), value_head_of(root)):
+        known |= {id(p) for p in head.parameters()} if head is not None else set()
     elsewhere = [name for name, parameter in root.named_parameters() if id(parameter) not in known]
     if elsewhere:
         raise PlanError(

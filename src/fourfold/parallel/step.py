@@ -15,7 +15,7 @@ from fourfold.dataset.batch import IGNORE_INDEX, Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.gradients import GradientSync, NoSync
-from fourfold.parallel.loss import Outputs, at_temperature, document_logps, score_tokens
+from fourfold.parallel.loss import Outputs, at_temperature, document_logps, document_values, score_tokens
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
@@ -189,6 +189,13 @@ class Step:
         """See `Scorer`."""
         with self.reference() if reference else nullcontext():
             return self._ask(batches, document_logps)
+
+    def document_values(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """For each micro-batch the values at its documents' last tokens, [D] fp32 on the host, no gradient.
+
+        All ranks must call, with equally many micro-batches; the model has a value head.
+        """
+        return self._ask(batches, document_values)
 
     def _ask(self, batches: Sequence[Batch], read: Callable[[Outputs, Batch], Tensor]) -> list[Tensor]:
         """What is read from the outputs of each micro-batch, on the host of every rank."""

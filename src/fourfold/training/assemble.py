@@ -27,6 +27,7 @@ from fourfold.models.parameters import describe_parameters
 from fourfold.models.renderer import load_renderer
 from fourfold.models.stream import Stream
 from fourfold.models.unwrap import TunedModel, base_model
+from fourfold.models.value_head import add_value_head, learns_level, reads_logits, reads_values
 from fourfold.objectives.interface import Objective
 from fourfold.parallel.apply import Parallelized, no_weights
 from fourfold.parallel.mesh import Mesh
@@ -260,7 +261,24 @@ def _load_module(
             "moe_aux_loss_coef: this %s model has no experts to balance, so it has no effect. Remove it.",
             model.config.model_type,
         )
-    module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
+    stage = run.training.stage
+    module = attach(
+        model,
+        run.model,
+        run.tuning,
+        trainable=True,
+        master_dtype=precision.master,
+        reads_logits=reads_logits(stage),
+    )
+    if reads_values(stage):
+        add_value_head(
+            module,
+            run.model,
+            seed=run.training.seed,
+            dtype=precision.master or precision.load,
+            trains_bias=learns_level(stage),
+            required=stage == "rm" and not run.training.do_train,
+        )
     log.info(describe_parameters(module))
     return module, stream
 

@@ -25,12 +25,14 @@ from fourfold.checkpoint.sharded import take_snapshot
 from fourfold.config.schema import Run
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.unwrap import TunedModel
+from fourfold.models.value_head import gather_value_head, write_value_head
 from fourfold.models.weights import gather_weights, save_frame, save_model
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import everyone, parts_of
 from fourfold.planning.layout import Layout
 from fourfold.training.background import Background
+from fourfold.training.schedule import restore_schedule
 from fourfold.training.state import TrainState
 
 log = get_logger(__name__)
@@ -131,6 +133,7 @@ class Checkpointer:
             self.shares,
             copied=self.background is not None,
         )
+        values = gather_value_head(self.module, self.shares)
         group = self.host_group
         # what goes on changing while it is written
         state, schedule = copy.deepcopy(self.state), self._schedule()
@@ -138,6 +141,7 @@ class Checkpointer:
         def write_rest(folder: Path) -> None:
             assert isinstance(self.module, PreTrainedModel)
             save_frame(self.module, folder, self.tokenizer)
+            write_value_head(values, folder)
             state.save(folder, self.facts, self.settings)
             if not self.only_model:
                 (folder / _SCHEDULE).write_text(schedule, encoding="utf-8")
@@ -215,22 +219,10 @@ class Checkpointer:
         load_weights(self.module, folder, self.shares)
         load_optimizer(self.optimizer, self.module, folder, self.shares)
         schedule = json.loads((folder / _SCHEDULE).read_text(encoding="utf-8"))
-        self._restore_schedule(schedule["scheduler"])
+        restore_schedule(self.scheduler, schedule["scheduler"])
         if self.scaler is not None and "scaler" in schedule:
             self.scaler.load_state_dict(schedule["scaler"])
         log.info("Resumed from %s, step %d", folder, self.state.step)
-
-    def _restore_schedule(self, state: dict[str, Any]) -> None:
-        """Put the schedule's position back. Its rates are this run's: its length or height may have been changed."""
-        scheduler = self.scheduler
-        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            scheduler.load_state_dict(state)
-            return
-        scheduler.load_state_dict({**state, "base_lrs": scheduler.base_lrs})
-        for group, base, share in zip(
-            scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = base * share(scheduler.last_epoch)
 
 
 def _drop(value: object) -> None:

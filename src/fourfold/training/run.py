@@ -38,6 +38,7 @@ from fourfold.training.machines import Choice, agree, choose, machines_of
 from fourfold.training.predict import generate_predictions
 from fourfold.training.ranks import RankFacts, compare_ranks
 from fourfold.training.reference import add_reference
+from fourfold.training.score import score_pairs
 
 log = get_logger(__name__)
 
@@ -134,6 +135,8 @@ def _evaluate(parts: Parts) -> dict[str, Any]:
     training = parts.run.training
     splits: list[Split] = [*(["eval"] if training.do_eval else []), *(["predict"] if training.do_predict else [])]
     answered = generate_predictions(parts) if training.predict_with_generate and splits else {}
+    if training.stage == "rm" and training.do_predict:
+        score_pairs(parts)
     results: dict[str, Any] = {}
     for split in splits:
         figures = parts.evaluator().run(split)
@@ -154,7 +157,7 @@ def _place_of_reference(parts: Parts) -> Place:
 
 
 def _what_next(parts: Parts) -> str:
-    """Where the result is, and the command that talks to it."""
+    """Where the result is, and the command that uses it."""
     run, trained = parts.run, str(parts.output_dir)
     keys = {"model_name_or_path": run.model.model_name_or_path or "", "template": parts.renderer.template.name}
     kind = "Model"
@@ -165,6 +168,8 @@ def _what_next(parts: Parts) -> str:
     else:
         keys["model_name_or_path"] = trained
     words = " ".join(f"{key}={shlex.quote(value)}" for key, value in keys.items())
+    if run.training.stage == "rm":
+        return f"{kind} saved in {trained}. To score with it: fourfold train stage=rm do_predict=true {words} ..."
     return f"{kind} saved in {trained}. To talk to it: fourfold chat {words}"
 
 

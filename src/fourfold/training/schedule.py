@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -81,6 +83,24 @@ def make_scheduler(
             f"lr_scheduler_kwargs: {given} does not go with lr_scheduler_type: {training.lr_scheduler_type} ({error}). "
             "Correct or remove it."
         ) from error
+
+
+_OF_GROUPS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "_init_lrs", "_last_lr")
+"""Entries of a schedule's state that are lists of one entry for each group of parameters."""
+
+
+def restore_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, state: Mapping[str, Any]) -> None:
+    """Put a schedule's position back, after its optimizer's state.
+
+    Its rates are this run's, since its length or height may have been changed; and this rank may have other groups of
+    parameters than the one whose `state` it is (stages of a pipeline need not have all).
+    """
+    groups = scheduler.optimizer.param_groups
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * share(state["last_epoch"])
+    own = {**scheduler.state_dict(), "_last_lr": [group["lr"] for group in groups]}
+    scheduler.load_state_dict({**state, **{key: own[key] for key in _OF_GROUPS if key in state}})
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def test_obstacles_when_nothing_is_asked_are_the_missing_experts(shape_of: Calla
         (Job(tuning="freeze"), {}, {"pp", "ep"}),
         (Job(), {"use_dora": True}, {"tp", "ep"}),
         (Job(), {"pissa_init": True}, {"tp", "dp_shard", "pp", "ep"}),
-        (Job(), {"stage": "dpo"}, {"pp", "cp", "ep"}),
+        (Job(), {"stage": "dpo"}, {"ep"}),
     ],
 )
 def test_obstacles_when_keys_need_whole_things_are_named(

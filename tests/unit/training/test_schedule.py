@@ -7,7 +7,7 @@ import torch
 
 from fourfold.base.errors import ConfigError
 from fourfold.config.load import load
-from fourfold.training.schedule import Cadence, cadence, make_scheduler, plan_steps
+from fourfold.training.schedule import FOLLOW_METRIC, Cadence, cadence, make_scheduler, plan_steps, restore_schedule
 
 
 def _rates(**keys: object) -> tuple[int, list[float]]:
@@ -76,3 +76,37 @@ def test_cadence_when_share_of_the_run_counts_steps() -> None:
 def test_make_scheduler_when_it_does_not_take_a_setting_says_which() -> None:
     with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs: \{'pow': 2\} does not go with .*: polynomial"):
         _rates(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"pow": 2})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lr_scheduler_type": "cosine"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+        {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1},
+    ],
+)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 2)])
+def test_schedule_when_put_back_with_other_groups_goes_on(keys: dict[str, object], before: int, after: int) -> None:
+    training = load({**keys, "learning_rate": 1e-3, "max_steps": 10, "val_size": 0.1, "dataset": "x"}).training
+    budget = plan_steps(training, 591)
+    follows = training.lr_scheduler_type in FOLLOW_METRIC
+
+    def make(count: int) -> torch.optim.lr_scheduler.LRScheduler:
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(count)]
+        return make_scheduler(training, torch.optim.SGD(groups, lr=training.learning_rate), budget)
+
+    def take(scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> list[float]:
+        rates = []
+        for _ in range(steps):
+            scheduler.optimizer.step()
+            scheduler.step(1.0) if follows else scheduler.step()  # type: ignore[arg-type]
+            rates += [group["lr"] for group in scheduler.optimizer.param_groups[:1]]
+        return rates
+
+    first, second = make(before), make(after)
+    take(first, 4)
+    second.optimizer.param_groups[0]["lr"] = first.optimizer.param_groups[0]["lr"]  # as load_optimizer does
+    restore_schedule(second, first.state_dict())
+    assert second.get_last_lr() == [group["lr"] for group in second.optimizer.param_groups]
+    assert take(second, 6) == take(first, 6)
