@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fourfold.base.errors import ConfigError
+from fourfold.base.errors import ConfigError, ModelError
 from tiny_models import save_tiny_model
 from training_runs import losses, run, write_dataset
 
@@ -203,3 +203,105 @@ def test_grpo_when_rewards_are_shuffled_learns_nothing(
         rises.append(_rise(tmp_path / str(seed)))
     assert max(rises) < 0.3
     assert sum(rises) / 3 < 0.2
+
+
+_PPO: dict[str, Any] = {
+    "stage": "ppo",
+    "finetuning_type": "full",
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.0,
+    "max_new_tokens": 20,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "max_steps": 3,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"finetuning_type": "lora", "ppo_buffer_size": 2, "ppo_epochs": 2},
+        {"ppo_score_norm": True, "ppo_whiten_rewards": True},
+    ],
+)
+def test_ppo_when_it_runs_logs_what_it_did(
+    keys: dict[str, Any], tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
+) -> None:
+    run(tiny_llama, tiny_data, tmp_path, **{**_PPO, "reward_funcs": f"{rewards}:short", "max_new_tokens": 8, **keys})
+    for figure in ("reward", "kl", "kl_weight", "policy", "value", "values", "clip_fraction", "entropy", "approx_kl"):
+        assert len(losses(tmp_path, figure)) == 3
+        assert all(map(math.isfinite, losses(tmp_path, figure))), figure
+    assert losses(tmp_path, "kl")[0] == pytest.approx(0, abs=1e-5)
+    assert losses(tmp_path, "kl_weight")[:2] == [
+        0.2,
+        pytest.approx(0.2 * (1 - 0.2 * 8 * keys.get("ppo_buffer_size", 1) / 10000)),
+    ]
+
+
+def test_ppo_when_layouts_differ_makes_the_same_rollouts_and_losses(
+    tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
+) -> None:
+    keys = {**_PPO, "reward_funcs": f"{rewards}:short", "max_new_tokens": 8, "global_batch_size": 8, "max_steps": 2}
+    run(tiny_llama, tiny_data, tmp_path / "one", **keys)
+    for name, layout in {"fsdp": {"strategy": "fsdp"}, "tp": {"strategy": "tp"}, "pp": {"strategy": "pp"}}.items():
+        run(tiny_llama, tiny_data, tmp_path / name, **keys, nproc=2, **layout)
+        assert losses(tmp_path / name, "reward") == losses(tmp_path / "one", "reward")
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+def test_ppo_when_resumed_goes_on_as_if_it_had_not_stopped(
+    tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
+) -> None:
+    keys = {**_PPO, "reward_funcs": f"{rewards}:short", "max_new_tokens": 8, "max_steps": 4}
+    keys |= {"save_strategy": "steps", "save_steps": 2, "ppo_score_norm": True}
+    run(tiny_llama, tiny_data, tmp_path / "whole", **keys)
+    run(tiny_llama, tiny_data, tmp_path / "cut", **keys)
+    again = str(tmp_path / "cut" / "checkpoint-2")
+    run(tiny_llama, tiny_data, tmp_path / "cut", **keys, resume_from_checkpoint=again)
+    for figure in ("loss", "reward", "kl_weight", "value"):
+        assert losses(tmp_path / "cut", figure)[-2:] == losses(tmp_path / "whole", figure)[-2:]
+
+
+_PPO_LEARN = {**_PPO, "learning_rate": 3e-4, "max_steps": 40, "per_device_train_batch_size": 16}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_ppo_when_short_answers_are_rewarded_learns_to_be_brief(
+    seed: int, talker: tuple[Path, Path], tmp_path: Path, rewards: Path
+) -> None:
+    model, data = talker
+    run(model, data, tmp_path, **{**_PPO_LEARN, "reward_funcs": f"{rewards}:brief", "seed": seed})
+    assert losses(tmp_path, "reward")[0] < 0.5
+    assert _rise(tmp_path) > 0.4
+
+
+def test_ppo_when_rewards_are_shuffled_learns_nothing(talker: tuple[Path, Path], tmp_path: Path, rewards: Path) -> None:
+    model, data = talker
+    rises = []
+    for seed in (1, 2, 3):
+        keys = {**_PPO_LEARN, "reward_funcs": f"{rewards}:shuffled", "seed": seed}
+        run(model, data, tmp_path / str(seed), **keys)
+        rises.append(_rise(tmp_path / str(seed)))
+    assert max(rises) < 0.35
+    assert sum(rises) / 3 < 0.2
+
+
+def test_ppo_when_a_reward_model_judges_asks_it(tiny_llama: Path, tiny_data: Path, tmp_path: Path) -> None:
+    judge: dict[str, Any] = {"stage": "rm", "dataset": "tiny_pairs", "max_steps": 2, "save_strategy": "no"}
+    run(tiny_llama, tiny_data, tmp_path / "judge", **judge)
+    keys = {**_PPO, "max_new_tokens": 8, "finetuning_type": "lora", "reward_model": str(tmp_path / "judge")}
+    run(tiny_llama, tiny_data, tmp_path / "out", **keys)
+    assert losses(tmp_path / "out", "rewards/reward_model") == losses(tmp_path / "out", "reward")
+    assert losses(tmp_path / "out", "reward_std")[0] > 0
+    with pytest.raises(ModelError, match="value_head"):
+        run(
+            tiny_llama,
+            tiny_data,
+            tmp_path / "none",
+            **{**keys, "reward_model": str(tiny_llama), "reward_model_type": "full"},
+        )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fourfold.base.log import get_logger
+from fourfold.config.schema import Run
 from fourfold.dataset.collate import filler
 from fourfold.losses.advantages import KlController
 from fourfold.losses.token import TokenLoss
+from fourfold.models.scorer import RewardScorer
 from fourfold.parallel.step import Step
 from fourfold.rewards.build import build_rewards
 from fourfold.rewards.table import RewardTable
@@ -74,9 +78,32 @@ def _ppo_practice(parts: Parts, step: Step) -> PpoPractice:
     )
 
 
+class _LateScorer:
+    """A reward model that is loaded whole by the rank that asks it, when it does."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._found: RewardScorer | None = None
+
+    def __call__(self, token_ids: Sequence[Sequence[int]]) -> list[float]:
+        if self._found is None:
+            run, parts = reward_run(self._parts.run), self._parts
+            dtype = parts.built.precision.compute
+            self._found = RewardScorer.load(run, parts.mesh.device, tokenizer=parts.tokenizer, dtype=dtype)
+        return self._found.score(token_ids)
+
+
+def reward_run(run: Run) -> Run:
+    """The run as if its reward model were the one that it loads: adapters on the same base, or a model of its own."""
+    keys = run.preference
+    name, bits = keys.reward_model or "", keys.reward_model_quantization_bit
+    if keys.reward_model_type == "lora":
+        return frozen_run(run, run.model.model_name_or_path or "", name, bits or run.model.quantization_bit)
+    return frozen_run(run, name, keys.reward_model_adapters, bits)
+
+
 def _rewards(parts: Parts) -> RewardTable:
-    """The run's rewards; a reward model is loaded whole by the rank that asks it."""
-    return build_rewards(parts.run, None)
+    return build_rewards(parts.run, _LateScorer(parts))
 
 
 def reference_of(parts: Parts, step: Step) -> tuple[Step, bool]:
