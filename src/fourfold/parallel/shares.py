@@ -101,8 +101,13 @@ class Shares:
         """Complete the gradients that are partial sums; once a step, after its last backward pass."""
         waiting: dict[tuple[dist.ProcessGroup, torch.dtype], list[Tensor]] = {}
         for _, parameter, share in self.named(root):
-            if share is None or share.sum_over is None or parameter.grad is None:
+            if share is None or share.sum_over is None:
                 continue
+            if parameter.grad is None:
+                if share.stages == 1 or not parameter.requires_grad:
+                    continue
+                # a loss that reads no logits gives the last stage's copy of a tied embedding none, but the first's one
+                parameter.grad = torch.zeros_like(parameter)
             grad = local(parameter.grad)
             waiting.setdefault((share.sum_over, grad.dtype), []).append(grad)
         for (group, _), grads in waiting.items():
