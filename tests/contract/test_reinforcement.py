@@ -267,7 +267,7 @@ def test_ppo_when_resumed_goes_on_as_if_it_had_not_stopped(
         assert losses(tmp_path / "cut", figure)[-2:] == losses(tmp_path / "whole", figure)[-2:]
 
 
-_PPO_LEARN = {**_PPO, "learning_rate": 3e-4, "max_steps": 40, "per_device_train_batch_size": 16}
+_PPO_LEARN = {**_PPO, "max_steps": 30, "per_device_train_batch_size": 40}
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
