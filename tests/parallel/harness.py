@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from case_teacher import make_teacher
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
@@ -23,6 +24,7 @@ from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.documents import reference_name
 from fourfold.losses.kto import KtoSettings
 from fourfold.losses.preference import PreferenceKind, PreferenceSettings
+from fourfold.losses.teacher import KdSettings
 from fourfold.losses.token import TokenLoss
 from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel
@@ -34,6 +36,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.models.value_head import freeze_head, new_value_head
 from fourfold.objectives.dpo import PreferenceObjective
 from fourfold.objectives.grpo import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, ROLLOUTS, GroupPolicyObjective
+from fourfold.objectives.kd import DistillationObjective
 from fourfold.objectives.kto import KtoObjective
 from fourfold.objectives.rm import RewardObjective
 from fourfold.parallel import host_adamw
@@ -70,9 +73,10 @@ class Case:
         recompute: what the backward pass computes again.
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
-        stage: sft leaves the first third of a sample out of the loss, pt trains on all of it; rm, dpo and
-            kto have two answers to each prompt.
+        stage: sft and kd leave the first third of a sample out of the loss, pt trains on all of it; rm, dpo and kto
+            have two answers to each prompt.
         pref_loss: of stage dpo.
+        kd: settings of stage kd.
         offload_activations: move what the backward pass needs to the host.
         scaled: scale the loss as under fp16; in fp32 powers of two change nothing.
     """
@@ -90,6 +94,7 @@ class Case:
     longest: int = 24
     stage: str = "sft"
     pref_loss: PreferenceKind = "sigmoid"
+    kd: KdSettings = field(default_factory=KdSettings)
     offload_activations: bool = False
     scaled: bool = False
 
@@ -192,7 +197,8 @@ def objective_of(case: Case) -> LossFunction:
         return GroupPolicyObjective(clip_high=0.28, sequence_level=gspo, kl_weight=0.05, temperature=0.9)
     if case.stage == "rm":
         return RewardObjective(case.router)
-    return TokenLoss(router_coefficient=case.router)
+    labels = TokenLoss(router_coefficient=case.router)
+    return DistillationObjective(case.kd, labels) if case.stage == "kd" else labels
 
 
 def _rollout(ids: list[int], index: int) -> Sample:
@@ -236,7 +242,7 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
             elif stage == "grpo":
                 samples.append(_rollout(ids, index))
             else:
-                prompt = length // 3 if stage == "sft" else 0
+                prompt = 0 if stage == "pt" else length // 3
                 samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))
             index += 1
         steps.append(samples)
@@ -287,6 +293,7 @@ def train(
         staged=split.staged(model),
         module=module,
         reference=partial(without_adapters, module),
+        teacher=make_teacher(case, mesh, inner.config.vocab_size) if case.stage == "kd" else None,
     )
     if ask is not None:
         ask(step, policy)

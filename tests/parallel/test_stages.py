@@ -10,11 +10,12 @@ from cells import LAYOUTS
 from harness import Case, Curve, make_steps, run_ranks, train
 
 from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.losses.teacher import KdSettings
 from fourfold.parallel.mesh import build_mesh, single
 from fourfold.parallel.step import Step
 from fourfold.training.rollouts import answer_values
 
-STAGES = ("dpo", "kto", "grpo", "rm")
+STAGES = ("dpo", "kto", "grpo", "rm", "kd")
 TUNINGS = ("full", "lora", "qlora")
 _GRID = pytest.mark.grid
 _LAYOUTS = (
@@ -29,6 +30,11 @@ _SHAPE = {
     "head_dim": 32,
     "initializer_range": 0.04,
 }
+_KD = (
+    KdSettings("forward_kl", temperature=2.0, alpha=0.7),
+    KdSettings("reverse_kl", alpha=1.0),
+    KdSettings("jsd", beta=0.3, alpha=0.5),
+)
 _CPU = torch.device("cpu")
 
 
@@ -39,6 +45,7 @@ def _case(stage: str, tuning: str, number: int, layers: int = 2, pref_loss: str 
         packed=number % 3 > 0,
         stage=stage,
         pref_loss=pref_loss,  # type: ignore[arg-type]
+        kd=_KD[number % 3],
         overrides=(*_SHAPE.items(), ("num_hidden_layers", layers)),
     )
 

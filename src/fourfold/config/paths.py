@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fourfold.base.errors import ConfigError
@@ -12,6 +12,8 @@ from fourfold.config.schema import Run
 
 MODEL = "model_name_or_path"
 ADAPTER = "adapter_name_or_path"
+TEACHER = "teacher_model"
+TEACHER_ADAPTER = "teacher_model_adapters"
 
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
@@ -27,14 +29,25 @@ def check_paths(run: Run, verb: Verb) -> None:
     Raises:
         ConfigError: with every problem.
     """
-    problems = [*_model_problems(run, verb), *_adapter_problems(run)]
+    model, preference = run.model, run.preference
+    problems = [
+        *_model_problems(model.model_name_or_path, MODEL, ADAPTER, verb),
+        *_adapter_problems(model.adapter_name_or_path, ADAPTER, model.adapter_folder or ""),
+    ]
+    if verb not in ("data", "chat", "export"):
+        problems += _model_problems(preference.teacher_model, TEACHER, TEACHER_ADAPTER, verb)
+        problems += _adapter_problems(preference.teacher_model_adapters, TEACHER_ADAPTER, "")
     if problems:
         raise ConfigError(problems)
 
 
 def names_hub(run: Run) -> bool:
-    """Whether the model or an adapter is to come from a hub."""
-    named = (run.model.model_name_or_path, *run.model.adapter_name_or_path)
+    """Whether the model, the teacher or an adapter is to come from a hub."""
+    preference = run.preference
+    named = (
+        *(run.model.model_name_or_path, *run.model.adapter_name_or_path),
+        *(preference.teacher_model, *preference.teacher_model_adapters),
+    )
     return any(name and not Path(name).expanduser().exists() for name in named)
 
 
@@ -52,29 +65,28 @@ def missing(name: str, key: str) -> str | None:
     return f"{key}: there is no {kind} {name}{where}. Give a path that exists{hint}."
 
 
-def _model_problems(run: Run, verb: Verb) -> Iterator[str]:
-    name = run.model.model_name_or_path
+def _model_problems(name: str | None, key: str, adapter_key: str, verb: Verb) -> Iterator[str]:
     if not name:
         return
     path = Path(name).expanduser()
-    if problem := missing(name, MODEL):
+    if problem := missing(name, key):
         yield problem
     elif path.is_file() and not is_gguf(name):
-        yield f"{MODEL}: {name} is a file, but not a .gguf file. Give the folder that holds the model's {_MODEL_FILE}."
+        yield f"{key}: {name} is a file, but not a .gguf file. Give the folder that holds the model's {_MODEL_FILE}."
     elif path.is_dir() and (path / _ADAPTER_FILE).exists() and not (path / _MODEL_FILE).exists():
         yield (
-            f"{MODEL}: {name} holds an adapter, not a model. Give it as {ADAPTER}, and the model that it was trained "
-            f"on as {MODEL}."
+            f"{key}: {name} holds an adapter, not a model. Give it as {adapter_key}, and the model that it was trained "
+            f"on as {key}."
         )
     elif path.is_dir() and verb != "data" and not (path / _MODEL_FILE).exists():
-        yield f"{MODEL}: {name} holds no {_MODEL_FILE}. Give the folder that does, or a .gguf file."
+        yield f"{key}: {name} holds no {_MODEL_FILE}. Give the folder that does, or a .gguf file."
 
 
-def _adapter_problems(run: Run) -> Iterator[str]:
-    for name in run.model.adapter_name_or_path:
+def _adapter_problems(names: Sequence[str], key: str, within: str) -> Iterator[str]:
+    for name in names:
         folder = Path(name).expanduser()
-        if problem := missing(name, ADAPTER):
+        if problem := missing(name, key):
             yield problem
-        elif folder.exists() and not (folder / (run.model.adapter_folder or "") / _ADAPTER_FILE).exists():
-            within = f" in {run.model.adapter_folder}" if run.model.adapter_folder else ""
-            yield f"{ADAPTER}: {name} holds no {_ADAPTER_FILE}{within}. Give the folder that an adapter was saved to."
+        elif folder.exists() and not (folder / within / _ADAPTER_FILE).exists():
+            where = f" in {within}" if within else ""
+            yield f"{key}: {name} holds no {_ADAPTER_FILE}{where}. Give the folder that an adapter was saved to."

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from fourfold.config.key import Section, key, later
+from fourfold.config.key import LocalPath, PathList, Section, key
 
-_STAGES = "the stages rm, dpo, kto and ppo"
-
-
-def _key(default: Any, help: str, **spec: Any) -> Any:
-    return later(default, help, _STAGES, **spec)
+_KD = "Distillation"
 
 
 class PreferenceConfig(Section):
-    """Losses on pairs and tags, the reference model, the reward model, PPO."""
+    """Losses on pairs and tags, the reference model, the reward model, PPO, the teacher."""
 
     title: ClassVar[str] = "Preference"
 
@@ -48,3 +44,25 @@ class PreferenceConfig(Section):
     ppo_score_norm: bool = key(False, "Normalise rewards.")
     ppo_target: float = key(6.0, "Target KL of the adaptive controller.", gt=0)
     ppo_whiten_rewards: bool = key(False, "Whiten rewards before advantages are computed.")
+
+    teacher_model: LocalPath | None = key(
+        None, "Stage kd: hub id, folder or .gguf file of the model that is learnt from.", group=_KD
+    )
+    teacher_model_adapters: PathList = key((), "Adapters of the teacher, comma-separated.", group=_KD)
+    teacher_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the teacher.", group=_KD)
+    kd_loss: Literal["forward_kl", "reverse_kl", "jsd"] = key(
+        "forward_kl",
+        "How far the student is from the teacher: KL(teacher, student), KL(student, teacher), or the generalised "
+        "Jensen-Shannon divergence between the two.",
+        group=_KD,
+    )
+    kd_beta: float = key(
+        0.5, "Of kd_loss: jsd, the teacher's share of the mixture; 0 is the forward KL, 1 the reverse one.",
+        group=_KD, ge=0, le=1,
+    )  # fmt: skip
+    kd_temperature: float = key(
+        1.0, "What the logits of both are divided by before they are compared.", group=_KD, gt=0
+    )
+    kd_alpha: float = key(
+        0.5, "Weight of the divergence; the cross entropy of the labels has the rest of 1.", group=_KD, gt=0, le=1
+    )

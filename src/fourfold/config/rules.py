@@ -13,10 +13,14 @@ from fourfold.config import reward_rules
 from fourfold.config.device import gpu_visible
 from fourfold.config.key import Status
 from fourfold.config.schema import Run, table
+from fourfold.config.second import distillation_problems, needs_teacher
 
 Verb = Literal["train", "plan", "rehearse", "chat", "export", "data"]
 
 Rule = Callable[[Run], Iterator[str]]
+
+_CHAT_STAGES = ("sft", "kd")
+"""Stages that train on the answers of chats."""
 
 
 def check(run: Run, verb: Verb) -> None:
@@ -64,9 +68,9 @@ def _async_is_sharded(run: Run) -> Iterator[str]:
 
 def _packing_stage(run: Run) -> Iterator[str]:
     stage = run.training.stage
-    if run.data.packing and stage not in ("pt", "sft"):
+    if run.data.packing and stage not in ("pt", *_CHAT_STAGES):
         name = "neat_packing" if run.data.neat_packing else "packing"
-        yield f"{name}: true works with stage pt or sft only, but stage is {stage}. Remove {name}."
+        yield f"{name}: true works with stage pt, sft or kd only, but stage is {stage}. Remove {name}."
     if run.data.neat_packing and run.source.get("packing") is False:
         yield "neat_packing: true packs, but packing is false. Remove one of the two."
 
@@ -74,8 +78,8 @@ def _packing_stage(run: Run) -> Iterator[str]:
 def _prompt_training(run: Run) -> Iterator[str]:
     stage = run.training.stage
     for name in ("train_on_prompt", "mask_history"):
-        if getattr(run.data, name) and stage != "sft":
-            yield f"{name}: true works with stage sft only, but stage is {stage}. Remove {name}."
+        if getattr(run.data, name) and stage not in _CHAT_STAGES:
+            yield f"{name}: true works with stage sft or kd only, but stage is {stage}. Remove {name}."
     if run.data.train_on_prompt and run.data.mask_history:
         yield "mask_history: true and train_on_prompt: true contradict each other. Keep one of them."
 
@@ -84,7 +88,7 @@ def _generated_answers(run: Run) -> Iterator[str]:
     training = run.training
     if not training.predict_with_generate:
         return
-    if training.stage != "sft":
+    if training.stage not in _CHAT_STAGES:
         yield (
             f"predict_with_generate: true answers prompts, which stage {training.stage} does not have. Remove it, or "
             "use stage sft."
@@ -361,6 +365,7 @@ _CONTRADICTIONS: tuple[Rule, ...] = (
     _async_is_sharded,
     _prompt_training,
     _generated_answers,
+    distillation_problems,
     _streaming,
     _evaluation_sets,
     _mixing,
@@ -382,6 +387,7 @@ _CONTRADICTIONS: tuple[Rule, ...] = (
 _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
     "train": (
         _needs_model,
+        needs_teacher,
         _needs_output,
         _has_work,
         _needs_dataset,
@@ -392,8 +398,8 @@ _REQUIREMENTS: dict[Verb, tuple[Rule, ...]] = {
         reward_rules.needs_reward,
         _later_losses,
     ),
-    "plan": (_needs_model,),
-    "rehearse": (_needs_model,),
+    "plan": (_needs_model, needs_teacher),
+    "rehearse": (_needs_model, needs_teacher),
     "data": (_needs_model, _needs_any_dataset),
     "chat": (_needs_model, _engine_exists),
     "export": (_needs_model, _needs_export_dir),

@@ -147,5 +147,9 @@ class Batch:
             document_ids=self.document_ids.to(device, non_blocking=True),
             cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
             numbers={name: tensor.to(device, non_blocking=True) for name, tensor in self.numbers.items()},
-            extras={name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()},
+            extras=self.extras_on(device),
         )
+
+    def extras_on(self, device: torch.device) -> dict[str, Tensor]:
+        """The further tensors on `device`."""
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}

@@ -19,6 +19,7 @@ ROW_KINDS: Mapping[str, RowKind] = {
     "kto": "kto",
     "ppo": "prompt",
     "grpo": "prompt",
+    "kd": "chat",
 }
 """Stage -> what its rows are."""
 

@@ -167,6 +167,11 @@ class StepModel:
         finally:
             inner.set_output_embeddings(own)
 
+    @property
+    def has_plain_head(self) -> bool:
+        """Whether its outputs are hidden states and a head; they are logits otherwise."""
+        return self._head is not None
+
     def _boundaries(self, batch: Batch) -> dict[str, object]:
         """What attention is told of the documents."""
         if self.context is not None:

@@ -92,16 +92,21 @@ def parallelize(
     *,
     compute: torch.dtype | None,
     fill: Callable[[Shares], None] = no_weights,
+    vocabulary: int | None = None,
 ) -> Parallelized:
     """Split a model, in place: pipeline stages, experts, matrices, then data parallelism around what is left.
+
+    A model of which nothing is trained has no gradients to exchange, and is never run backwards.
 
     Args:
         root: the module whose forward pass is called.
         blocks: its decoder layers.
         compute: dtype of the computation where it differs from that of the parameters (mixed precision by FSDP).
         fill: reads the weights of a model that has none yet, once this rank's parts of them are cut out.
+        vocabulary: cut a shared vocabulary as if it had so many tokens; see `share_tensors`.
     """
     layout = mesh.layout
+    is_frozen = not any(parameter.requires_grad for parameter in root.parameters())
     if layout.ep > 1:
         check_experts(root, layout.ep)
     load = ExpertLoad(root)
@@ -126,27 +131,48 @@ def parallelize(
         experts = split_experts(root, mesh, shares)
         log.info("Cut the experts of %d layers over %d ranks", len(experts), layout.ep)
     if layout.tp > 1:
-        split = _share_tensors(split, [blocks] if cut is None else [part.blocks() for part in cut.parts], mesh)
+        runs = [blocks] if cut is None else [part.blocks() for part in cut.parts]
+        split = _share_tensors(split, runs, mesh, vocabulary)
+    if is_frozen and layout.shards > 1:
+        blocks = [*_embedding_alone(root), *blocks]
     if cut is not None:
         shard_stages = partial(_shard, root, blocks, mesh, 1, compute, experts)
-        return _with_pipeline(split, root, mesh, cut, shard_stages, partial(fill, shares))
+        return _with_pipeline(split, root, mesh, cut, shard_stages, partial(fill, shares), is_frozen=is_frozen)
     if layout.shards > 1:
         sharded = _shard(root, blocks, mesh, layout.zero, compute, experts)
         fill(shares)
         return replace(split, sync=FsdpSync(sharded, layout.zero), autocast=nullcontext)
     fill(shares)
-    if layout.dp_replicate * layout.cp > 1:
+    if layout.dp_replicate * layout.cp > 1 and not is_frozen:
         wrapped = replicate(root, mesh.group(("dp_replicate", "cp")))
         log.info("Replicated by DDP over %d ranks", layout.dp_replicate * layout.cp)
         return replace(split, runner=wrapped, sync=DdpSync(wrapped))
     return split
 
 
-def _share_tensors(split: Parallelized, runs: Sequence[Sequence[nn.Module]], mesh: Mesh) -> Parallelized:
+def _embedding_alone(root: PreTrainedModel) -> list[nn.Module]:
+    """The embedding, where it can be a unit of its own: a loss needs the head for long after the forward pass."""
+    embedding, head = root.get_input_embeddings(), root.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or getattr(head, "weight", None) is embedding.weight:
+        return []
+    return [embedding]
+
+
+def _share_tensors(
+    split: Parallelized, runs: Sequence[Sequence[nn.Module]], mesh: Mesh, vocabulary: int | None
+) -> Parallelized:
     layout, root = mesh.layout, split.runner
     assert isinstance(root, PreTrainedModel)
     sequence = layout.sequence_parallel
-    tensors = share_tensors(root, runs, mesh.view(("tp",)), split.shares, sequence=sequence, loss=layout.loss_parallel)
+    tensors = share_tensors(
+        root,
+        runs,
+        mesh.view(("tp",)),
+        split.shares,
+        sequence=sequence,
+        loss=layout.loss_parallel,
+        vocabulary=vocabulary,
+    )
     log.info("Matrices shared by %d ranks%s", layout.tp, ", positions between them, too" if sequence else "")
     return replace(
         split,
@@ -199,10 +225,12 @@ def _with_pipeline(
     cut: StageCut,
     shard_stages: Callable[[], FSDPModule],
     fill: Callable[[], None],
+    *,
+    is_frozen: bool,
 ) -> Parallelized:
     """Data parallelism around the stages of a pipeline: gradients travel once a step, whatever the ZeRO stage."""
     layout = mesh.layout
-    if not any(parameter.requires_grad for parameter in root.parameters()):
+    if not is_frozen and not any(parameter.requires_grad for parameter in root.parameters()):
         layers = ", ".join(f"{part.layers.start} to {part.layers.stop - 1}" for part in cut.parts)
         raise PlanError(
             f"parallel.pp: nothing is trained in layers {layers}, and a stage of its own would only pass gradients on. "

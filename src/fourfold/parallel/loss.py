@@ -6,8 +6,9 @@ need them, in chunks, and never as one [S, vocabulary] tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ class Outputs:
 
     def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""
-        logits = self.head(hidden).float()
+        return self.score_logits(self.head(hidden).float(), targets, with_correct)
+
+    def score_logits(self, logits: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
+        """The same of the head's logits [N, own tokens] fp32."""
         share = self.vocabulary
         correct = torch.empty(0, dtype=torch.bool, device=targets.device)
         if with_correct:
@@ -78,46 +82,83 @@ class TokenScores:
     correct: Tensor | None
 
 
-Score = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-"""`Outputs.score`."""
+Score = Callable[..., tuple[Tensor, ...]]
+"""hidden [N, hidden size] and further tensors [N, ...] -> numbers [N, ...] of each position. The first are fp32 and may
+be differentiated, the others are only looked at."""
 
 
 class _FrozenHeadScores(torch.autograd.Function):
     """Scores under a head that is not trained, with the gradient made beside them, so that no logits are kept.
 
-    Each nll_i depends on its own hidden state h_i alone, so with g_i = dL/dnll_i:  dL/dh_i = g_i * dnll_i/dh_i.
+    Each first number s_i depends on its own hidden state h_i alone, so with g_i = dL/ds_i:  dL/dh_i = g_i * ds_i/dh_i.
     The second factor is found while the chunk's logits exist; the backward pass only multiplies.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        score: Score,
-        with_correct: bool,
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [N, hidden size], targets [N] -> nll [N] and correct [N], or empty."""
+        ctx: Any, hidden: Tensor, score: Score, chunk_tokens: int, *beside: Tensor
+    ) -> tuple[Tensor, ...]:
+        """hidden [N, hidden size], beside [N, ...] -> what `score` gives."""
         ctx.factor = _HALF_SCALE if hidden.dtype == torch.float16 else 1.0
-        pieces: list[tuple[Tensor, Tensor]] = []
+        pieces: list[tuple[Tensor, ...]] = []
         slopes: list[Tensor] = []
-        for chunk, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        for chunk, *others in _chunks(chunk_tokens, hidden, *beside):
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
-                nll, correct = score(leaf, wanted, with_correct)
-                slopes += torch.autograd.grad(nll.sum() * ctx.factor, leaf)
-            pieces.append((nll.detach(), correct))
+                found = score(leaf, *others)
+                slopes += torch.autograd.grad(found[0].sum() * ctx.factor, leaf)
+            pieces.append(tuple(piece.detach() for piece in found))
         ctx.save_for_backward(torch.cat(slopes))
-        nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
-        ctx.mark_non_differentiable(correct)
-        return nll, correct
+        first, *rest = map(torch.cat, zip(*pieces, strict=True))
+        ctx.mark_non_differentiable(*rest)
+        return first, *rest
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """grad [N]."""
         (slopes,) = ctx.saved_tensors
-        return ((grad / ctx.factor)[:, None] * slopes).to(slopes.dtype), None, None, None, None
+        found = ((grad / ctx.factor)[:, None] * slopes).to(slopes.dtype)
+        return found, *(None for _ in ctx.needs_input_grad[1:])
+
+
+def _chunks(chunk_tokens: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [N, ...], at most so many positions at a time."""
+    return zip(*(tensor.split(chunk_tokens) for tensor in tensors), strict=True)
+
+
+def default_chunk(device: torch.device) -> int:
+    """Positions whose logits exist at one time on a device."""
+    return _CPU_CHUNK_TOKENS if device.type == "cpu" else CHUNK_TOKENS
+
+
+def trained_positions(targets: Tensor) -> Tensor:
+    """[N] int64: where targets [B, S] are trained, as indices into [B * S]."""
+    return torch.nonzero(targets.reshape(-1) != IGNORE_INDEX).squeeze(-1)
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states [B, S, hidden size] at flat positions [N]: [N, hidden size]."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+
+
+def score_in_chunks(
+    score: Score, hidden: Tensor, *beside: Tensor, head_is_frozen: bool, chunk_tokens: int, keep_single: bool = False
+) -> tuple[Tensor, ...]:
+    """`score` of N positions, so many at a time. No logits are kept for the backward pass.
+
+    Args:
+        hidden: [N, hidden size]; no gradient reaches `beside`, [N, ...] each.
+        head_is_frozen: nothing that `score` uses is trained, so that the gradient can be made beside the scores;
+            otherwise each chunk is computed again in the backward pass.
+        keep_single: keep what belongs to the chunk where there is only one.
+    """
+    if head_is_frozen and hidden.requires_grad and len(hidden):
+        return _FrozenHeadScores.apply(hidden, score, chunk_tokens, *beside)  # type: ignore[return-value]
+    if not torch.is_grad_enabled() or (keep_single and len(hidden) <= chunk_tokens):
+        pieces = [score(*chunk) for chunk in _chunks(chunk_tokens, hidden, *beside)]
+    else:
+        pieces = [checkpoint(score, *chunk, use_reentrant=False) for chunk in _chunks(chunk_tokens, hidden, *beside)]
+    return tuple(map(torch.cat, zip(*pieces, strict=True)))
 
 
 def score_tokens(
@@ -134,22 +175,15 @@ def score_tokens(
         with_correct: also tell whether each target is the likeliest token.
         chunk_tokens: None for the device's own.
     """
-    if chunk_tokens is None:
-        chunk_tokens = _CPU_CHUNK_TOKENS if targets.device.type == "cpu" else CHUNK_TOKENS
-    flat_targets = targets.reshape(-1)
-    positions = torch.nonzero(flat_targets != IGNORE_INDEX).squeeze(-1)
-    hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions)
-    wanted = flat_targets.index_select(0, positions)
-    if outputs.head_is_frozen and hidden.requires_grad and positions.numel():
-        nll, correct = _FrozenHeadScores.apply(hidden, wanted, outputs.score, with_correct, chunk_tokens)  # type: ignore[misc]
-    elif positions.numel() <= chunk_tokens:
-        nll, correct = outputs.score(hidden, wanted, with_correct)
-    else:
-        pieces = [
-            checkpoint(outputs.score, h, t, with_correct, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk_tokens), wanted.split(chunk_tokens), strict=True)
-        ]
-        nll, correct = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
+    positions = trained_positions(targets)
+    nll, correct = score_in_chunks(
+        partial(outputs.score, with_correct=with_correct),
+        at_positions(outputs.hidden, positions),
+        targets.reshape(-1).index_select(0, positions),
+        head_is_frozen=outputs.head_is_frozen,
+        chunk_tokens=chunk_tokens or default_chunk(targets.device),
+        keep_single=True,
+    )
     return TokenScores(nll, positions, correct if with_correct else None)
 
 

@@ -15,10 +15,19 @@ from fourfold.dataset.batch import IGNORE_INDEX, Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.gradients import GradientSync, NoSync
-from fourfold.parallel.loss import Outputs, at_temperature, document_logps, document_values, score_tokens
+from fourfold.parallel.loss import (
+    Outputs,
+    at_positions,
+    at_temperature,
+    document_logps,
+    document_values,
+    score_tokens,
+    trained_positions,
+)
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
+from fourfold.parallel.teacher import Teacher, TeacherStates
 from fourfold.parallel.terms import LossTerms, Term
 
 
@@ -37,6 +46,13 @@ class Scorer(Protocol):
 
         Args:
             reference: under the model without its adapters.
+        """
+        ...
+
+    def teacher_states(self, batches: Sequence[Batch]) -> TeacherStates:
+        """What the run's second model makes of the micro-batches, no gradient.
+
+        All ranks must call, with equally many micro-batches.
         """
         ...
 
@@ -132,6 +148,7 @@ class Step:
         staged: runs the micro-batches through a pipeline instead of one after the other.
         module: the model, put into evaluation mode while it is only asked.
         reference: within it the model is its own reference: adapters do nothing.
+        teacher: the second model of a run that has one.
     """
 
     model: Callable[[Batch], Outputs]
@@ -148,6 +165,7 @@ class Step:
     staged: Staged | None = None
     module: nn.Module | None = None
     reference: Callable[[], AbstractContextManager[object]] = nullcontext
+    teacher: Teacher | None = None
 
     def forward_backward(
         self,
@@ -257,14 +275,40 @@ class Step:
         found = self._ask(placed, whole)
         return [_as_rows(value, batch) for value, batch in zip(found, batches, strict=True)]
 
-    def rest(self) -> None:
+    def rest(self, *, but_head: bool = False) -> None:
         """Leave weights as they are between steps: a pass without gradients may leave some gathered, and who lists
-        the parameters then (an optimizer that is built, say) would get the gathered ones."""
+        the parameters then (an optimizer that is built, say) would get the gathered ones.
+
+        Args:
+            but_head: leave gathered what is outside the layers.
+        """
         if self.module is None:
             return
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        units = [module for module in self.module.modules() if isinstance(module, FSDPModule)]
+        for module in units[1:] if but_head else units:
+            module.reshard()
+
+    def teacher_states(self, batches: Sequence[Batch]) -> TeacherStates:
+        """See `Scorer`."""
+        assert self.teacher is not None, "a run with a second model"
+        return self.teacher.states(batches)
+
+    @torch.no_grad()
+    def states(self, batches: Sequence[Batch]) -> TeacherStates:
+        """This model's own last hidden states; see `Scorer.teacher_states`."""
+        hidden: list[Tensor] = []
+        found = TeacherStates()
+
+        def read(outputs: Outputs, batch: Batch) -> Tensor:
+            nonlocal found
+            # Copied while the device goes on; what is copied back later is ordered after it.
+            states = at_positions(outputs.hidden, trained_positions(batch.targets))
+            hidden.append(states.to("cpu", non_blocking=True))
+            found = TeacherStates((), outputs.head, outputs.vocabulary)
+            return outputs.hidden.new_zeros(())
+
+        self._pass(batches, _ignore, read)
+        return replace(found, hidden=tuple(hidden))
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
@@ -305,13 +349,18 @@ class Step:
         before: Callable[[int], None],
         loss_of: Callable[[Outputs, Batch], Tensor],
     ) -> None:
-        on_device = [self.localize(batch).to(self.device) for batch in equalize(batches)]
+        local = [self.localize(batch) for batch in equalize(batches)]
+        # what an objective has put beside them may be large; it is moved when it is needed
+        on_device = [replace(batch, extras={}).to(self.device) for batch in local]
 
         def forward(part: Part, number: int, received: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             before(number)
             with self.autocast():
                 found = staged.model.stage(on_device[number], part, received)
-                return (loss_of(found, on_device[number]),) if isinstance(found, Outputs) else found
+                if not isinstance(found, Outputs):
+                    return found
+                extras = local[number].extras_on(self.device)
+                return (loss_of(found, replace(on_device[number], extras=extras)),)
 
         cut = staged.pipeline.cut
         wires = staged.model.wires(on_device[0], cut.hidden_size, cut.dtype)

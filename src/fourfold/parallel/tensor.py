@@ -56,6 +56,7 @@ def share_tensors(
     *,
     sequence: bool,
     loss: bool,
+    vocabulary: int | None = None,
 ) -> TensorSplit:
     """Keep this rank's part of every matrix, in place.
 
@@ -67,13 +68,15 @@ def share_tensors(
         shares: gets a note of every parameter that is cut, or whose gradient is a partial sum.
         sequence: share the positions between regions.
         loss: leave the logits shared.
+        vocabulary: cut a shared vocabulary as if it had so many tokens, so that each rank has the same ones as of
+            another model with so many; tokens beyond them are left out. None for the model's own.
     Raises:
         PlanError: the family, a layer's kind or its size cannot be shared.
     """
     model_type = root.config.get_text_config().model_type
     if model_type not in FAMILIES:
         raise PlanError(not_shared(model_type))
-    return _Sharer(root, mesh, shares, sequence=sequence, loss=loss).run(runs)
+    return _Sharer(root, mesh, shares, sequence=sequence, loss=loss, vocabulary=vocabulary).run(runs)
 
 
 def not_shared(model_type: str) -> str:
@@ -103,9 +106,19 @@ def _regions(block: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Sharer:
-    def __init__(self, root: PreTrainedModel, mesh: DeviceMesh, shares: Shares, *, sequence: bool, loss: bool) -> None:
+    def __init__(
+        self,
+        root: PreTrainedModel,
+        mesh: DeviceMesh,
+        shares: Shares,
+        *,
+        sequence: bool,
+        loss: bool,
+        vocabulary: int | None,
+    ) -> None:
         config = root.config.get_text_config()
         self._root, self._shares, self._sequence, self._loss = root, shares, sequence, loss
+        self._vocabulary = vocabulary if loss else None
         self._group, self._rank, self._size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self._styles = _styles(root)
         self._heads: int = config.num_attention_heads
@@ -236,7 +249,13 @@ class _Sharer:
         total = self._root.config.get_text_config().vocab_size if embedding is None else embedding.weight.shape[0]
         if head is not None:
             total = _features(head, 0)
-        start, stop = even_range(total, self._rank, self._size)
+        start, stop = even_range(self._vocabulary or total, self._rank, self._size)
+        stop = min(stop, total)
+        if start >= stop:
+            raise PlanError(
+                f"parallel.tp: {self._size} ranks share {self._vocabulary} tokens, and this model has {total}, so that "
+                "one would have none. Use fewer tp ranks."
+            )
         share, cut = VocabularyShare(start, stop, self._group), Cut(0, ((start, stop),))
         tied = embedding is not None and head is not None and getattr(head, "weight", None) is embedding.weight
         note = Share((), parts=self._size)

@@ -14,6 +14,7 @@ from fourfold.base import registry
 from fourfold.base.errors import ModelError, PlanError
 from fourfold.base.log import get_logger, told_elsewhere
 from fourfold.config.schema import Run
+from fourfold.config.second import teacher_run
 from fourfold.dataset.collate import CutPolicy, filler
 from fourfold.dataset.encoded import ROLES
 from fourfold.dataset.prepare import Prepared, encode_settings, prepare
@@ -44,6 +45,7 @@ from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
 from fourfold.training.schedule import samples_per_step
 from fourfold.training.step_sizes import StepSizes
+from fourfold.training.teacher import LoadedTeacher, check_teacher, load_teacher
 
 log = get_logger(__name__)
 
@@ -61,6 +63,7 @@ class Parts:
         base: which model an adapter is trained on; None for other tunings.
         recompute: what the backward pass computes again; settled with `policy`.
         planned: what the planner chose the layout with; None where it did not.
+        teacher: the second model of stage kd.
     """
 
     run: Run
@@ -73,6 +76,7 @@ class Parts:
     base: BaseIdentity | None = None
     recompute: Recompute = "none"
     planned: Form | None = None
+    teacher: LoadedTeacher | None = None
 
     @property
     def module(self) -> TunedModel:
@@ -91,7 +95,8 @@ class Parts:
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> Step:
         """The engine that runs forward and backward."""
-        return self.built.step(self.objective, lambda: filler(self.policy), scaler)
+        step = self.built.step(self.objective, lambda: filler(self.policy), scaler)
+        return replace(step, teacher=self.teacher)
 
     def evaluator(self) -> Evaluator:
         """What evaluates the model on the evaluation sets."""
@@ -217,6 +222,8 @@ def load_parts(
     with told_elsewhere(data_told or mesh.rank != 0):
         tokenizer, renderer = load_renderer(run)
         data = prepare(run, tokenizer, renderer)
+        taught = teacher_run(run)
+        packs = taught is None or check_teacher(run, taught, tokenizer)
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module, stream = _load_module(run, precision, mesh, tokenizer)
@@ -224,9 +231,10 @@ def load_parts(
     fill = no_weights
     if stream is not None:
         fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
-    built = build(run, precision, mesh, module, fill)
+    built = build(run, precision, mesh, module, fill, packs=packs)
+    teacher = None if taught is None else load_teacher(taught, built, tokenizer)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
-    return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base, planned=planned)
+    return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base, planned=planned, teacher=teacher)
 
 
 def _check_context(module: TunedModel, data: Prepared) -> None:

@@ -124,11 +124,16 @@ def build(
     mesh: Mesh,
     module: TunedModel,
     fill: Callable[[Shares], None] = no_weights,
+    *,
+    packs: bool = True,
+    vocabulary: int | None = None,
 ) -> Built:
     """Prepare a model for training and split it over a mesh, in place.
 
     Args:
         module: with its adapters, on the device of the mesh; or without weights, and `fill` reads them.
+        packs: whether rows may be packed, for all that the model itself knows.
+        vocabulary: see `parallelize`.
     """
     training = run.training
     if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
@@ -145,13 +150,14 @@ def build(
     with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
         model = StepModel(
             module,
-            packed=run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
+            packed=packs and run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
             noise=noise,
             balance_experts=bool(run.model.moe_aux_loss_coef),
         )
     inner = base_model(module)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
-    split = parallelize(inner, list(decoder_blocks(inner)[1]), mesh, compute=mixed, fill=fill)
+    blocks = list(decoder_blocks(inner)[1])
+    split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)
     model.take(split)
     if mesh.layout.splits_model or mesh.layout.shards > 1:
         _free_what_was_cut_away(mesh.device)

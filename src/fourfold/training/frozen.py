@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.log import told_elsewhere
 from fourfold.config.schema import Run
 from fourfold.models.adapters import attach
-from fourfold.models.load import load_model
+from fourfold.models.load import load_model, load_streamed
+from fourfold.models.stream import Stream
+from fourfold.parallel.apply import no_weights
+from fourfold.parallel.expert import find_experts
 from fourfold.parallel.mesh import Mesh
+from fourfold.planning.layout import Layout
 from fourfold.training.build import Built, build
-from fourfold.training.precision import resolve
+from fourfold.training.precision import Precision, resolve
 
 
-def frozen_run(run: Run, model: str, adapters: str | None, bits: int | None) -> Run:
-    """The run as if another model were the one that it loads."""
-    names = tuple(name.strip() for name in (adapters or "").split(",") if name.strip())
-    keys = {"model_name_or_path": model, "adapter_name_or_path": names, "quantization_bit": bits, "resize_vocab": False}
-    tuning = run.tuning.model_copy(update={"finetuning_type": "lora" if names else "full"})
-    return replace(run, model=run.model.model_copy(update=keys), tuning=tuning)
+def build_frozen(
+    run: Run, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, *, packs: bool = True, vocabulary: int | None = None
+) -> Built:
+    """The model of `config.second.frozen_run`, in evaluation mode and without gradients, split as the mesh says.
 
+    Its weights are in the dtype of the computation, or packed; layers in stages are dealt out evenly.
 
-def build_frozen(run: Run, mesh: Mesh, tokenizer: PreTrainedTokenizerBase) -> Built:
-    """The model of `frozen_run`, in evaluation mode and without gradients, split as the mesh says.
-
+    Args:
+        packs, vocabulary: see `build`.
     Raises:
         ModelError: it cannot be loaded; the message names it.
         ConfigError: settings that do not fit it.
+        PlanError: it cannot be split so.
     """
-    precision = resolve(run)
+    compute = resolve(run).compute
+    precision = Precision(compute, compute, None, loss_scaling=False)
     with told_elsewhere(mesh.rank != 0):
-        model = load_model(
-            run.model, dtype=precision.compute, device=mesh.device, tokenizer=tokenizer, seq_len=run.data.cutoff_len
-        )
+        model, stream = _load(run, precision, mesh, tokenizer)
         module = attach(model, run.model, run.tuning, trainable=False)
-    built = build(run, precision, mesh, module)
-    built.module.requires_grad_(False)
+    fill = no_weights
+    if stream is not None:
+        fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
+    has_experts = next(find_experts(model), None) is not None
+    mesh = replace(mesh, layout=layout_of_frozen(mesh.layout, has_experts=has_experts))
+    built = build(run, precision, mesh, module, fill, packs=packs, vocabulary=vocabulary)
     built.module.eval()
     return built
+
+
+def layout_of_frozen(layout: Layout, *, has_experts: bool) -> Layout:
+    """The same ranks, for a model with another number of layers, and perhaps without experts to share."""
+    layout = replace(layout, pp_layers=())
+    return layout if has_experts or layout.ep == 1 else replace(layout, ep=1, cp_shards=True)
+
+
+def _load(
+    run: Run, precision: Precision, mesh: Mesh, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, Stream | None]:
+    dtype, seq_len = precision.load, run.data.cutoff_len
+    if mesh.layout.splits_model:
+        streamed = load_streamed(run.model, run.tuning, dtype=dtype, tokenizer=tokenizer, seq_len=seq_len)
+        if streamed is not None:
+            return streamed
+    return load_model(run.model, dtype=dtype, device=mesh.device, tokenizer=tokenizer, seq_len=seq_len), None

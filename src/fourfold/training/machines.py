@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fourfold.base.errors import FourfoldError, PlanError
 from fourfold.config.schema import Run
+from fourfold.config.second import teacher_run
 from fourfold.generate.rollout import can_roll_out
 from fourfold.models.attention import context_obstacles
 from fourfold.models.load import count_parameters, load_config
@@ -21,6 +22,8 @@ from fourfold.planning.axes import ModelFacts, check_layout
 from fourfold.planning.layout import Layout, resolve_layout
 from fourfold.planning.predictor import Form
 from fourfold.training.auto import plan_auto
+from fourfold.training.frozen import layout_of_frozen
+from fourfold.training.teacher import named_as_teacher
 
 _SHARE = 0.6
 """Of a device's memory, what weights, gradients and optimizer state of a replica may take; the rest is activations'."""
@@ -110,8 +113,25 @@ def agree(run: Run, mine: Choice | None) -> Choice:
 
 def _problems(run: Run, layout: Layout) -> list[str]:
     """Why a layout cannot be used."""
-    facts = _facts(run) if layout.world_size > 1 else None
-    return [*([] if facts is None else check_layout(layout, facts)), *_not_yet(run, layout)]
+    if layout.world_size == 1:
+        return _not_yet(run, layout)
+    return [*check_layout(layout, _facts(run)), *_not_yet(run, layout), *_teacher_problems(run, layout)]
+
+
+def _teacher_problems(run: Run, layout: Layout) -> list[str]:
+    """Why a layout cannot be used for the teacher of a run that has one."""
+    teacher = teacher_run(run)
+    if teacher is None:
+        return []
+    with named_as_teacher():
+        facts = _facts(teacher)
+    found = layout_of_frozen(layout, has_experts=facts.experts > 0)
+    problems = check_layout(found, facts)
+    if layout.tp > 1:
+        problems += _tensor_problems(teacher)
+    if layout.cp > 1:
+        problems += _context_problems(teacher, layout)
+    return [f"teacher_model: as split by {problem}" for problem in problems]
 
 
 def _facts(run: Run) -> ModelFacts:
@@ -137,7 +157,10 @@ def _replica_fits(run: Run) -> bool:
     full = _BYTES_FULL if run.parallel.offload == "none" else _BYTES_FULL // 2
     per_parameter = full if run.tuning.finetuning_type == "full" else weights
     total = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return count_parameters(run.model) * per_parameter <= _SHARE * total
+    beside = 0.0
+    if (teacher := teacher_run(run)) is not None:
+        beside = count_parameters(teacher.model) * (2 if teacher.model.quantization_bit is None else 4.5 / 8)
+    return count_parameters(run.model) * per_parameter + beside <= _SHARE * total
 
 
 def _tensor_problems(run: Run) -> list[str]:

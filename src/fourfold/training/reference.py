@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
+from fourfold.config.second import frozen_run
 from fourfold.dataset.collate import cut, filler, pairs_of
 from fourfold.dataset.encoded import ROLES
 from fourfold.dataset.prepare import TRAIN, name_eval
@@ -29,7 +30,7 @@ from fourfold.losses.documents import reference_name
 from fourfold.losses.token import TokenLoss
 from fourfold.parallel.step import Step
 from fourfold.training.assemble import Parts
-from fourfold.training.frozen import build_frozen, frozen_run
+from fourfold.training.frozen import build_frozen
 
 log = get_logger(__name__)
 

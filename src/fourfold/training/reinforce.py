@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
+from fourfold.config.second import frozen_run
 from fourfold.dataset.collate import filler
 from fourfold.losses.advantages import KlController
 from fourfold.losses.token import TokenLoss
@@ -14,7 +15,7 @@ from fourfold.parallel.step import Step
 from fourfold.rewards.build import build_rewards
 from fourfold.rewards.table import RewardTable
 from fourfold.training.assemble import Parts
-from fourfold.training.frozen import build_frozen, frozen_run
+from fourfold.training.frozen import build_frozen
 from fourfold.training.practice import GroupPractice, PpoPractice, Practice
 from fourfold.training.rollouts import RolloutMaker
 

@@ -14,6 +14,7 @@ from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import full_disk_told
 from fourfold.config.begin import begin_logging
 from fourfold.config.schema import Run
+from fourfold.config.second import teacher_run
 from fourfold.dataset.prepare import prepare
 from fourfold.models.renderer import load_renderer
 from fourfold.parallel.launch import is_worker, launch
@@ -39,6 +40,7 @@ from fourfold.training.predict import generate_predictions
 from fourfold.training.ranks import RankFacts, compare_ranks
 from fourfold.training.reference import add_reference
 from fourfold.training.score import score_pairs
+from fourfold.training.teacher import check_teacher
 
 log = get_logger(__name__)
 
@@ -68,6 +70,9 @@ def train(run: Run) -> dict[str, Any]:
     # Here and not in the workers, so that they find the data tokenised and any fault of it is told once.
     tokenizer, renderer = load_renderer(run)
     prepare(run, tokenizer, renderer)
+    teacher = teacher_run(run)
+    if teacher is not None:
+        check_teacher(run, teacher, tokenizer)
     log.info("Starting %d workers: %s", machines.per_node, choice.layout.describe())
     fresh = local_device(run.training.use_cpu).type == "cuda" or torch.get_num_threads() > 1
     launch(partial(_work_in_job, run, output_dir, choice), machines, fresh=fresh)

@@ -15,5 +15,5 @@ def test_row_kind_when_the_stage_can_be_trained_is_known(stage: str) -> None:
 
 
 def test_row_kind_when_the_stage_has_none_lists_those_that_have() -> None:
-    with pytest.raises(ConfigError, match=r"stage: no rows are known for 'kd'. Use one of: pt, sft, rm"):
-        row_kind("kd")
+    with pytest.raises(ConfigError, match=r"stage: no rows are known for 'none'. Use one of: pt, sft, rm"):
+        row_kind("none")
