@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -78,7 +78,8 @@ def plan_run(run: Run, cluster: Cluster) -> Plan:
         ModelError: no such model, or one whose shape cannot be read.
         PlanError: sizes or a dtype that cannot work.
     """
-    from fourfold.planning.job import Job
+    from fourfold.config.second import teacher_run
+    from fourfold.planning.job import Job, Teacher
     from fourfold.planning.known_shape import find_shape
     from fourfold.planning.search import search
     from fourfold.planning.wishes import Wishes
@@ -87,7 +88,12 @@ def plan_run(run: Run, cluster: Cluster) -> Plan:
         log.warning("%s", note)
     shape = find_shape(run.model, _reader(run))
     _warn(run, cluster, shape)
-    return search(shape, Job.of(run), cluster, Wishes.of(run))
+    job = Job.of(run)
+    teacher = teacher_run(run)
+    if teacher is not None:
+        job = replace(job, teacher=Teacher.of(teacher, find_shape(teacher.model, _reader(teacher, "teacher_model"))))
+        log.info("The teacher's memory is in the plan, its time is not.")
+    return search(shape, job, cluster, Wishes.of(run))
 
 
 def read_run(verb: Verb, words: Sequence[str] | None) -> Run:
@@ -114,8 +120,12 @@ def _read(verb: Verb, words: Sequence[str] | None) -> _Asked:
     return _Asked(run, Path(words[0]) if has_file else None)
 
 
-def _reader(run: Run) -> Callable[[], ModelShape]:
-    """Reads the shape of a run's model with torch, where it is not known yet."""
+def _reader(run: Run, key: str = "model_name_or_path") -> Callable[[], ModelShape]:
+    """Reads the shape of a run's model with torch, where it is not known yet.
+
+    Args:
+        key: that names the model, for messages.
+    """
 
     def read() -> ModelShape:
         from fourfold.base.hub import settle_hub
@@ -131,7 +141,7 @@ def _reader(run: Run) -> Callable[[], ModelShape]:
         except (ValueError, AttributeError, KeyError) as error:
             reason = first_line(error)
             raise ModelError(
-                f"model_name_or_path: {name} is not a causal language model whose shape can be read ({reason}). "
+                f"{key}: {name} is not a causal language model whose shape can be read ({reason}). "
                 "Use a model that Transformers has a causal language model for."
             ) from error
 

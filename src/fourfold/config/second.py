@@ -40,7 +40,7 @@ _OF_STUDENT: dict[str, Any] = {
 def teacher_run(run: Run) -> Run | None:
     """The run as if its teacher were the model that it loads; None for a run without one."""
     keys = run.preference
-    if keys.teacher_model is None:
+    if not keys.teacher_model:
         return None
     found = frozen_run(run, keys.teacher_model, keys.teacher_model_adapters, keys.teacher_model_quantization_bit)
     tuning = found.tuning.model_copy(

@@ -29,7 +29,13 @@ _STD = 0.02
 
 
 def blank_model(
-    run: Run, dtype: torch.dtype, master: torch.dtype | None, device: torch.device, *, on_meta: bool
+    run: Run,
+    dtype: torch.dtype,
+    master: torch.dtype | None,
+    device: torch.device,
+    *,
+    on_meta: bool,
+    trainable: bool = True,
 ) -> tuple[TunedModel, Callable[[Shares], None]]:
     """The model of a run with its adapters.
 
@@ -37,6 +43,7 @@ def blank_model(
         dtype, master: of the weights as loaded and of those that are trained (training/precision.py).
         device: where the weights are.
         on_meta: leave plain weights without memory, to be filled once the model is split.
+        trainable: False for a model of which nothing is trained.
     Returns:
         the model, and what gives each rank's part of it memory.
     """
@@ -50,7 +57,7 @@ def blank_model(
                 model.eval(),
                 run.model,
                 run.tuning,
-                trainable=True,
+                trainable=trainable,
                 master_dtype=master,
                 reads_logits=reads_logits(stage),
             )

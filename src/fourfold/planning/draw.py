@@ -11,7 +11,8 @@ from fourfold.planning.estimate import TERMS, Estimate
 from fourfold.planning.search import Plan
 
 _COLORS = (
-    "#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb", "#88ccaa", "#777777", "#dddddd",
+    "#4477aa", "#66ccee", "#228833", "#ccbb44", "#225555", "#ee6677", "#aa3377", "#bbbbbb", "#88ccaa", "#777777",
+    "#dddddd",
 )  # fmt: skip
 _LEAST_HEIGHT_IN, _BAR_IN = 2.5, 0.55
 

@@ -14,6 +14,7 @@ TERMS = (
     "scales",
     "gradients",
     "optimizer",
+    "teacher",
     "gathered",
     "activations",
     "logits",
@@ -23,9 +24,10 @@ TERMS = (
 )
 """Terms of a rank's memory, in the order of a report.
 
-scales: constants of packed weights. gathered: weights and gradients of layers that FSDP has whole for a while, and
-copies in the compute dtype. buffers: what kernels and collectives keep. context: of CUDA and its libraries, outside
-the allocator. slack: what the allocator has reserved and cannot use.
+scales: constants of packed weights. teacher: weights of a second model, with their constants. gathered: weights and
+gradients of layers that FSDP has whole for a while, and copies in the compute dtype. buffers: what kernels and
+collectives keep. context: of CUDA and its libraries, outside the allocator. slack: what the allocator has reserved and
+cannot use.
 """
 
 

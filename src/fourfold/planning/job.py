@@ -7,6 +7,7 @@ from typing import Literal
 
 from fourfold.base.errors import ConfigError
 from fourfold.config.schema import Run
+from fourfold.planning.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -15,6 +16,26 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 _CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time (parallel/loss.py)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A second model, which is held and never trained.
+
+    Attributes:
+        bits, double_quant: as of a job.
+    """
+
+    shape: ModelShape
+    bits: int | None = None
+    double_quant: bool = True
+
+    @classmethod
+    def of(cls, run: Run, shape: ModelShape) -> Teacher:
+        """The teacher of a run that loads it as its model (`config.second.teacher_run`)."""
+        own = shape.own_bits is not None
+        bits = run.model.quantization_bit or shape.own_bits
+        return cls(shape, bits, shape.own_double_quant if own else run.model.double_quantization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +57,7 @@ class Job:
         packed: documents laid end to end in one row.
         trained_share: of the positions, those that are trained on, whose logits are made.
         chunk: positions whose logits exist at one time.
+        teacher: that is learnt from; None for none.
     """
 
     tuning: Literal["full", "lora", "freeze"] = "lora"
@@ -53,6 +75,7 @@ class Job:
     packed: bool = True
     trained_share: float = 1.0
     chunk: int = _CHUNK_TOKENS
+    teacher: Teacher | None = None
 
     @property
     def compute_bytes(self) -> int:

@@ -28,10 +28,15 @@ from fourfold.planning.reserved import Pools
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches
 from fourfold.planning.states import Part, Stage, cut_numel, layer_part, optimizer_bytes, outer_part, stage_of
+from fourfold.planning.teacher import teacher_memory
 
 _FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
 """Of one logit, fp32: with its log-softmax in the forward pass; while the loss is differentiated its log-softmax, the
 gradient of that and its own; and where ranks share the vocabulary, the softmax and its gradient."""
+_TAUGHT_LOGIT_BYTES, _TAUGHT_CHUNK, _TAUGHT_CHUNK_BYTES = 18, 8192, 16
+"""Of one logit beside a teacher's, for half as many positions at a time: its own, its log-softmax and two gradients,
+fp32, and the teacher's in bf16; and of so many tokens at a time what the divergence works with
+(losses/distillation.py)."""
 _CONTEXT = 600 << 20
 """CUDA context, kernels and libraries, outside the allocator (an H100 with CUDA 13: about 0.6 GiB)."""
 COMMUNICATOR = 450 << 20
@@ -108,6 +113,15 @@ def _of_rank(
     gradients = held.trained * job.master_bytes
     optimizer = optimizer_bytes(job, held.trained)
     moments = _moments(shape, job, layout, stage, layers, outer, positions, batches, pp_rank, gradients)
+    held_teacher = 0
+    if job.teacher is not None:
+        taught = teacher_memory(job.teacher, job, layout, pp_rank, positions)
+        held_teacher = taught.held
+        moments = [
+            moment._replace(gathered=moment.gathered + taught.head, activations=moment.activations + taught.states)
+            for moment in moments
+        ]
+        moments.append(_Moment(0, taught.asked, taught.activations))
     peak = max(moments, key=sum)
     on_host = layout.offload
     terms = {
@@ -115,6 +129,7 @@ def _of_rank(
         "scales": held.scales,
         "gradients": peak.gradients,
         "optimizer": 0 if on_host != "none" else optimizer,
+        "teacher": held_teacher,
         "gathered": peak.gathered,
         "activations": peak.activations,
         "logits": peak.logits,
@@ -124,7 +139,7 @@ def _of_rank(
     terms["slack"] = 0
     if device is not None:
         pools = _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
-        lasting = terms["parameters"] + terms["scales"] + terms["optimizer"] + terms["buffers"]
+        lasting = sum(terms[name] for name in ("parameters", "scales", "optimizer", "teacher", "buffers"))
         reserved = replace(pools, computing=pools.computing + lasting).reserved
         terms["slack"] = max(reserved - Memory(pp_rank, terms).allocated, 0)
     return Memory(pp_rank, terms)
@@ -239,7 +254,14 @@ def _waiting_moments(
     replays = layers.replayed > 0
     shared = layout.tp > 1 and layout.loss_parallel
     scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
-    logits = scored * (-(-shape.vocab // layout.tp) if shared else shape.vocab)
+    own = -(-shape.vocab // layout.tp) if shared else shape.vocab
+    forward_logits, logits = _FORWARD_LOGIT_BYTES * scored * own, _LOGIT_BYTES * scored * own
+    if shared:
+        logits = _SHARED_LOGIT_BYTES * scored * own
+    if job.teacher is not None:
+        rows = min(scored, job.chunk // 2)
+        logits = rows * (_TAUGHT_LOGIT_BYTES * own + _TAUGHT_CHUNK_BYTES * min(_TAUGHT_CHUNK, own))
+        forward_logits = logits
     whole_head = job.tuning == "full" and stage.is_last and layout.shards == 1
     head_gradient = shape.vocab * hidden // layout.tp * c if whole_head else 0
     hidden_copies = int(c * hidden * positions * (4 if stage.is_last else 1))
@@ -255,10 +277,9 @@ def _waiting_moments(
         kept_casts = int(casts * waiting) if not replays else outer.cast * c
         if not gradients or batches > flying:
             gathered = sharded.forward + more + (max(kept_casts, casts) if casts else 0)
-            yield _Moment(gradients, gathered, kept_all, _FORWARD_LOGIT_BYTES * logits)
+            yield _Moment(gradients, gathered, kept_all, forward_logits)
         beside = more + kept_casts + head_gradient
-        of_logit = _SHARED_LOGIT_BYTES if shared else _LOGIT_BYTES
-        yield _Moment(gradients, sharded.loss + beside, kept_all, of_logit * logits)
+        yield _Moment(gradients, sharded.loss + beside, kept_all, logits)
         yield _Moment(gradients, sharded.backward + beside, kept_all + layer)
 
 

@@ -140,6 +140,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield "MEMORY of the most loaded GPU, GiB; and what a GPU sends in a step, GB"
     yield f"{'':<16}" + "".join(f"{f'#{number}':>10}" for number in range(1, len(shown) + 1))
     for term in TERMS:
+        if term == "teacher" and plan.job.teacher is None:
+            continue
         yield f"{term:<16}" + "".join(f"{found.memory.terms.get(term, 0) / GIB:>10.2f}" for found in shown)
     for name in ("allocated", "reserved", "device"):
         yield f"= {name:<14}" + "".join(f"{getattr(found.memory, name) / GIB:>10.2f}" for found in shown)

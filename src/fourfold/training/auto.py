@@ -10,12 +10,11 @@ from fourfold.base.units import GIB, format_count
 from fourfold.config.schema import Run
 from fourfold.planning.candidates import name_of
 from fourfold.planning.estimate import Estimate
-from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form
 from fourfold.planning.search import Plan, search
 from fourfold.planning.wishes import Wishes
-from fourfold.training.outlook import cluster_of_job, shape_of
+from fourfold.training.outlook import cluster_of_job, job_of, shape_of
 
 log = get_logger(__name__)
 
@@ -32,7 +31,7 @@ def plan_auto(run: Run, world_size: int, works: Callable[[Layout], bool]) -> For
         cluster = cluster_of_job(run, world_size)
         if cluster is None:
             return None
-        plan = search(shape_of(run), Job.of(run), cluster, Wishes.of(run), rescue=False)
+        plan = search(shape_of(run), job_of(run), cluster, Wishes.of(run), rescue=False)
     except (ModelError, PlanError) as error:
         reason = first_line(error).rstrip(".")
         log.info("strategy: auto cannot plan (%s): replicas if one GPU holds the training state, else shards.", reason)

@@ -47,6 +47,8 @@ def forecast(outlook: Outlook | None, sizes: StepSizes, policy: CutPolicy, recom
     except PlanError as error:
         log.info("Memory and time are not predicted: %s", error)
         return None
+    if outlook.job.teacher is not None:
+        log.info("The teacher's memory is in the prediction, its time is not.")
     return Forecast(memory.allocated / GIB, memory.reserved / GIB, cost.step_s)
 
 

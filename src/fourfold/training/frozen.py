@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.log import told_elsewhere
@@ -12,39 +14,53 @@ from fourfold.config.schema import Run
 from fourfold.models.adapters import attach
 from fourfold.models.load import load_model, load_streamed
 from fourfold.models.stream import Stream
+from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import no_weights
 from fourfold.parallel.expert import find_experts
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.shares import Shares
 from fourfold.planning.layout import Layout
 from fourfold.training.build import Built, build
 from fourfold.training.precision import Precision, resolve
 
 
-def build_frozen(
-    run: Run, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, *, packs: bool = True, vocabulary: int | None = None
-) -> Built:
+def build_frozen(run: Run, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, *, beside: Built | None = None) -> Built:
     """The model of `config.second.frozen_run`, in evaluation mode and without gradients, split as the mesh says.
 
     Its weights are in the dtype of the computation, or packed; layers in stages are dealt out evenly.
 
     Args:
-        packs, vocabulary: see `build`.
+        beside: the model whose batches it is fed, and whose vocabulary it shares; None for another time.
     Raises:
         ModelError: it cannot be loaded; the message names it.
         ConfigError: settings that do not fit it.
         PlanError: it cannot be split so.
     """
-    compute = resolve(run).compute
-    precision = Precision(compute, compute, None, loss_scaling=False)
+    dtype = resolve(run).compute
     with told_elsewhere(mesh.rank != 0):
-        model, stream = _load(run, precision, mesh, tokenizer)
+        model, stream = _load(run, dtype, mesh, tokenizer)
         module = attach(model, run.model, run.tuning, trainable=False)
     fill = no_weights
     if stream is not None:
         fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
-    has_experts = next(find_experts(model), None) is not None
-    mesh = replace(mesh, layout=layout_of_frozen(mesh.layout, has_experts=has_experts))
-    built = build(run, precision, mesh, module, fill, packs=packs, vocabulary=vocabulary)
+    return split_frozen(run, mesh, module, fill, beside=beside)
+
+
+def split_frozen(
+    run: Run, mesh: Mesh, module: TunedModel, fill: Callable[[Shares], None], *, beside: Built | None = None
+) -> Built:
+    """Split a model of which nothing is trained, in place; arguments as those of `build` and `build_frozen`."""
+    compute = resolve(run).compute
+    has_experts = next(find_experts(module), None) is not None
+    built = build(
+        run,
+        Precision(compute, compute, None, loss_scaling=False),
+        replace(mesh, layout=layout_of_frozen(mesh.layout, has_experts=has_experts)),
+        module,
+        fill,
+        packs=beside is None or beside.model.packed,
+        vocabulary=None if beside is None else base_model(beside.module).config.get_text_config().vocab_size,
+    )
     built.module.eval()
     return built
 
@@ -56,9 +72,9 @@ def layout_of_frozen(layout: Layout, *, has_experts: bool) -> Layout:
 
 
 def _load(
-    run: Run, precision: Precision, mesh: Mesh, tokenizer: PreTrainedTokenizerBase
+    run: Run, dtype: torch.dtype, mesh: Mesh, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, Stream | None]:
-    dtype, seq_len = precision.load, run.data.cutoff_len
+    seq_len = run.data.cutoff_len
     if mesh.layout.splits_model:
         streamed = load_streamed(run.model, run.tuning, dtype=dtype, tokenizer=tokenizer, seq_len=seq_len)
         if streamed is not None:

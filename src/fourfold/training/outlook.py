@@ -10,6 +10,7 @@ import torch
 
 from fourfold.base.errors import ModelError, PlanError, first_line
 from fourfold.config.schema import Run
+from fourfold.config.second import teacher_run
 from fourfold.models.load import load_config
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.mesh import local_device
@@ -18,7 +19,7 @@ from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import Job, Recompute
+from fourfold.planning.job import Job, Recompute, Teacher
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -26,7 +27,7 @@ from fourfold.planning.read_shape import read_shape
 from fourfold.planning.shape import ModelShape
 from fourfold.training.step_sizes import StepSizes
 
-_LOADED = ("parameters", "scales", "context")
+_LOADED = ("parameters", "scales", "teacher", "context")
 """Terms of a rank's memory that are there once the model is loaded."""
 
 
@@ -62,6 +63,18 @@ def shape_of(run: Run) -> ModelShape:
     except (ValueError, AttributeError, KeyError, TypeError, RuntimeError, ImportError) as error:
         reason = first_line(error)
         raise ModelError(f"the shape of {model.model_name_or_path} cannot be read ({reason})") from error
+
+
+def job_of(run: Run, *, dp: int = 1) -> Job:
+    """The job of a run, with its teacher.
+
+    Args:
+        dp: as of `Job.of`.
+    Raises:
+        ModelError: the teacher's shape cannot be read.
+    """
+    job, teacher = Job.of(run, dp=dp), teacher_run(run)
+    return job if teacher is None else replace(job, teacher=Teacher.of(teacher, shape_of(teacher)))
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class Outlook:
             ModelError: the model's shape cannot be read.
         """
         sequence = max(round(document), 1)
-        known = replace(Job.of(run, dp=layout.dp), sequence=sequence, packed=packed, bits=_packed_bits(module))
+        known = replace(job_of(run, dp=layout.dp), sequence=sequence, packed=packed, bits=_packed_bits(module))
         mean, most = (math.ceil(layout.dp * tokens / sequence) for tokens in (sizes.mean, sizes.step))
         job, heaviest = (replace(known, sequences_per_step=max(count, 1)) for count in (mean, most))
         return cls(shape_of(run), job, heaviest, layout, cluster, pp_rank)

@@ -29,8 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from fourfold.base import registry
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
+from fourfold.config.second import teacher_run
 from fourfold.dataset.batch import Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
+from fourfold.losses.token import TokenLoss
 from fourfold.models.blank import blank_model
 from fourfold.models.groups import parameter_groups
 from fourfold.models.unwrap import base_model
@@ -43,7 +45,9 @@ from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.sharded import local
 from fourfold.planning.layout import Layout
 from fourfold.training.build import Built, build
+from fourfold.training.frozen import split_frozen
 from fourfold.training.precision import resolve
+from fourfold.training.teacher import LoadedTeacher
 from fourfold.training.trace import MemoryTrace, Peak
 
 log = get_logger(__name__)
@@ -144,6 +148,7 @@ def _steps(
     longest = max(sum(len(s.sequences[""]) for s in samples) for samples in micro_batches)
     policy = CutPolicy(packed=built.model.packed, max_tokens=longest, multiple=built.split.multiple)
     step = built.step(objective, partial(_for_real, partial(filler, policy)))
+    step = replace(step, teacher=_teacher(run, layout, built, device, fake=trace is not None))
     batches = [batch for samples in micro_batches for batch in _for_real(partial(cut, samples, policy))]
     gradients = 0
     clock = _Clock(device, trace)
@@ -175,12 +180,28 @@ def _build(run: Run, layout: Layout, device: torch.device, *, fake: bool) -> Bui
         mesh = build_mesh(layout, device) if layout.world_size > 1 else single(device)
     precision = resolve(run)
     module, fill = blank_model(run, precision.load, precision.master, device, on_meta=layout.splits_model and not fake)
-    built = build(run, precision, mesh, module, fill)
+    return _without_partners(build(run, precision, mesh, module, fill), layout)
+
+
+def _teacher(run: Run, layout: Layout, student: Built, device: torch.device, *, fake: bool) -> LoadedTeacher | None:
+    """The second model of a run that has one."""
+    teacher = teacher_run(run)
+    if teacher is None:
+        return None
+    dtype, on_meta = resolve(run).compute, layout.splits_model and not fake
+    module, fill = blank_model(teacher, dtype, None, device, on_meta=on_meta, trainable=False)
+    built = split_frozen(teacher, student.mesh, module, fill, beside=student)
+    step = _without_partners(built, layout).step(TokenLoss(), partial(filler, CutPolicy(built.model.packed, 1)))
+    return LoadedTeacher(step)
+
+
+def _without_partners(built: Built, layout: Layout) -> Built:
+    """A model whose other ranks are imagined."""
     # What other ranks counted or found is not there to be asked for.
     split = replace(built.split, reducer=Reducer())
     if layout.shards * layout.pp == 1:
         # DDP's reducer needs partners and numbers. Its buckets are the gradients themselves, in views.
-        split = replace(split, runner=base_model(module), sync=NoSync())
+        split = replace(split, runner=base_model(built.module), sync=NoSync())
         built.model.take(split)
     return replace(built, split=split)
 

@@ -19,7 +19,6 @@ from fourfold.families.shared_positions import is_exchangeable
 from fourfold.losses.token import TokenLoss
 from fourfold.models.load import load_config
 from fourfold.models.tokenizer import load_tokenizer
-from fourfold.models.unwrap import base_model
 from fourfold.parallel.sharded import local
 from fourfold.parallel.step import Step
 from fourfold.parallel.teacher import TeacherStates
@@ -144,9 +143,8 @@ def load_teacher(teacher: Run, student: Built, tokenizer: PreTrainedTokenizerBas
         ConfigError, PlanError: it does not go with the run's other keys or its layout.
     """
     name = teacher.model.model_name_or_path
-    vocabulary = base_model(student.module).config.get_text_config().vocab_size
     with named_as_teacher():
-        built = build_frozen(teacher, student.mesh, tokenizer, packs=student.model.packed, vocabulary=vocabulary)
+        built = build_frozen(teacher, student.mesh, tokenizer, beside=student)
         if not built.model.has_plain_head:
             raise ModelError(
                 f"model_name_or_path: {name} makes its logits in a way of its own, of a whole sequence at once. Give "
