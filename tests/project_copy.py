@@ -44,6 +44,8 @@ def make_project(folder: Path) -> Path:
 def write_config(path: Path, keys: Mapping[str, Any]) -> None:
     """Write a config with the tiny model in place of its own, and short; fp16 only where there is a GPU."""
     changed = {**keys, **_SHORT, "model_name_or_path": "model"}
+    if "teacher_model" in keys:
+        changed["teacher_model"] = "model"
     if keys.get("fp16") and not torch.cuda.is_available():
         changed |= {"fp16": False}
     text = json.dumps(changed) if path.suffix == ".json" else yaml.safe_dump(changed)
