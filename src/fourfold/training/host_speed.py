@@ -29,5 +29,7 @@ def host_op_seconds(device: torch.device) -> float:
 
 
 def with_this_host(cluster: Cluster, device: torch.device) -> Cluster:
-    """The cluster with this host's speed for all its nodes'."""
+    """The cluster with this host's speed for all its nodes'; as it is where there is no GPU to drive."""
+    if device.type != "cuda":
+        return cluster
     return replace(cluster, device=replace(cluster.device, host_op_s=host_op_seconds(device)))

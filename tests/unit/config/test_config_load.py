@@ -270,8 +270,8 @@ def test_flat_when_asked_for_secrets_has_them() -> None:
 
 
 def test_load_when_a_later_key_is_given_notes_it() -> None:
-    assert load({"ppo_epochs": 2}).notes == (
-        "ppo_epochs: 2 is accepted but without effect yet; it comes with the stages rm, dpo, kto and ppo",
+    assert load({"vllm_gpu_util": 0.5}).notes == (
+        "vllm_gpu_util: 0.5 is accepted but without effect yet; it comes with vLLM",
     )
 
 
