@@ -77,6 +77,7 @@ class Case:
             have two answers to each prompt.
         pref_loss: of stage dpo.
         kd: settings of stage kd.
+        teacher_family, teacher_rows: its teacher's family, another one if None, and rows beside the student's.
         offload_activations: move what the backward pass needs to the host.
         scaled: scale the loss as under fp16; in fp32 powers of two change nothing.
     """
@@ -95,6 +96,8 @@ class Case:
     stage: str = "sft"
     pref_loss: PreferenceKind = "sigmoid"
     kd: KdSettings = field(default_factory=KdSettings)
+    teacher_family: str | None = None
+    teacher_rows: int = 16
     offload_activations: bool = False
     scaled: bool = False
 
@@ -301,7 +304,8 @@ def train(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, mesh.layout)
     losses, norms, gradients, metrics = [], [], {}, {}
-    for number, samples in enumerate(make_steps(inner.config.vocab_size, case.longest, case.stage)):
+    num_tokens = inner.config.vocab_size + (min(case.teacher_rows, 0) if case.stage == "kd" else 0)
+    for number, samples in enumerate(make_steps(num_tokens, case.longest, case.stage)):
         if before is not None:
             before(model, split)
         mine = samples[mesh.dp_rank :: mesh.layout.dp]

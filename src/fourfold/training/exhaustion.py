@@ -105,6 +105,8 @@ def _advice(run: Run, mesh: Mesh, place: Place) -> Iterator[str]:
         yield f"finetuning_type: lora instead of {tuning.finetuning_type}: the base needs no gradients then."
     if run.model.quantization_bit is None:
         yield "quantization_bit: 4 (QLoRA) holds the frozen weights in a quarter of bf16's memory."
+    if run.preference.teacher_model and run.preference.teacher_model_quantization_bit is None:
+        yield "teacher_model_quantization_bit: 4 holds the teacher's weights in a quarter of bf16's memory."
     if mesh.layout.dp_shard == 1:
         yield "strategy: fsdp on two or more GPUs, which share weights, gradients and optimizer state."
     if longest > 1:

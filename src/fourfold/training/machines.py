@@ -131,7 +131,7 @@ def _teacher_problems(run: Run, layout: Layout) -> list[str]:
         problems += _tensor_problems(teacher)
     if layout.cp > 1:
         problems += _context_problems(teacher, layout)
-    return [f"teacher_model: as split by {problem}" for problem in problems]
+    return [f"teacher_model: cannot be split so: {problem}" for problem in problems]
 
 
 def _facts(run: Run) -> ModelFacts:
