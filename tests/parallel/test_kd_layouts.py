@@ -158,7 +158,5 @@ def test_resume_of_kd_when_under_another_layout_goes_on_as_if_never_stopped(
 def test_run_of_kd_when_the_teacher_cannot_be_split_says_so(student: Path, data: Path, tmp_path: Path) -> None:
     odd = save_tiny_model(tmp_path / "odd", "llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3)
     run = load(config(student, data, tmp_path / "run", **_settings(odd), **_WHOLE["tp2"]), verb="train")
-    with pytest.raises(
-        PlanError, match=r"teacher_model: cannot be split so: .*tp: 2 does not divide"
-    ):
+    with pytest.raises(PlanError, match=r"teacher_model: cannot be split so: .*tp: 2 does not divide"):
         choose(run, 2)
