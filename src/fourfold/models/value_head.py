@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
-from fourfold.models.source import explained, fetch_file, gguf_path, model_name
+from fourfold.models.source import check_source, explained, fetch_file, gguf_path, model_name
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.stages import VALUE_HEAD, value_head_of
@@ -135,13 +135,27 @@ def find_value_head(config: ModelConfig) -> Path | None:
     return None if gguf_path(name) is not None else fetch_file(name, FILE, config, revision=config.model_revision)
 
 
-def missing_head(config: ModelConfig) -> str:
-    """The message for a model that was to score and has no head."""
+def check_value_head(config: ModelConfig, key: str) -> None:
+    """Refuse a model that is to score and has no head, before it is loaded.
+
+    Args:
+        key: that named the model, for the message.
+    Raises:
+        ModelError: it has none, or is not there.
+    """
+    for name in filter(None, (config.model_name_or_path, *config.adapter_name_or_path)):
+        check_source(name, key)
+    if find_value_head(config) is None:
+        raise ModelError(missing_head(config, key))
+
+
+def missing_head(config: ModelConfig, key: str | None = None) -> str:
+    """The message for a model that was to score and has no head; `key` where another one than usual named it."""
     adapters = config.adapter_name_or_path
-    key, name = ("adapter_name_or_path", adapters[-1]) if adapters else ("model_name_or_path", model_name(config))
+    usual, name = ("adapter_name_or_path", adapters[-1]) if adapters else ("model_name_or_path", model_name(config))
     return (
-        f"{key}: {name} has no {FILE}, so it is no reward model. Train one with stage: rm and do_train: true, or name "
-        "the folder of one."
+        f"{key or usual}: {name} has no {FILE}, so it is no reward model. Train one with stage: rm and do_train: "
+        "true, or name the folder of one."
     )
 
 

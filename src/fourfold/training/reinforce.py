@@ -11,6 +11,7 @@ from fourfold.dataset.collate import filler
 from fourfold.losses.advantages import KlController
 from fourfold.losses.token import TokenLoss
 from fourfold.models.scorer import RewardScorer
+from fourfold.models.value_head import check_value_head
 from fourfold.parallel.step import Step
 from fourfold.rewards.build import build_rewards
 from fourfold.rewards.table import RewardTable
@@ -104,6 +105,9 @@ def reward_run(run: Run) -> Run:
 
 
 def _rewards(parts: Parts) -> RewardTable:
+    keys = parts.run.preference
+    if keys.reward_model and keys.reward_model_type != "api":
+        check_value_head(reward_run(parts.run).model, "reward_model")
     return build_rewards(parts.run, _LateScorer(parts))
 
 

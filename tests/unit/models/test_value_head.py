@@ -18,7 +18,7 @@ from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.models.adapters import attach, identify_base
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import TunedModel, base_model
-from fourfold.models.value_head import FILE, ValueHead, add_value_head, new_value_head
+from fourfold.models.value_head import FILE, ValueHead, add_value_head, check_value_head, new_value_head
 from fourfold.models.weights import save_model
 from fourfold.parallel.loss import Outputs, document_values
 from fourfold.parallel.shares import Shares
@@ -226,6 +226,11 @@ def test_value_head_when_there_is_none_and_one_is_needed_names_the_file(load: Lo
         f"model_name_or_path: {llama_folder} has no value_head.safetensors, so it is no reward model. Train one with "
         "stage: rm and do_train: true, or name the folder of one."
     )
+    with pytest.raises(ModelError, match=f"^reward_model: {llama_folder} has no"):
+        check_value_head(config, "reward_model")
+    gone = ModelConfig(model_name_or_path=str(llama_folder), adapter_name_or_path=("/no/such/folder",))
+    with pytest.raises(ModelError, match="^reward_model: there is no folder /no/such/folder"):
+        check_value_head(gone, "reward_model")
 
 
 @pytest.mark.parametrize(
