@@ -179,3 +179,13 @@ def test_resume_when_the_value_head_is_gone_names_its_file(
     keys = {**_RM, **_TUNINGS["lora"], "val_size": 6, "resume_from_checkpoint": str(part / "checkpoint-3")}
     with pytest.raises(CheckpointError, match=r"checkpoint-3/value_head\.safetensors: is missing"):
         run(tiny_llama, tiny_data, part, **keys)
+
+
+def test_rm_when_muon_trains_leaves_the_value_head_to_adamw(tiny_llama: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A head is no matrix between hidden states: orthogonalising its one row would leave only its direction."""
+    keys = {**_RM, "optim": "muon", "finetuning_type": "full", "learning_rate": 1e-4, "max_steps": 2, "save_steps": 2}
+    run(tiny_llama, tiny_data, tmp_path, **keys)
+    names = load_file(tmp_path / "checkpoint-2" / "optimizer.safetensors")
+    assert "v_head.summary.weight|exp_avg" in names
+    assert "v_head.summary.weight|momentum_buffer" not in names
+    assert any(name.endswith("q_proj.weight|momentum_buffer") for name in names)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fourfold.config.schema import Run
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.sharded import full, local
+from fourfold.parallel.stages import value_head_of
 
 
 class _Pair(torch.optim.Optimizer):
@@ -71,20 +72,21 @@ class Muon(torch.optim.Muon):
 
 
 def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.optim.Optimizer:
-    """Muon over 2-D parameters outside embedding and head, AdamW over the rest.
+    """Muon over 2-D parameters outside embedding and heads, AdamW over the rest.
 
     The update of a matrix is scaled to AdamW's root mean square (`match_rms_adamw`), so that one learning rate
     serves both (arXiv:2502.16982).
     """
     training = run.training
-    vocabulary = {
+    inner = base_model(model)
+    ends = {
         parameter
-        for layer in (base_model(model).get_input_embeddings(), base_model(model).get_output_embeddings())
+        for layer in (inner.get_input_embeddings(), inner.get_output_embeddings(), value_head_of(inner))
         if layer is not None
         for parameter in layer.parameters()
     }
-    matrices = _only(groups, lambda p: p.ndim == 2 and p not in vocabulary)
-    others = _only(groups, lambda p: p.ndim != 2 or p in vocabulary)
+    matrices = _only(groups, lambda p: p.ndim == 2 and p not in ends)
+    others = _only(groups, lambda p: p.ndim != 2 or p in ends)
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         settings: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", **training.optim_args}
