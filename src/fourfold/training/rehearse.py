@@ -52,6 +52,8 @@ from fourfold.training.trace import MemoryTrace, Peak
 
 log = get_logger(__name__)
 
+_AS_THEY_ARE = ("pt", "sft", "kd")
+"""Stages that run as they are; what others train on is made of real answers. Their training pass is that of sft."""
 _Made = TypeVar("_Made")
 _OBJECTIVES, _OPTIMIZERS = "fourfold.objectives", "fourfold.training.optimizers"
 
@@ -144,7 +146,8 @@ def _steps(
     if trace is not None and isinstance(optimizer, torch.optim.AdamW):
         for group in optimizer.param_groups:  # as on a GPU
             group |= {"fused": True, "foreach": False}
-    objective: Objective = registry.load(_OBJECTIVES, run.training.stage, key="stage").build(run)
+    stage = run.training.stage if run.training.stage in _AS_THEY_ARE else "sft"
+    objective: Objective = registry.load(_OBJECTIVES, stage, key="stage").build(run)
     longest = max(sum(len(s.sequences[""]) for s in samples) for samples in micro_batches)
     policy = CutPolicy(packed=built.model.packed, max_tokens=longest, multiple=built.split.multiple)
     step = built.step(objective, partial(_for_real, partial(filler, policy)))
