@@ -21,6 +21,23 @@ def frozen_run(run: Run, model: str, adapters: str | Sequence[str] | None, bits:
     return replace(run, model=run.model.model_copy(update=keys), tuning=tuning)
 
 
+def reference_run(run: Run) -> Run:
+    """The run as if its reference were the model that it loads: `ref_model`, or what the training starts from."""
+    keys = run.preference
+    if keys.ref_model is None:
+        return frozen_run(run, run.model.model_name_or_path or "", None, run.model.quantization_bit)
+    return frozen_run(run, keys.ref_model, keys.ref_model_adapters, keys.ref_model_quantization_bit)
+
+
+def reward_run(run: Run) -> Run:
+    """The run as if its reward model were the one that it loads: adapters on the same base, or a model of its own."""
+    keys = run.preference
+    name, bits = keys.reward_model or "", keys.reward_model_quantization_bit
+    if keys.reward_model_type == "lora":
+        return frozen_run(run, run.model.model_name_or_path or "", name, bits or run.model.quantization_bit)
+    return frozen_run(run, name, keys.reward_model_adapters, bits)
+
+
 _OF_STUDENT: dict[str, Any] = {
     "adapter_folder": None,
     "model_revision": "main",

@@ -47,6 +47,12 @@ class Engine(Protocol):
         ...
 
 
+def policy_temperature(run: Run) -> float:
+    """That the logits of a policy are divided by, which answers with the generating keys; 1 where none is sampled."""
+    generation = run.generation
+    return generation.temperature if generation.do_sample and generation.temperature > 0 else 1.0
+
+
 def sampling_of(run: Run) -> Sampling:
     """The generating keys as an engine takes them.
 

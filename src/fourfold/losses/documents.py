@@ -37,14 +37,18 @@ def count_targets(batch: Batch) -> Tensor:
     return torch.bincount(trained, minlength=len(batch.lengths)).float()
 
 
+def begins_as_base(run: Run) -> bool:
+    """Whether the model with its adapters off is the one that the training starts from."""
+    return run.tuning.finetuning_type == "lora" and not run.tuning.pissa_init
+
+
 def stores_reference(run: Run) -> bool:
     """Whether the reference's log-probabilities are computed before the training and come with the samples.
 
     Adapters that begin as nothing need none of it: with them off the model is its own reference, at any time.
     """
-    preference, tuning = run.preference, run.tuning
-    begins_as_base = tuning.finetuning_type == "lora" and not tuning.pissa_init
-    return preference.ref_model is not None or preference.precompute_ref_log_probs or not begins_as_base
+    preference = run.preference
+    return preference.ref_model is not None or preference.precompute_ref_log_probs or not begins_as_base(run)
 
 
 def stored_logps(batch: Batch, roles: tuple[str, str]) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
+from fourfold.generate.interface import policy_temperature
 from fourfold.losses.documents import count_targets
 from fourfold.losses.policy import kl_estimate, policy_loss
 from fourfold.losses.token import router_term
 from fourfold.objectives.interface import Objective
-from fourfold.parallel.exchange import add_up
 from fourfold.parallel.loss import Outputs, at_temperature, score_tokens
 from fourfold.parallel.step import Scorer
 from fourfold.parallel.terms import TARGET_COUNT, TOKENS, LossTerms, Term
@@ -98,13 +98,10 @@ class GroupPolicyObjective:
 
     def _of_sequences(self, log_ratios: Tensor, outputs: Outputs, batch: Batch, positions: Tensor) -> Tensor:
         """[N] -> [N]: the mean over each rollout's tokens, which other ranks may have a part of."""
-        documents = batch.document_ids.reshape(-1).index_select(0, positions).long()
-        sums = log_ratios.new_zeros(len(batch.lengths)).index_add(0, documents, log_ratios)
-        if outputs.positions is not None:
-            sums = add_up(sums, outputs.positions)
+        sums = outputs.sum_by_document(log_ratios, positions, batch)
         counts = batch.extras[_COUNTS]
         means = sums[: len(counts)] / counts.clamp(min=1)
-        return means.index_select(0, documents)
+        return means.index_select(0, batch.document_ids.reshape(-1).index_select(0, positions).long())
 
 
 def build(run: Run) -> Objective:
@@ -119,6 +116,6 @@ def build(run: Run) -> Objective:
         sequence_level=variant == "gspo",
         kl_weight=keys.kl_weight,
         per_rollout=per_rollout,
-        temperature=run.generation.temperature if run.generation.do_sample else 1.0,
+        temperature=policy_temperature(run),
         router_coefficient=run.model.moe_aux_loss_coef or 0.0,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
+from fourfold.generate.interface import policy_temperature
 from fourfold.losses.policy import kl_estimate, policy_loss, value_loss
 from fourfold.losses.token import router_term
 from fourfold.objectives.interface import Objective
@@ -52,10 +53,9 @@ class PolicyValueObjective:
 
     def loss(self, outputs: Outputs, batch: Batch) -> LossTerms:
         """The terms `policy`, `value` and, with experts, `router`; clipping, the KL and the entropy as metrics."""
-        assert outputs.value is not None, "stage ppo gives the model a value head"
         scores = score_tokens(at_temperature(outputs, self.temperature), batch.targets)
         logps, positions = -scores.nll, scores.positions
-        values = outputs.value(outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions))
+        values = outputs.values_at(positions)
         advantages, old, old_values, returns = (
             batch.numbers[name].reshape(-1).index_select(0, positions) if name in batch.numbers else logps.detach() * 0
             for name in (ADVANTAGES, OLD_LOGPS, OLD_VALUES, RETURNS)
@@ -81,8 +81,7 @@ class PolicyValueObjective:
 
 def build(run: Run) -> Objective:
     """The objective of stage `ppo`."""
-    generation = run.generation
     return PolicyValueObjective(
-        temperature=generation.temperature if generation.do_sample else 1.0,
+        temperature=policy_temperature(run),
         router_coefficient=run.model.moe_aux_loss_coef or 0.0,
     )

@@ -66,6 +66,17 @@ class Outputs:
             return F.cross_entropy(logits, targets, reduction="none"), correct
         return shared_cross_entropy(logits, targets, share), correct
 
+    def values_at(self, positions: Tensor) -> Tensor:
+        """What the value head says at flat positions [N] of the hidden states: [N] fp32."""
+        assert self.value is not None, "the model has no value head"
+        return self.value(at_positions(self.hidden, positions))
+
+    def sum_by_document(self, values: Tensor, positions: Tensor, batch: Batch) -> Tensor:
+        """Sums [D] of values [N] at flat positions [N], by document; over all ranks that share the positions."""
+        documents = batch.document_ids.reshape(-1).index_select(0, positions).long()
+        sums = values.new_zeros(len(batch.lengths)).index_add(0, documents, values)
+        return sums if self.positions is None else add_up(sums, self.positions)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
@@ -207,9 +218,7 @@ def document_logps(outputs: Outputs, batch: Batch, weights: Tensor | None = None
     logps = -scores.nll
     if weights is not None:
         logps = logps * weights.reshape(-1).index_select(0, scores.positions)
-    documents = batch.document_ids.reshape(-1).index_select(0, scores.positions).long()
-    sums = logps.new_zeros(len(batch.lengths)).index_add(0, documents, logps)
-    return sums if outputs.positions is None else add_up(sums, outputs.positions)
+    return outputs.sum_by_document(logps, scores.positions, batch)
 
 
 def document_values(outputs: Outputs, batch: Batch) -> Tensor:
@@ -217,15 +226,12 @@ def document_values(outputs: Outputs, batch: Batch) -> Tensor:
 
     A loss that is made of it is one loss for all these ranks: each must count its share (`loss_share`).
     """
-    assert outputs.value is not None, "the model has no value head"
     lengths = torch.tensor(batch.lengths, device=batch.document_ids.device)
     documents = batch.document_ids.reshape(-1).long()
     is_last = (documents >= 0) & (batch.position_ids.reshape(-1) == lengths[documents.clamp(min=0)] - 1)
     positions = torch.nonzero(is_last).squeeze(-1)
     # also where no document of this rank ends, so that the head has a gradient, of zeros, on every rank
-    values = outputs.value(outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions))
-    found = values.new_zeros(len(batch.lengths)).index_add(0, documents.index_select(0, positions), values)
-    return found if outputs.positions is None else add_up(found, outputs.positions)
+    return outputs.sum_by_document(outputs.values_at(positions), positions, batch)
 
 
 def loss_share(outputs: Outputs) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fourfold.dataset.batch import IGNORE_INDEX, Batch
+from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.gradients import GradientSync, NoSync
@@ -248,10 +248,8 @@ class Step:
         """For each micro-batch what the value head says where a target is to be predicted, as `token_logps`."""
 
         def read(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-            assert outputs.value is not None, "the model has no value head"
-            positions = torch.nonzero(batch.targets.reshape(-1) != IGNORE_INDEX).squeeze(-1)
-            hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1]).index_select(0, positions)
-            return outputs.value(hidden), positions
+            positions = trained_positions(batch.targets)
+            return outputs.values_at(positions), positions
 
         return self._ask_tokens(batches, read)
 

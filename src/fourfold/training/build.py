@@ -159,7 +159,7 @@ def build(
     blocks = list(decoder_blocks(inner)[1])
     split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)
     model.take(split)
-    if mesh.layout.splits_model or mesh.layout.shards > 1:
+    if mesh.layout.splits_model:
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)

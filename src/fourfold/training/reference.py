@@ -19,14 +19,14 @@ import torch.distributed as dist
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
-from fourfold.config.second import frozen_run
+from fourfold.config.second import reference_run
 from fourfold.dataset.collate import cut, filler, pairs_of
 from fourfold.dataset.encoded import ROLES
 from fourfold.dataset.prepare import TRAIN, name_eval
 from fourfold.dataset.progress import track
 from fourfold.dataset.stage_rows import row_kind
 from fourfold.dataset.storage import TokenisedDataset
-from fourfold.losses.documents import reference_name
+from fourfold.losses.documents import begins_as_base, reference_name
 from fourfold.losses.token import TokenLoss
 from fourfold.parallel.step import Step
 from fourfold.training.assemble import Parts
@@ -110,10 +110,7 @@ def _asking(parts: Parts) -> Iterator[Step]:
         yield parts.step()
         return
     log.info("Reference model: %s", preference.ref_model)
-    run = frozen_run(
-        parts.run, preference.ref_model, preference.ref_model_adapters, preference.ref_model_quantization_bit
-    )
-    built = build_frozen(run, parts.mesh, parts.tokenizer)
+    built = build_frozen(reference_run(parts.run), parts.mesh, parts.tokenizer)
     try:
         yield built.step(TokenLoss(), lambda: filler(parts.policy))
     finally:
@@ -129,7 +126,7 @@ def _compute(parts: Parts, data: TokenisedDataset, step: Step, name: str) -> np.
     ranks, rank = parts.mesh.layout.dp, parts.mesh.dp_rank
     size = _SAMPLES_A_PASS * ranks
     starts = track(range(0, len(data), size), title=f"Reference ({name})", total=-(-len(data) // size), step=1)
-    off = parts.run.preference.ref_model is None and not parts.run.tuning.pissa_init
+    off = parts.run.preference.ref_model is None and begins_as_base(parts.run)
     for first in starts:
         samples = [data[i] for i in range(first, min(first + size, len(data)))[rank::ranks]]
         batches = step.fill(cut(samples, parts.policy))

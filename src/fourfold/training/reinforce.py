@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fourfold.base.log import get_logger
-from fourfold.config.schema import Run
-from fourfold.config.second import frozen_run
+from fourfold.config.second import reference_run, reward_run
 from fourfold.dataset.collate import filler
+from fourfold.generate.interface import policy_temperature
 from fourfold.losses.advantages import KlController
+from fourfold.losses.documents import begins_as_base
 from fourfold.losses.token import TokenLoss
 from fourfold.models.scorer import RewardScorer
 from fourfold.models.value_head import check_value_head
@@ -33,12 +34,6 @@ def build_practice(parts: Parts, step: Step) -> Practice | None:
     return None if made is None else made(parts, step)
 
 
-def _temperature(parts: Parts) -> float:
-    """That answers are sampled at; the likeliest tokens are the policy's at any."""
-    generation = parts.run.generation
-    return generation.temperature if generation.do_sample and generation.temperature > 0 else 1.0
-
-
 def _group_practice(parts: Parts, step: Step) -> GroupPractice:
     run = parts.run
     keys, generation = run.reinforcement, run.generation
@@ -53,7 +48,7 @@ def _group_practice(parts: Parts, step: Step) -> GroupPractice:
         scaling=keys.scale_rewards or "group",
         per_answer=variant in ("grpo", "gspo"),
         updates=keys.num_iterations,
-        temperature=_temperature(parts),
+        temperature=policy_temperature(run),
         mask_truncated=keys.mask_truncated_completions,
         overlong=keys.overlong_buffer,
         longest=generation.max_new_tokens,
@@ -72,7 +67,7 @@ def _ppo_practice(parts: Parts, step: Step) -> PpoPractice:
         reference=reference_of(parts, step),
         epochs=keys.ppo_epochs,
         parts=keys.ppo_buffer_size,
-        temperature=_temperature(parts),
+        temperature=policy_temperature(run),
         normalise=keys.ppo_score_norm,
         whiten_rewards=keys.ppo_whiten_rewards,
         controller=KlController(target=keys.ppo_target),
@@ -95,15 +90,6 @@ class _LateScorer:
         return self._found.score(token_ids)
 
 
-def reward_run(run: Run) -> Run:
-    """The run as if its reward model were the one that it loads: adapters on the same base, or a model of its own."""
-    keys = run.preference
-    name, bits = keys.reward_model or "", keys.reward_model_quantization_bit
-    if keys.reward_model_type == "lora":
-        return frozen_run(run, run.model.model_name_or_path or "", name, bits or run.model.quantization_bit)
-    return frozen_run(run, name, keys.reward_model_adapters, bits)
-
-
 def _rewards(parts: Parts) -> RewardTable:
     keys = parts.run.preference
     if keys.reward_model and keys.reward_model_type != "api":
@@ -117,15 +103,9 @@ def reference_of(parts: Parts, step: Step) -> tuple[Step, bool]:
     Returns:
         the engine, and whether adapters are to be off.
     """
-    run, preference = parts.run, parts.run.preference
-    own = run.tuning.finetuning_type == "lora" and not run.tuning.pissa_init
-    if preference.ref_model is None and own:
+    if parts.run.preference.ref_model is None and begins_as_base(parts.run):
         return step, True
-    name = preference.ref_model or run.model.model_name_or_path or ""
-    log.info("Reference model: %s, held beside the one that is trained", name)
-    if preference.ref_model is None:
-        frozen = frozen_run(run, name, None, run.model.quantization_bit)
-    else:
-        frozen = frozen_run(run, name, preference.ref_model_adapters, preference.ref_model_quantization_bit)
+    frozen = reference_run(parts.run)
+    log.info("Reference model: %s, held beside the one that is trained", frozen.model.model_name_or_path)
     built = build_frozen(frozen, parts.mesh, parts.tokenizer)
     return built.step(TokenLoss(), lambda: filler(parts.policy)), False

@@ -55,7 +55,6 @@ class RolloutMaker:
     def __init__(self, parts: Parts, rewards: RewardTable, copies: int) -> None:
         run = parts.run
         self._parts, self._rewards, self._copies = parts, rewards, copies
-        self._seed = run.training.seed
         self._sampling = replace(sampling_of(run), seed=run.training.seed)
         stop, pad = parts.renderer.stop_token_ids, pad_token(parts.tokenizer)
         room = (run.data.cutoff_len + run.generation.max_new_tokens) * run.training.per_device_train_batch_size * copies
