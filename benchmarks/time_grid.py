@@ -1,9 +1,10 @@
 """Predicted against measured step time of what one GPU can run whole, and whether layouts rank as they run.
 
-    python benchmarks/time_grid.py [--only TEXT] [--budget SECONDS] [--out FILE]
+    python benchmarks/time_grid.py [--check] [--only TEXT] [--budget SECONDS] [--out FILE]
 
 Points of a group do the same work in a step (the same model, tuning and sequences), cut or recomputed differently:
-their order is what the planner chooses by. At the end: errors, and for each two of a group whether the faster one was
+their order is what the planner chooses by. `--check` runs other groups than those the constants were fitted with. At
+the end: errors, and for each two of a group whether the faster one was
 predicted to be. How points run: `rehearsed.py`.
 """
 
@@ -51,10 +52,29 @@ def groups() -> list[list[Point]]:
     return found
 
 
+def check_groups() -> list[list[Point]]:
+    """The second set of points by work."""
+    one, three, eight, other, none = "Llama-3.2-1B", "Llama-3.2-3B", "Llama-3-8B", "Qwen3-8B", Layout()
+    return [
+        *(
+            [Point(model, tuning, none, recompute, lengths) for recompute in RECOMPUTES]
+            for model, tuning, lengths in (
+                (one, "pure", (2048,) * 4),
+                (three, "lora", (2048,) * 4),
+                (other, "lora", (2048,) * 3),
+                (eight, "qlora", (1024,) * 6),
+            )
+        ),
+        [Point(one, "full", none, "none", (2048,) * (8 // share), share) for share in (1, 2, 4)],
+        [Point(other, "lora", none, "none", (256,) * (16 // share), share) for share in (1, 2, 4, 8)],
+        [Point(three, "qlora", none, "selective", (1024,) * (8 // share), share) for share in (1, 2, 4)],
+    ]
+
+
 def ranking(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Of each two points of a group, whether they rank as predicted."""
     right, wrong, alike = 0, [], 0
-    for group in groups():
+    for group in (*groups(), *check_groups()):
         timed = [rows[point.name] for point in group if rows.get(point.name, {}).get("step_s")]
         for first, second in itertools.combinations(timed, 2):
             ratio = first["step_s"] / second["step_s"]
@@ -85,8 +105,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing, then report on all."""
-    args = arguments(__doc__, "time_grid").parse_args()
-    rows = run_points(itertools.chain(*groups()), args)
+    parser = arguments(__doc__, "time_grid")
+    parser.add_argument("--check", action="store_true", help="the second set of groups")
+    args = parser.parse_args()
+    rows = run_points(itertools.chain(*(check_groups() if args.check else groups())), args)
     if not args.fake:
         print(json.dumps({"environment": environment(), **summary(rows)}, indent=1))
 

@@ -92,7 +92,7 @@ def estimate_memory(
     if rank is None and layout.pp > 3:
         ranks = (0, 1, layout.pp - 1)
     found = [_of_rank(shape, job, layout, recompute, micro_batch, pp_rank, device) for pp_rank in ranks]
-    return max(found, key=lambda memory: memory.device)
+    return max(found, key=lambda memory: (memory.device, memory.allocated))
 
 
 def _of_rank(
@@ -142,7 +142,7 @@ def _of_rank(
         lasting = sum(terms[name] for name in ("parameters", "scales", "optimizer", "teacher", "buffers"))
         reserved = replace(pools, computing=pools.computing + lasting).reserved
         terms["slack"] = max(reserved - Memory(pp_rank, terms).allocated, 0)
-    return Memory(pp_rank, terms)
+    return Memory(pp_rank, terms, None if device is None else device.memory_bytes)
 
 
 def _pools(
@@ -159,7 +159,7 @@ def _pools(
     """What comes and goes, by the stream that asks for it."""
     unit, root = layers.largest, outer
     shared = layout.tp > 1 and layout.loss_parallel
-    scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
+    scored = min(job.chunk, _scored(job, stage, positions))
     logits = 4 * scored * (-(-shape.vocab // layout.tp) if shared else shape.vocab)
     if layout.shards == 1:
         moving = max(sum(moment) for moment in moments)
@@ -176,8 +176,9 @@ def _pools(
     moving = max(held)
     largest = root.whole_trained * reduced
     if moving - int(_LASTING_ROOT * root.whole) > largest:
-        largest = 0  # it finds room where activations were
-    return Pools(moving, moving, arriving + sent, gradients, logits, largest)
+        # it finds room where activations were; in fp32 less of it between the keys and values that cp ranks exchange
+        largest = largest // 2 if layout.cp > 1 and job.is_mixed else 0
+    return Pools(moving, moving, arriving + unit.whole + sent, gradients, logits, largest)
 
 
 def _largest_gradient(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> int:
@@ -214,7 +215,9 @@ def _moments(
     c, hidden = job.compute_bytes, shape.hidden
     table = shape.vocab * hidden // layout.tp
     head = table if job.tuning == "full" and stage.is_last else 0
-    sharded = _Sharded.of(job, layout, layers, outer, head, gradients, batches)
+    # the gradient of the head lies beside the logits of the chunks after the first
+    head_at_loss = head if _scored(job, stage, positions) > job.chunk else 0
+    sharded = _Sharded.of(job, layout, layers, outer, head, head_at_loss, gradients, batches)
     layer = int((layers.replayed + layers.working) * positions)
     # gradients of merged weights, one matrix at a time
     layer += layers.largest.merged * c * (4 if layers.replayed > 0 else 1) // 3
@@ -229,6 +232,11 @@ def _moments(
         _Moment(sharded.accumulated or before_outer, sharded.end, layer + int(layers.entry * positions)),
         _Moment(sharded.root_gradients, sharded.root + summed, entering),
     ]
+
+
+def _scored(job: Job, stage: Stage, positions: int) -> int:
+    """Positions of a micro-batch that have logits on a rank."""
+    return max(int(positions * job.trained_share), 1) if stage.is_last else 0
 
 
 def _waiting_moments(
@@ -253,7 +261,8 @@ def _waiting_moments(
     flying = in_flight(layout, pp_rank, batches)
     replays = layers.replayed > 0
     shared = layout.tp > 1 and layout.loss_parallel
-    scored = min(job.chunk, max(int(positions * job.trained_share), 1)) if stage.is_last else 0
+    all_scored = _scored(job, stage, positions)
+    scored = min(job.chunk, all_scored)
     own = -(-shape.vocab // layout.tp) if shared else shape.vocab
     forward_logits, logits = _FORWARD_LOGIT_BYTES * scored * own, _LOGIT_BYTES * scored * own
     if shared:
@@ -278,9 +287,10 @@ def _waiting_moments(
         if not gradients or batches > flying:
             gathered = sharded.forward + more + (max(kept_casts, casts) if casts else 0)
             yield _Moment(gradients, gathered, kept_all, forward_logits)
-        beside = more + kept_casts + head_gradient
-        yield _Moment(gradients, sharded.loss + beside, kept_all, logits)
-        yield _Moment(gradients, sharded.backward + beside, kept_all + layer)
+        beside = more + kept_casts
+        head_at_loss = head_gradient if all_scored > job.chunk else 0
+        yield _Moment(gradients, sharded.loss + beside + head_at_loss, kept_all, logits)
+        yield _Moment(gradients, sharded.backward + beside + head_gradient, kept_all + layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,9 +317,21 @@ class _Sharded:
 
     @classmethod
     def of(
-        cls, job: Job, layout: Layout, layers: _Layers, root: Part, head: int, gradients: int, batches: int
+        cls,
+        job: Job,
+        layout: Layout,
+        layers: _Layers,
+        root: Part,
+        head: int,
+        head_at_loss: int,
+        gradients: int,
+        batches: int,
     ) -> _Sharded:
-        """The figures of a layout; of one without shards nothing is gathered."""
+        """The figures of a layout; of one without shards nothing is gathered.
+
+        Args:
+            head, head_at_loss: elements of the head's gradient after the loss, and beside the last chunk's logits.
+        """
         c = job.compute_bytes
         accumulated = gradients if batches > 1 else 0
         if layout.shards == 1:
@@ -320,7 +342,7 @@ class _Sharded:
         if layout.pp > 1:  # all stays gathered, and gradients whole, until the end of the step
             whole = whole_trained * reduced
             sending = max(unit.whole_trained, root.whole_trained) * reduced
-            loss, backward = everything + head * c, everything + (head + unit.whole_trained) * c
+            loss, backward = everything + head_at_loss * c, everything + (head + unit.whole_trained) * c
             return cls(everything, everything, loss, backward, everything, everything + sending, whole, 0, whole)
         kept = root.whole if layout.reshards else everything
         root_sent = root.whole_trained * (c + reduced)
@@ -339,7 +361,7 @@ class _Sharded:
             before_root = gradients + root.whole_trained * reduced
         root_end = root_sent or root.whole
         gathering = 2 * (root.whole + unit.whole)
-        return cls(gathering, kept, kept + head * c, backward, end, root_end, accumulated, waiting, before_root)
+        return cls(gathering, kept, kept + head_at_loss * c, backward, end, root_end, accumulated, waiting, before_root)
 
 
 def _received(shape: ModelShape, job: Job, layout: Layout, stage: Stage, positions: int, batches: int) -> int:

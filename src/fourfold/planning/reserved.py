@@ -16,6 +16,8 @@ _LOGITS_SHARE = 0.65
 """Of one chunk's logits in fp32, what stays unusable between the blocks of loss and gradient."""
 _GROWN_SHARE = 0.02
 """Of all that comes and goes, what rounding to whole pages and small holes take."""
+_LEAST_SLACK = 120 << 20
+"""What is unusable in any case: a started page of each size and stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,8 @@ class Pools:
     Attributes:
         computing: the most that the computing stream holds at a time, weights and optimizer state with it.
         moving: of these, what comes and goes.
-        gathering: the most that FSDP's gathering stream holds: two units as they arrive, and shards as they are sent.
+        gathering: the most that FSDP's gathering stream holds: the root and two units as they arrive, and shards as they
+            are sent.
         reduced: shards of gradients, which lie on the reducing stream.
         logits: of one chunk, fp32.
         largest: the largest block that the backward pass makes anew: a gradient, or a unit's, laid out to be sent.
@@ -41,5 +44,5 @@ class Pools:
     @property
     def reserved(self) -> int:
         """What all streams have at the end of a step."""
-        holes = self.largest + int(_LOGITS_SHARE * self.logits + _GROWN_SHARE * self.moving)
+        holes = _LEAST_SLACK + self.largest + int(_LOGITS_SHARE * self.logits + _GROWN_SHARE * self.moving)
         return self.computing + self.gathering + self.reduced + holes

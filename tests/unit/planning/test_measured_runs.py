@@ -25,11 +25,11 @@ def percentile_95(values: list[float]) -> float:
     return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
-@pytest.fixture(scope="module")
-def memory_errors() -> list[tuple[float, float]]:
+@pytest.fixture(scope="module", params=["memory_grid_h100.jsonl", "memory_check_h100.jsonl"])
+def memory_errors(request: pytest.FixtureRequest) -> list[tuple[float, float]]:
     """Signed, in per cent: of the allocator's peak, and of what it reserved."""
     found = []
-    for row in rows_of("memory_grid_h100.jsonl"):
+    for row in rows_of(request.param):
         memory = predicted_memory(point_of(row["fields"]), find_device(row["gpu"]))
         allocated = memory.allocated / GIB / row["measured_gib"]
         reserved = memory.reserved / GIB / row["reserved_gib"]
@@ -37,44 +37,49 @@ def memory_errors() -> list[tuple[float, float]]:
     return found
 
 
-def test_allocated_when_compared_with_76_measured_runs_is_within_the_tolerance(
+def test_allocated_when_compared_with_measured_runs_is_within_the_tolerance(
     memory_errors: list[tuple[float, float]],
 ) -> None:
     errors = [allocated for allocated, _ in memory_errors]
-    assert len(errors) >= 60
+    assert len(errors) >= 48
     assert statistics.median(map(abs, errors)) <= 3
     assert percentile_95(list(map(abs, errors))) <= 7
     assert min(errors) >= -5
 
 
-def test_reserved_when_compared_with_76_measured_runs_is_within_the_tolerance(
+def test_reserved_when_compared_with_measured_runs_is_within_the_tolerance(
     memory_errors: list[tuple[float, float]],
 ) -> None:
     errors = [reserved for _, reserved in memory_errors]
     assert statistics.median(map(abs, errors)) <= 3
     assert percentile_95(list(map(abs, errors))) <= 7
+    assert min(errors) >= -5
 
 
-def test_verdict_when_compared_with_runs_near_the_limit_is_right_in_19() -> None:
-    rows = rows_of("near_limit_h100.jsonl")
+@pytest.mark.parametrize(("name", "jobs", "wrong"), [("near_limit", 21, 0), ("near_limit_check", 17, 0)])
+def test_verdict_when_compared_with_runs_near_the_limit_is_right(name: str, jobs: int, wrong: int) -> None:
+    rows = rows_of(f"{name}_h100.jsonl")
     right = 0
     for row in rows:
         card = find_device(row["gpu"])
         fits = predicted_memory(point_of(row["fields"]), card).device <= card.memory_bytes
         right += fits == ("out_of_memory" not in row)
-    assert len(rows) >= 20
-    assert right >= 19
+    assert len(rows) == jobs
+    assert right >= jobs - wrong
 
 
-def test_step_time_when_compared_with_32_measured_runs_is_within_a_tenth_and_ranks_right() -> None:
-    rows = rows_of("time_grid_h100.jsonl")
+@pytest.mark.parametrize(("name", "least", "pairs", "wrong"), [("time_grid", 32, 35, 0), ("time_check", 19, 20, 1)])
+def test_step_time_when_compared_with_measured_runs_is_within_a_tenth_and_ranks_right(
+    name: str, least: int, pairs: int, wrong: int
+) -> None:
+    rows = rows_of(f"{name}_h100.jsonl")
     for row in rows:
         row |= predictions(point_of(row["fields"]), row["gpu"], row["host_op_us"])
     found = time_grid.summary(rows)
-    assert found["points"] >= 20
+    assert found["points"] >= least
     assert found["median_error_percent"] <= 10
-    assert found["pairs_wrong"] == []
-    assert found["pairs_right"] >= 30
+    assert len(found["pairs_wrong"]) <= wrong
+    assert found["pairs_right"] >= pairs
 
 
 def test_points_when_read_back_have_the_name_they_ran_under() -> None:

@@ -71,7 +71,8 @@ class RowState:
             assert choice.logprobs is not None
             self.logprobs[rows, columns] = choice.logprobs
         if self.seen is not None:
-            self.seen[rows, choice.tokens] = True
+            # not `= True`, which copies the number from the host: a graph cannot record that
+            self.seen.index_put_((rows, choice.tokens), torch.ones_like(live))
         self.tokens[rows] = choice.tokens
         self.counts[rows] = counts = counts + live
         stopped = (choice.tokens[:, None] == self._stop).any(-1)
