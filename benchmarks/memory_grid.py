@@ -3,8 +3,8 @@
     python benchmarks/memory_grid.py [--check] [--fake] [--only TEXT] [--budget SECONDS] [--out FILE]
 
 The planner's formulas were corrected with runs of the first grid; `--check` runs another one, of other lengths, degrees
-and models, which they have not seen. At the end: signed errors of `planning/memory.py`, their median and 95th percentile, and the worst. How points run:
-`rehearsed.py`.
+and models, which they have not seen. At the end: signed errors of `planning/memory.py`, their median and 95th
+percentile, and the worst. How points run: `rehearsed.py`.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class Pools:
     Attributes:
         computing: the most that the computing stream holds at a time, weights and optimizer state with it.
         moving: of these, what comes and goes.
-        gathering: the most that FSDP's gathering stream holds: the root and two units as they arrive, and shards as they
-            are sent.
+        gathering: the most that FSDP's gathering stream holds: the root and two units as they arrive, and shards as
+            they are sent.
         reduced: shards of gradients, which lie on the reducing stream.
         logits: of one chunk, fp32.
         largest: the largest block that the backward pass makes anew: a gradient, or a unit's, laid out to be sent.
