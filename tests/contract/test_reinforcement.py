@@ -102,17 +102,6 @@ def test_grpo_when_it_runs_logs_what_it_did(
     assert rows[0]["reward"] == rows[0]["rewards/short"] == -len(rows[0]["completion"])
 
 
-def test_grpo_when_layouts_differ_makes_the_same_rollouts_and_losses(
-    tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
-) -> None:
-    keys = {**_GRPO, "reward_funcs": f"{rewards}:short", "global_batch_size": 4, "kl_weight": 0.05}
-    run(tiny_llama, tiny_data, tmp_path / "one", **keys)
-    for name, layout in {"fsdp": {"strategy": "fsdp"}, "tp": {"strategy": "tp"}, "pp": {"strategy": "pp"}}.items():
-        run(tiny_llama, tiny_data, tmp_path / name, **keys, nproc=2, **layout)
-        assert losses(tmp_path / name, "reward") == losses(tmp_path / "one", "reward")
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-
-
 def test_grpo_when_resumed_goes_on_as_if_it_had_not_stopped(
     tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
 ) -> None:
@@ -243,15 +232,20 @@ def test_ppo_when_it_runs_logs_what_it_did(
     ]
 
 
-def test_ppo_when_layouts_differ_makes_the_same_rollouts_and_losses(
-    tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
+@pytest.mark.parametrize(("stage", "tuning"), [("grpo", "full"), ("grpo", "lora"), ("ppo", "full"), ("ppo", "lora")])
+def test_run_when_layouts_differ_makes_the_same_rollouts_and_losses(
+    stage: str, tuning: str, tiny_llama: Path, tiny_data: Path, tmp_path: Path, rewards: Path
 ) -> None:
-    keys = {**_PPO, "reward_funcs": f"{rewards}:short", "max_new_tokens": 8, "global_batch_size": 8, "max_steps": 2}
+    """Also of the reference, which counts in both stages."""
+    own: dict[str, Any] = {"kl_weight": 0.05, "global_batch_size": 4} if stage == "grpo" else {"global_batch_size": 8}
+    keys = {**(_GRPO if stage == "grpo" else _PPO), "max_new_tokens": 8, "max_steps": 3, "finetuning_type": tuning}
+    keys |= {"reward_funcs": f"{rewards}:short", "learning_rate": 1e-2 if tuning == "lora" else 1e-3, **own}
     run(tiny_llama, tiny_data, tmp_path / "one", **keys)
-    for name, layout in {"fsdp": {"strategy": "fsdp"}, "tp": {"strategy": "tp"}, "pp": {"strategy": "pp"}}.items():
-        run(tiny_llama, tiny_data, tmp_path / name, **keys, nproc=2, **layout)
-        assert losses(tmp_path / name, "reward") == losses(tmp_path / "one", "reward")
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    for strategy in ("fsdp", "tp", "pp"):
+        run(tiny_llama, tiny_data, tmp_path / strategy, **keys, nproc=2, strategy=strategy)
+        assert losses(tmp_path / strategy, "reward") == losses(tmp_path / "one", "reward")
+        for figure in ("loss", "kl"):
+            assert losses(tmp_path / strategy, figure) == pytest.approx(losses(tmp_path / "one", figure), abs=1e-5)
 
 
 def test_ppo_when_resumed_goes_on_as_if_it_had_not_stopped(

@@ -33,11 +33,12 @@ from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
 from fourfold.models.unwrap import TunedModel, base_model
-from fourfold.models.value_head import freeze_head, new_value_head
+from fourfold.models.value_head import freeze_head, learns_level, new_value_head, reads_logits, reads_values
 from fourfold.objectives.dpo import PreferenceObjective
 from fourfold.objectives.grpo import ADVANTAGES, OLD_LOGPS, REFERENCE_LOGPS, ROLLOUTS, GroupPolicyObjective
 from fourfold.objectives.kd import DistillationObjective
 from fourfold.objectives.kto import KtoObjective
+from fourfold.objectives.ppo import OLD_VALUES, RETURNS, PolicyValueObjective
 from fourfold.objectives.rm import RewardObjective
 from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import Parallelized, parallelize
@@ -74,7 +75,7 @@ class Case:
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
         stage: sft and kd leave the first third of a sample out of the loss, pt trains on all of it; rm, dpo and kto
-            have two answers to each prompt.
+            have two answers to each prompt; grpo and ppo are given their rollouts.
         pref_loss: of stage dpo.
         kd: settings of stage kd.
         teacher_family, teacher_rows: its teacher's family, another one if None, and rows beside the student's.
@@ -146,11 +147,12 @@ def assert_together_same(curves: list[Curve], reference: Curve, *, loss: float =
 def make_model(case: Case) -> TunedModel:
     """The model of a case; the same weights in every process."""
     module = _make_tuned(case)
-    if case.stage == "rm":
+    if reads_values(case.stage):
         inner = base_model(module)
-        freeze_head(module, None)
         head = new_value_head(inner.config.hidden_size, seed=5, std=0.1)
-        head.summary.bias.requires_grad_(False)
+        if not reads_logits(case.stage):
+            freeze_head(module, None)
+        head.summary.bias.requires_grad_(learns_level(case.stage))
         inner.add_module(VALUE_HEAD, head)
     return module
 
@@ -198,25 +200,35 @@ def objective_of(case: Case) -> LossFunction:
     if case.stage == "grpo":
         gspo = case.tuning == "lora"
         return GroupPolicyObjective(clip_high=0.28, sequence_level=gspo, kl_weight=0.05, temperature=0.9)
+    if case.stage == "ppo":
+        return PolicyValueObjective(temperature=0.9)
     if case.stage == "rm":
         return RewardObjective(case.router)
     labels = TokenLoss(router_coefficient=case.router)
     return DistillationObjective(case.kd, labels) if case.stage == "kd" else labels
 
 
-def _rollout(ids: list[int], index: int) -> Sample:
+def _rollout(ids: list[int], index: int, stage: str) -> Sample:
     """A prompt and its answer, with what was found out about it before."""
     prompt, answer = ids[: len(ids) // 3 + 1], ids[len(ids) // 3 + 1 :]
     before, size = [0.0] * len(prompt), len(answer)
-    numbers = {
-        ADVANTAGES: before + [(-1.0) ** index * (1 + index % 3)] * size,
-        OLD_LOGPS: before + [-5.0 - 0.1 * (n % 5) for n in range(size)],
-        REFERENCE_LOGPS: before + [-5.2] * size,
+    of_tokens = {
+        ADVANTAGES: [(-1.0) ** index * (1 + index % 3)] * size,
+        OLD_LOGPS: [-5.0 - 0.1 * (n % 5) for n in range(size)],
+        REFERENCE_LOGPS: [-5.2] * size,
     }
-    labels = [IGNORE_INDEX] * len(prompt) + answer
-    return Sample(
-        {"": Example(ids, labels, weights=before + [1 / size] * size, numbers=numbers)}, index, {ROLLOUTS: 1.0}
-    )
+    weight, extras = 1 / size, {ROLLOUTS: 1.0}
+    if stage == "ppo":  # each token has an advantage of its own; some ratios and some values are clipped, others not
+        of_tokens = {
+            ADVANTAGES: [(-1.0) ** (index + n) * (1 + n % 3) / 2 for n in range(size)],
+            OLD_LOGPS: [-5.6 - 0.2 * (n % 5) for n in range(size)],
+            OLD_VALUES: [0.3 * (n % 4) - 0.4 for n in range(size)],
+            RETURNS: [0.5 * ((index + n) % 3) - 0.6 for n in range(size)],
+        }
+        weight, extras = 1.0, {}
+    numbers = {name: before + found for name, found in of_tokens.items()}
+    example = Example(ids, [IGNORE_INDEX] * len(prompt) + answer, weights=before + [weight] * size, numbers=numbers)
+    return Sample({"": example}, index, extras)
 
 
 def _with_two_answers(ids: list[int], index: int, stage: str) -> Sample:
@@ -242,8 +254,8 @@ def make_steps(vocab_size: int, longest: int = 24, stage: str = "sft") -> list[l
             ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
             if stage in ("rm", "dpo", "kto"):
                 samples.append(_with_two_answers(ids, index, stage))
-            elif stage == "grpo":
-                samples.append(_rollout(ids, index))
+            elif stage in ("grpo", "ppo"):
+                samples.append(_rollout(ids, index, stage))
             else:
                 prompt = 0 if stage == "pt" else length // 3
                 samples.append(Sample({"": Example(ids, [IGNORE_INDEX] * prompt + ids[prompt:])}, index))

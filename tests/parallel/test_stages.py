@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
+from itertools import combinations, product
 
 import pytest
 import torch
 from cells import LAYOUTS
 from harness import Case, Curve, make_steps, run_ranks, train
 
-from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.dataset.collate import CutPolicy
 from fourfold.losses.teacher import KdSettings
 from fourfold.parallel.mesh import build_mesh, single
 from fourfold.parallel.step import Step
-from fourfold.training.rollouts import answer_values
+from fourfold.planning.layout import Layout
+from fourfold.training.rollouts import logps_of_answers, values_of_answers
 
 STAGES = ("dpo", "kto", "grpo", "rm", "kd")
 TUNINGS = ("full", "lora", "qlora")
+FAMILIES = ("llama", "qwen3")
 _GRID = pytest.mark.grid
 _LAYOUTS = (
     *("ddp2", "zero3-2", "tp2", "pp2-1f1b", "fsdp2xtp2"),
@@ -40,7 +45,7 @@ _CPU = torch.device("cpu")
 
 def _case(stage: str, tuning: str, number: int, layers: int = 2, pref_loss: str = "sigmoid") -> Case:
     return Case(
-        family=("llama", "qwen3")[number % 2],
+        family=FAMILIES[number % 2],
         tuning=tuning,
         packed=number % 3 > 0,
         stage=stage,
@@ -48,6 +53,10 @@ def _case(stage: str, tuning: str, number: int, layers: int = 2, pref_loss: str 
         kd=_KD[number % 3],
         overrides=(*_SHAPE.items(), ("num_hidden_layers", layers)),
     )
+
+
+def _layers(layout: str) -> int:
+    return 4 if layout.endswith("zbv") else 2
 
 
 def _cases(layers: int) -> list[Case]:
@@ -60,14 +69,14 @@ def _cases(layers: int) -> list[Case]:
 
 
 @cache
-def _alone(layers: int) -> dict[Case, Curve]:
-    [found] = run_ranks(1, lambda: {case: train(case, single(_CPU)) for case in _cases(layers)})
+def _alone(cases: tuple[Case, ...]) -> dict[Case, Curve]:
+    [found] = run_ranks(1, lambda: {case: train(case, single(_CPU)) for case in cases})
     return found
 
 
-def _under(layout: str, layers: int) -> dict[Case, Curve]:
-    mesh = build_mesh(LAYOUTS[layout], _CPU)
-    return {case: train(case, mesh) for case in _cases(layers)}
+def _under(layout: Layout, cases: Sequence[Case]) -> dict[Case, Curve]:
+    mesh = build_mesh(layout, _CPU)
+    return {case: train(case, mesh) for case in cases}
 
 
 def _assert_same(curves: list[Curve], expected: Curve) -> None:
@@ -89,30 +98,83 @@ def _assert_same(curves: list[Curve], expected: Curve) -> None:
 
 @pytest.mark.parametrize("layout", _LAYOUTS)
 def test_losses_when_a_stage_runs_under_a_layout_are_those_of_one_process(layout: str) -> None:
-    layers = 4 if layout.endswith("zbv") else 2
-    found = run_ranks(LAYOUTS[layout].world_size, partial(_under, layout, layers))
-    for case, expected in _alone(layers).items():
+    cases = tuple(_cases(_layers(layout)))
+    found = run_ranks(LAYOUTS[layout].world_size, partial(_under, LAYOUTS[layout], cases))
+    for case, expected in _alone(cases).items():
+        _assert_same([curves[case] for curves in found], expected)
+
+
+_PPO_LAYOUTS = ("one", "ddp2", "zero3-2", "tp2", "pp2-1f1b", "fsdp2xtp2")
+_MORE_PPO_LAYOUTS = ("pp2-zbv", "cp2-allgather", "fsdp2xpp2", "tp2xpp2")
+
+
+def _ppo_case(family: str, tuning: str, packed: bool, layout: str) -> Case:
+    overrides = (*_SHAPE.items(), ("num_hidden_layers", _layers(layout)))
+    return Case(family=family, tuning=tuning, packed=packed, stage="ppo", overrides=overrides)
+
+
+def _ppo_cover(layout: str) -> list[Case]:
+    """Every tuning; over all layouts every pair of layout, tuning, family and packing."""
+    first = len(TUNINGS) * _PPO_LAYOUTS.index(layout)
+    places = enumerate(TUNINGS, start=first)
+    return [_ppo_case(FAMILIES[n // 2 % 2], tuning, n % 2 > 0, layout) for n, tuning in places]
+
+
+def _ppo_rest(layout: str) -> list[Case]:
+    """What the cover leaves out."""
+    everything = [_ppo_case(*names, layout) for names in product(FAMILIES, TUNINGS, (True, False))]
+    covered = _ppo_cover(layout) if layout in _PPO_LAYOUTS else []
+    return [case for case in everything if case not in covered]
+
+
+def test_ppo_cover_when_listed_has_every_pair() -> None:
+    names = [_PPO_LAYOUTS, FAMILIES, TUNINGS, (True, False)]
+    seen = [(layout, c.family, c.tuning, c.packed) for layout in _PPO_LAYOUTS for c in _ppo_cover(layout)]
+    for a, b in combinations(range(4), 2):
+        assert {(one[a], one[b]) for one in seen} == set(product(names[a], names[b]))
+
+
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    [
+        *(pytest.param(name, _ppo_cover(name), id=name) for name in _PPO_LAYOUTS),
+        *(
+            pytest.param(name, _ppo_rest(name), id=f"{name}-rest", marks=_GRID)
+            for name in (*_PPO_LAYOUTS, *_MORE_PPO_LAYOUTS)
+        ),
+    ],
+)
+def test_ppo_when_given_the_same_rollouts_under_a_layout_has_the_losses_of_one_process(
+    layout: str, cases: list[Case]
+) -> None:
+    """Compared with padded rows."""
+    references = _alone(tuple(_ppo_case(*names, False, layout) for names in product(FAMILIES, TUNINGS)))
+    plan = LAYOUTS.get(layout, Layout())
+    found = run_ranks(plan.world_size, partial(_under, plan, cases))
+    for case in cases:
+        expected = references[replace(case, packed=False)]
+        assert 0 < expected.metrics["clip_fraction"] < 1
+        assert 0 < expected.metrics["value_clip_fraction"] < 1
         _assert_same([curves[case] for curves in found], expected)
 
 
 def _asked(layout: str | None) -> list[torch.Tensor]:
-    """Log-probabilities of every target of the first step, and of the answers as a whole."""
+    """Of every answer of the first step the log-probabilities of its tokens under the reference, and their values."""
     mesh = single(_CPU) if layout is None else build_mesh(LAYOUTS[layout], _CPU)
     found: list[torch.Tensor] = []
 
     def ask(step: Step, policy: CutPolicy) -> None:
-        samples = make_steps(99, 24, "grpo")[0][mesh.dp_rank :: mesh.layout.dp]
-        batches = step.fill(cut(samples, policy))
-        values = step.token_logps(batches, reference=True, temperature=0.7)
-        of_tokens = answer_values(samples, batches, values)
-        found.extend(torch.tensor(each) for each in of_tokens)
+        samples = make_steps(99, 24, "ppo")[0][mesh.dp_rank :: mesh.layout.dp]
+        logps = logps_of_answers(step, samples, policy, reference=True, temperature=0.7)
+        values = values_of_answers(step, samples, policy)
+        found.extend(torch.tensor(each) for each in zip(logps, values, strict=True))
 
-    train(_case("grpo", "lora", 1), mesh, ask=ask)
+    train(_case("ppo", "lora", 1), mesh, ask=ask)
     return found
 
 
 @pytest.mark.parametrize("layout", ["zero3-2", "tp2", "pp2-1f1b", "cp2-allgather"])
-def test_log_probabilities_of_tokens_when_asked_under_a_layout_are_those_of_one_process(layout: str) -> None:
+def test_log_probabilities_and_values_of_tokens_when_asked_under_a_layout_are_those_of_one_process(layout: str) -> None:
     [expected] = run_ranks(1, partial(_asked, None))
     dp = LAYOUTS[layout].dp
     for rank, found in enumerate(run_ranks(LAYOUTS[layout].world_size, partial(_asked, layout))):
