@@ -9,7 +9,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "numpy")
+_PACKAGES = (
+    *("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy"),
+    *("triton", "trl", "liger-kernel"),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -41,6 +44,9 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
+    """The commit, as git or, on a machine that has only a copy of the files, the variable COMMIT tells it."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

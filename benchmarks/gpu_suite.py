@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +11,26 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("tests/contract/test_packing.py", "tests/contract/test_families.py", "tests/unit", "tests/gpu")
 _SHOWN_CHARACTERS = 1500
+
+
+def families(args: argparse.Namespace) -> bool:
+    """Run the tests; where there is a GPU, once without and once with it. False if one failed."""
+    tests = TESTS[:1] if args.tiny else TESTS
+    results = []
+    for on_gpu in (False, True) if torch.cuda.is_available() else (False,):
+        found = run_suite(args.out, tests, on_gpu=on_gpu, workers=args.workers, timeout_s=args.timeout)
+        results.append(found)
+        count = f"{found['tests']} tests on the {found['device']}, {len(found['failures'])} failed"
+        print(f"families: {count}, exit status {found['exit_status']}", flush=True)
+        for failure in found["failures"]:
+            print(f"   {failure['test']}\n      {failure['text'][-300:]}", flush=True)
+    (args.out / "families.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return all(found["exit_status"] == 0 for found in results)
 
 
 def run_suite(out: Path, tests: tuple[str, ...], *, on_gpu: bool, workers: int, timeout_s: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _IDENTITY = (11, 16, 22, 28, 31, 33, 35, 37, 39, 44, 85)
 """Deciles of the answers' lengths in Llama-3 tokens, from the shortest to the longest."""
 _INSTRUCTION = (1, 10, 17, 30, 55, 94, 141, 205, 262, 342, 500)
 
-_WORDS = (
+WORDS = (
     *("the", "of", "and", "to", "in", "that", "for", "with", "as", "on", "are", "this", "be", "from", "have", "or"),
     *("water", "light", "house", "small", "river", "people", "time", "world", "history", "number", "music", "paper"),
     *("green", "mountain", "city", "garden", "question", "answer", "school", "table", "summer", "winter", "story"),
@@ -37,7 +37,7 @@ def _rows(deciles: tuple[int, ...], count: int, prompt: int, seed: int) -> list[
     source.shuffle(lengths)
 
     def text(words: int) -> str:
-        return " ".join(source.choices(_WORDS, k=max(words, 1)))
+        return " ".join(source.choices(WORDS, k=max(words, 1)))
 
     return [
         {"instruction": text(source.randint(prompt // 2, prompt * 3 // 2)), "input": "", "output": text(length)}

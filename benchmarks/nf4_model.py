@@ -1,15 +1,17 @@
-"""A model folder of Llama-3-8B's shape with random weights, packed to nf4 as bitsandbytes' own checkpoints are.
+"""A model folder of a llama's shape with random weights, packed to nf4 as bitsandbytes' own checkpoints are.
+
+    python benchmarks/nf4_model.py FOLDER TOKENIZER '{"hidden_size": 4096, ...}'
 
 Written layer by layer, so that the plain weights never exist together.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,26 +20,6 @@ from transformers import LlamaConfig
 
 _STD = 0.02
 """Of every weight; the usual initialisation."""
-
-
-def llama3_8b_config(**overrides: Any) -> LlamaConfig:
-    """The shape of Llama 3 8B: 8,030,261,248 parameters."""
-    shape: dict[str, Any] = {
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-        "tie_word_embeddings": False,
-        "bos_token_id": 128_000,
-        "eos_token_id": 128_009,
-        "dtype": "bfloat16",
-    }
-    return LlamaConfig(architectures=["LlamaForCausalLM"], **{**shape, **overrides})
 
 
 def write_nf4_model(folder: Path, config: LlamaConfig, tokenizer: Path, device: torch.device, seed: int = 0) -> None:
@@ -111,3 +93,17 @@ def _packed(name: str, weight: Tensor) -> dict[str, Tensor]:
 
     packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     return {name: packed} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tokenizer", type=Path, help="folder of the tokenizer")
+    parser.add_argument("config", help="content of the config.json")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_nf4_model(args.folder, LlamaConfig(**json.loads(args.config)), args.tokenizer, device)
+
+
+if __name__ == "__main__":
+    main()

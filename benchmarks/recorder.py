@@ -52,17 +52,18 @@ class Prepared:
         self.loop.fit()
 
 
-def prepare(run: Run, turn: Callable[[], None] = lambda: None) -> Prepared:
+def prepare(run: Run, turn: Callable[[], None] = lambda: None, clock: StepClock | None = None) -> Prepared:
     """Load what `fourfold train` would load, and build the same loop.
 
     Args:
         turn: called before each step, outside the measured time.
+        clock: times the steps; None for one that has `turn`.
     """
     parts = load_parts(run, folder.claim(run), single(local_device(run.training.use_cpu)))
     assert parts.data.train is not None, "the config names a data set"
     num_samples = len(parts.data.train)
     budget = plan_steps(run.training, num_samples, parts.mesh.layout.dp)
-    state, clock = TrainState(), StepClock(turn)
+    state, clock = TrainState(), clock or StepClock(turn)
     tracker = ClockTracker(state, clock, budget.max_steps)
     loop, _ = build_loop(parts, budget, state, [tracker], run_facts(parts, num_samples, budget))
     return Prepared(parts, loop, clock)

@@ -1,0 +1,204 @@
+"""The workloads of gpu.py: the shape, what the user's file says, and how the peers are set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from gpu_floor import FULL, FULL_RECOMPUTED, LORA, LORA_PAIRS, LORA_RECOMPUTED, Cost
+
+Data = Literal["chat", "text", "pairs"]
+
+CHAT: dict[str, Any] = {
+    "stage": "sft",
+    "dataset": "identity,alpaca_en_demo",
+    "dataset_vars": {"name": "Fourfold", "author": "the Fourfold project"},
+    "template": "llama3",
+    "finetuning_type": "lora",
+    "lora_target": "all",
+    "lora_rank": 8,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "learning_rate": 5e-05,
+    "num_train_epochs": 3.0,
+    "max_samples": 500,
+    "loraplus_lr_ratio": 16.0,
+    "bf16": True,
+}
+"""The file that a new user brings. LoRA+ is the user's; the peers go without, which costs them nothing."""
+
+TEXT: dict[str, Any] = {
+    "stage": "pt",
+    "packing": False,
+    "dataset": "texts",
+    "lr_scheduler_type": "cosine",
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 1000.0,
+}
+LORA_TEXT: dict[str, Any] = {**TEXT, **{key: CHAT[key] for key in ("finetuning_type", "lora_target", "lora_rank")}}
+LORA_TEXT |= {"learning_rate": 1e-4, "bf16": True}
+FULL_TEXT: dict[str, Any] = {**TEXT, "finetuning_type": "full", "learning_rate": 1e-5}
+PAIRS: dict[str, Any] = {
+    **{key: CHAT[key] for key in ("template", "finetuning_type", "lora_target", "lora_rank", "lr_scheduler_type")},
+    "stage": "dpo",
+    "dataset": "pairs",
+    "pref_beta": 0.1,
+    "learning_rate": 5e-6,
+    "num_train_epochs": 1000.0,
+    "bf16": True,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a peer cuts and recomputes a step.
+
+    Attributes:
+        micro_batch: sequences (dpo: pairs) of a forward pass.
+        accumulation: micro-batches of a step.
+    """
+
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A program that does the same work.
+
+    Attributes:
+        settings: tried in order until one fits into memory.
+        loop: `trainer` is Transformers' own Trainer, `trl` TRL's; the others are in gpu_hf_loops.py.
+        needs: package without which there is no such peer.
+        experts: `experts_implementation` of Transformers.
+    """
+
+    settings: tuple[Setting, ...]
+    loop: Literal["trainer", "pairs", "doubling", "trl"] = "trainer"
+    needs: str | None = None
+    experts: str | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table.
+
+    Attributes:
+        model: folder of examples/models; config: keys that are put over its config.json.
+        keys: Fourfold's config, but for model, data, output and steps.
+        data: what rows are made; seq_len: tokens of each (chat: on average, as they come).
+        unit: what its speed is counted in.
+        steps: at most so many steps, warm-up and measured; None for what the command line says.
+        mfu: whether MFU is told beside.
+    """
+
+    model: str
+    keys: dict[str, Any]
+    data: Data
+    seq_len: int
+    cost: Cost
+    peers: dict[str, Peer]
+    config: dict[str, Any] = field(default_factory=dict)
+    unit: Literal["samples", "tokens"] = "tokens"
+    steps: tuple[int, int] | None = None
+    mfu: bool = False
+    nf4: bool = False
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimizer step."""
+        return self.keys["per_device_train_batch_size"] * self.keys["gradient_accumulation_steps"]
+
+
+def _trainers(default: Setting, *tuned: Setting, liger: bool = True) -> dict[str, Peer]:
+    """Trainer as LLaMA-Factory's defaults set it, as one sets it by hand, and that with Liger's kernels."""
+    peers = {"hf_default": Peer((default,)), "hf_tuned": Peer(tuned)}
+    return {**peers, "hf_liger": Peer(tuned, needs="liger_kernel")} if liger else peers
+
+
+_CHAT_PEERS = _trainers(Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False), liger=False)
+_EXPERTS = (Setting(2, 2, False), Setting(1, 4, False), Setting(2, 2, True))
+_PAIRS_TUNED = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False))
+
+WORKLOADS: dict[str, Workload] = {
+    "chat_nf4": Workload("Llama-3-8B", CHAT, "chat", 149, LORA, _CHAT_PEERS, unit="samples", nf4=True),
+    "chat_bf16": Workload("Llama-3-8B", CHAT, "chat", 149, LORA, _CHAT_PEERS, unit="samples"),
+    "lora_4k": Workload(
+        "Llama-3-8B",
+        {**LORA_TEXT, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
+        *("text", 4096, LORA),
+        _trainers(Setting(2, 1, True), Setting(2, 1, False), Setting(1, 2, False)),
+    ),
+    "full_3b": Workload(
+        "Llama-3.2-3B",
+        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
+        *("text", 4096, FULL),
+        {
+            "hf_tuned": Peer((Setting(2, 1, False), Setting(1, 2, False))),
+            "hf_liger": Peer((Setting(2, 1, False), Setting(1, 2, False)), needs="liger_kernel"),
+        },
+        mfu=True,
+    ),
+    "full_3b_recompute": Workload(
+        "Llama-3.2-3B",
+        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 4, "parallel": {"recompute": "full"}},
+        *("text", 4096, FULL_RECOMPUTED),
+        {
+            "hf_default": Peer((Setting(4, 1, True), Setting(2, 2, True))),
+            "hf_liger": Peer((Setting(4, 1, True), Setting(2, 2, True)), needs="liger_kernel"),
+        },
+        mfu=True,
+    ),
+    "moe": Workload(
+        "Qwen3-30B-A3B",
+        {**FULL_TEXT, "pure_bf16": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        *("text", 4096, FULL),
+        {
+            "hf_grouped_mm": Peer(_EXPERTS, experts="grouped_mm"),
+            "hf_eager": Peer(_EXPERTS, experts="eager"),
+        },
+        config={"num_hidden_layers": 8},
+    ),
+    "dpo": Workload(
+        "Llama-3-8B",
+        {**PAIRS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        *("pairs", 1024, LORA_PAIRS),
+        {
+            "hf_default": Peer((Setting(1, 4, True),), loop="pairs"),
+            "hf_tuned": Peer(_PAIRS_TUNED, loop="pairs"),
+            "trl": Peer(_PAIRS_TUNED, loop="trl", needs="trl"),
+        },
+    ),
+    "long": Workload(
+        "Llama-3-8B",
+        {**LORA_TEXT, "per_device_train_batch_size": 1, "parallel": {"recompute": "full"}},
+        *("text", 131_072, LORA_RECOMPUTED),
+        {"hf_doubling": Peer((Setting(1, 1, True),), loop="doubling")},
+        config={"max_position_embeddings": 131_072},
+        steps=(1, 1),
+    ),
+}
+
+TINY_VOCABULARY = 2048
+_TINY_LENGTHS = {4096: 64, 1024: 48, 131_072: 256, 149: 149}
+_TINY: dict[str, Any] = {
+    "vocab_size": TINY_VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_TINY_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same with a model of some hundred kilobytes and short rows, for any machine."""
+    experts = _TINY_EXPERTS if workload.model == "Qwen3-30B-A3B" else {}
+    return replace(workload, config={**workload.config, **_TINY, **experts}, seq_len=_TINY_LENGTHS[workload.seq_len])
