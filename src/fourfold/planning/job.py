@@ -16,6 +16,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 _CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time (parallel/loss.py)."""
+_WITHOUT_LOGITS = ("rm",)
+"""Stages whose loss reads a value head alone (models/value_head.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Job:
         micro_batch: positions of a micro-batch on one data-parallel rank, before cp ranks share them.
         sequences_per_step: sequences of an optimizer step over all data-parallel ranks, at their longest.
         packed: documents laid end to end in one row.
-        trained_share: of the positions, those that are trained on, whose logits are made.
+        trained_share: of the positions, those that are trained on, whose logits are made; 0 for a loss without logits.
         chunk: positions whose logits exist at one time.
         teacher: that is learnt from; None for none.
     """
@@ -147,4 +149,5 @@ class Job:
             micro_batch=max(tokens, sequence),
             sequences_per_step=training.global_batch_size or per_rank * dp,
             packed=run.model.flash_attn in ("auto", "fa2", "fa3"),
+            trained_share=0.0 if training.stage in _WITHOUT_LOGITS else 1.0,
         )

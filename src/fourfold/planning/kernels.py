@@ -352,6 +352,8 @@ def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: De
     Under a frozen head the gradient is made with the logits, in the forward pass; under a trained one logits of more
     than one chunk are made again (parallel/loss.py).
     """
+    if not job.trained_share:
+        return Seconds(0.0, 0.0, 0.0)
     positions = tokens * job.trained_share
     chunk = min(positions, job.chunk)
     product = Product(-(-shape.vocab // tp), shape.hidden)

@@ -236,7 +236,7 @@ def _moments(
 
 def _scored(job: Job, stage: Stage, positions: int) -> int:
     """Positions of a micro-batch that have logits on a rank."""
-    return max(int(positions * job.trained_share), 1) if stage.is_last else 0
+    return max(int(positions * job.trained_share), 1) if stage.is_last and job.trained_share else 0
 
 
 def _waiting_moments(

@@ -52,7 +52,7 @@ from fourfold.training.trace import MemoryTrace, Peak
 
 log = get_logger(__name__)
 
-_AS_THEY_ARE = ("pt", "sft", "kd")
+_AS_THEY_ARE = ("pt", "sft", "kd", "rm")
 """Stages that run as they are; what others train on is made of real answers. Their training pass is that of sft."""
 _Made = TypeVar("_Made")
 _OBJECTIVES, _OPTIMIZERS = "fourfold.objectives", "fourfold.training.optimizers"
@@ -117,7 +117,7 @@ def rehearse(
         if layout.world_size > 1:
             stack.enter_context(_imagined_ranks(rank, layout.world_size))
             stack.enter_context(_chosen_experts(workload.expert_load))
-        micro_batches = _micro_batches(workload)  # real numbers, also for fake tensors
+        micro_batches = _micro_batches(workload, run.training.stage)  # real numbers, also for fake tensors
         if device is None:
             stack.enter_context(_gpu_branches())
             stack.enter_context(_real_meshes())
@@ -148,7 +148,7 @@ def _steps(
             group |= {"fused": True, "foreach": False}
     stage = run.training.stage if run.training.stage in _AS_THEY_ARE else "sft"
     objective: Objective = registry.load(_OBJECTIVES, stage, key="stage").build(run)
-    longest = max(sum(len(s.sequences[""]) for s in samples) for samples in micro_batches)
+    longest = max(sum(map(len, samples)) for samples in micro_batches)
     policy = CutPolicy(packed=built.model.packed, max_tokens=longest, multiple=built.split.multiple)
     step = built.step(objective, partial(_for_real, partial(filler, policy)))
     step = replace(step, teacher=_teacher(run, layout, built, device, fake=trace is not None))
@@ -209,15 +209,19 @@ def _without_partners(built: Built, layout: Layout) -> Built:
     return replace(built, split=split)
 
 
-def _micro_batches(workload: Workload) -> list[list[Sample]]:
-    """Made-up samples: every micro-batch the same lengths."""
+def _micro_batches(workload: Workload, stage: str) -> list[list[Sample]]:
+    """Made-up samples: every micro-batch the same lengths. Of stage rm two answers share a length."""
     batches = []
     for number in range(workload.micro_batches):
         samples = []
         for length in workload.sequences:
             ids = [3 + i % 500 for i in range(length)]
-            skipped = round(length * (1 - workload.trained))
-            samples.append(Sample({"": Example(ids, [-100] * skipped + ids[skipped:])}, number))
+            skipped, half = round(length * (1 - workload.trained)), length // 2
+            sequences = {"": Example(ids, [-100] * skipped + ids[skipped:])}
+            if stage == "rm":
+                chosen, rejected = ids[half:], ids[:half]
+                sequences = {"chosen": Example(chosen, chosen), "rejected": Example(rejected, rejected)}
+            samples.append(Sample(sequences, number))
         batches.append(samples)
     return batches
 

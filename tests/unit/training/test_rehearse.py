@@ -27,6 +27,7 @@ _TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "bf16": True},
     "lora": {"bf16": True},
     "qlora": {"bf16": True, "quantization_bit": 4},
+    "reward": {"bf16": True, "stage": "rm"},
 }
 
 
@@ -48,6 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama", "full", Layout(pp=2), 0),
         ("llama", "full", Layout(dp_shard=2, tp=2, pp=2), 5),
         ("experts", "lora", Layout(dp_shard=4, ep=4), 0),
+        ("llama", "reward", Layout(dp_shard=2), 0),
+        ("llama", "reward", Layout(cp=2, pp=2), 3),
     ],
     ids=lambda value: value.describe().replace(" ", "") if isinstance(value, Layout) else str(value),
 )
