@@ -33,6 +33,7 @@ _SIZES: dict[str, Any] = {
 }
 """A vocabulary so large that a step's peak is at the logits, where there are any."""
 _TOKENS = 1024
+_ONE = Layout()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model") / "llama", **_SIZES)
 
 
-def _job(model: Path, stage: str, layout: Layout = Layout(), tuning: str = "lora") -> Job:
+def _job(model: Path, stage: str, layout: Layout = _ONE, tuning: str = "lora") -> Job:
     run = load({"model_name_or_path": str(model), "stage": stage, "finetuning_type": tuning, "bf16": True})
     return replace(Job.of(run), sequence=_TOKENS, micro_batch=_TOKENS, sequences_per_step=layout.dp * layout.pp)
 
