@@ -92,6 +92,16 @@ class TrainingConfig(Section):
         None, "Compute activations again in the backward pass; default: when memory needs it.",
         group="Precision and memory",
     )  # fmt: skip
+    torch_compile: bool | None = key(
+        None,
+        "Compile the decoder layers; default: on a GPU, in runs that are long enough for it to pay.",
+        group="Precision and memory",
+    )
+    cuda_graphs: bool | None = key(
+        None,
+        "Replay small micro-batches as CUDA graphs; default: on one GPU, where the model allows it.",
+        group="Precision and memory",
+    )
     disable_gradient_checkpointing: bool = key(
         False, "The same as gradient_checkpointing: false.", group="Precision and memory"
     )

@@ -92,6 +92,8 @@ class Batch:
         samples: for each document the index of its sample (see Sample.index) and its role's position.
         extras: further tensors: numbers of samples, for each document that of its sample [D] fp32, and what an
             objective adds.
+        scored: [N] int64, flat positions with a target, as the host found them; what fills them up is the last
+            position. None where the device is to look itself.
         whole_rows: see `documents_of_rows`, where the batch is a part of the positions of longer rows (its counts are
             those of the whole); None otherwise.
     """
@@ -107,6 +109,7 @@ class Batch:
     samples: tuple[tuple[int, int], ...] = ()
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    scored: Tensor | None = None
     whole_rows: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -148,7 +151,12 @@ class Batch:
             cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
             numbers={name: tensor.to(device, non_blocking=True) for name, tensor in self.numbers.items()},
             extras=self.extras_on(device),
+            scored=None if self.scored is None else self.scored.to(device, non_blocking=True),
         )
+
+    def with_scored(self) -> Batch:
+        """The same batch, which is on the host, with `scored`: a device would have to wait to be asked for it."""
+        return replace(self, scored=torch.nonzero(self.targets.reshape(-1) != IGNORE_INDEX).squeeze(-1))
 
     def extras_on(self, device: torch.device) -> dict[str, Tensor]:
         """The further tensors on `device`."""

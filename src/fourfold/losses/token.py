@@ -48,6 +48,11 @@ class TokenLoss:
     accuracy: bool = False
     router_coefficient: float = 0.0
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the loss reads nothing of a batch but its tensors, so that it may be recorded and replayed."""
+        return not self.router_coefficient
+
     def prepare(self, batches: Sequence[Batch], scorer: object) -> list[Batch]:
         """Nothing is needed beside them."""
         return list(batches)

@@ -31,6 +31,8 @@ from fourfold.parallel.ring import ring_attention
 from fourfold.parallel.scores import Scores
 
 NAME = "fourfold"
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
+"""What torch's kernel is told where heads share keys; versions before 2.12 take it without a word."""
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -77,6 +79,7 @@ def packed_attention(
     *,
     lengths: tuple[int, ...] = (),
     cu_seqlens: Tensor | None = None,
+    longest: int = 0,
     context_rows: ContextRows | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -94,6 +97,8 @@ def packed_attention(
         attention_mask: unused.
         lengths: length of each document; they sum to S. Unused with `context_rows`.
         cu_seqlens: [D + 1] int32, the same as offsets.
+        longest: at least the length of the longest document, for the kernel that takes `cu_seqlens` alone
+            (`takes_offsets`); 0 where `lengths` are given.
         context_rows: the whole rows that the S positions are a part of.
         dropout, scaling, sliding_window, softcap: see Scores.
         s_aux: its sinks.
@@ -107,6 +112,10 @@ def packed_attention(
     scores = Scores(dropout, scaling, sliding_window, softcap, s_aux)
     if context_rows is not None:
         return _in_context(query, key, value, context_rows, scores), None
+    if longest:
+        assert cu_seqlens is not None
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        return _kernel(query, key, value, cu_seqlens, longest, scores, grouped=True)[None], None
     offsets = None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
     documents = tuple((length, length) for length in lengths)
     return attend(query, key, value, Stretch(((0, query.shape[2]),), (documents,), offsets), scores), None
@@ -160,13 +169,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: 
     return torch.cat(rows)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+def takes_offsets(config: PreTrainedConfig, device: torch.device, compute: torch.dtype) -> bool:
+    """Whether every layer of a model can run the kernel that is told nothing but the documents' offsets."""
+    plain = not caps_scores(config) and not getattr(config, "attention_dropout", 0.0) and config.model_type != "gpt_oss"
+    return plain and context.has_varlen(device) and compute in (torch.float16, torch.bfloat16)
 
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
     assert stretch.offsets is not None
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if kv_heads != heads:
-        key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
 
     def end_to_end(tensor: Tensor, ranges: Iterable[tuple[int, int]]) -> Tensor:
         return torch.cat([row[:, a:b].transpose(0, 1) for row, (a, b) in zip(tensor, ranges, strict=True)])
@@ -174,14 +184,47 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores:
     q = end_to_end(query, [(0, query.shape[2])] * query.shape[0])
     k, v = (end_to_end(t, stretch.keys) for t in (key, value))
     longest = [max(pair[i] for row in stretch.documents for pair in row) for i in range(2)]
+    out = _kernel(q, k, v, stretch.offsets[0], longest[0], scores, stretch.offsets[1], longest[1])
+    return out.unflatten(0, (query.shape[0], -1))
+
+
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scores: Scores,
+    key_offsets: Tensor | None = None,
+    longest_keys: int | None = None,
+    *,
+    grouped: bool = False,
+) -> Tensor:
+    """query [T, heads, d], key and value [K, KV heads, d] of documents end to end -> [T, heads, value dim].
+
+    Args:
+        offsets: [D + 1] int32, where each document's queries start.
+        longest: at least the most queries of a document.
+        key_offsets, longest_keys: the same of keys; None where they are the same.
+        grouped: leave it to the kernel that several heads share a key.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
+
+    heads, kv_heads = query.shape[1], key.shape[1]
+    asked = dict(_GROUPED) if grouped and kv_heads != heads else {}
+    if kv_heads != heads and not grouped:
+        key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
     window = (-1, 0) if scores.sliding_window is None else (scores.sliding_window - 1, 0)
     width = value.shape[-1]
     if width != query.shape[-1]:  # the kernel has one size of heads (deepseek's values are narrower)
-        v = F.pad(v, (0, query.shape[-1] - width))
+        value = F.pad(value, (0, query.shape[-1] - width))
+    key_offsets = offsets if key_offsets is None else key_offsets
+    longest_keys = longest if longest_keys is None else longest_keys
     # With fewer queries than keys the kernel lets the last query see the last key, as Stretch has it.
-    out = varlen_attn(q, k, v, *stretch.offsets, *longest, scale=scores.scaling, window_size=window)
+    asked |= {"scale": scores.scaling, "window_size": window}
+    out = varlen_attn(query, key, value, offsets, key_offsets, longest, longest_keys, **asked)
     assert isinstance(out, Tensor)
-    return out[..., :width].unflatten(0, (query.shape[0], -1))
+    return out[..., :width]
 
 
 def _document(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:

@@ -21,6 +21,7 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models import attention
+from fourfold.models.compiled import token_nll
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
 from fourfold.models.router import balance, balance_sums
@@ -107,6 +108,9 @@ class StepModel:
         runner: what is called for a forward pass; the Transformers model, or what wraps it for several ranks.
         context: the ranks that share each row, None where one has it all.
         load: counts how evenly experts are used.
+        fixed: give attention the documents' offsets alone, and no numbers that differ from batch to batch: what is
+            compiled or recorded would be made anew for each.
+        compiled: the loss is compiled as well.
     """
 
     module: nn.Module
@@ -118,6 +122,8 @@ class StepModel:
     runner: nn.Module = field(init=False)
     context: ContextParallel | None = field(init=False, default=None)
     load: ExpertLoad | None = field(init=False, default=None)
+    fixed: bool = field(init=False, default=False)
+    compiled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
@@ -177,12 +183,16 @@ class StepModel:
         if self.context is not None:
             assert batch.whole_rows is not None, "Parallelized.localize has cut the batch"
             return {"context_rows": ContextRows(self.context, batch.whole_rows, batch.input_ids.device)}
-        return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens} if self.packed else {}
+        if not self.packed:
+            return {}
+        if self.fixed and batch.cu_seqlens is not None:
+            return {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1]}
+        return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens}
 
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""
         outputs = self._call(batch, input_ids=batch.input_ids, hidden_only=self._wants_hidden)
-        return self._outputs(outputs, None if self._head is None else self._router_loss(outputs, batch))
+        return self._outputs(outputs, None if self._head is None else self._router_loss(outputs, batch), batch)
 
     def stage(self, batch: Batch, part: Part, received: tuple[Tensor, ...]) -> Outputs | tuple[Tensor, ...]:
         """One stage of a pipeline on one micro-batch.
@@ -198,7 +208,7 @@ class StepModel:
             outputs = self._call(batch, hidden_only=self._wants_hidden or not part.is_last, **entry)
         sums = self._balance_sums(outputs, batch, received[1] if len(received) > 1 else None)
         if part.is_last:
-            return self._outputs(outputs, None if sums is None else self._as_copy(balance(sums)))
+            return self._outputs(outputs, None if sums is None else self._as_copy(balance(sums)), batch)
         hidden = outputs.last_hidden_state.to(part.dtype)
         return (hidden,) if sums is None else (hidden, sums)
 
@@ -251,17 +261,23 @@ class StepModel:
     def _call(self, batch: Batch, **inputs: object) -> Any:
         """The runner's own outputs."""
         kwargs = self._boundaries(batch)
-        if self.noise is not None and self.module.training:
+        if self.noise is not None and self.noise.salts and self.module.training:
             self.noise.enter(batch)
         if self.balance_experts:
             kwargs["output_router_logits"] = True
-        with nullcontext() if self.load is None else self.load.watch(batch.real_positions()):
+        with nullcontext() if self.load is None or not self.load.watches else self.load.watch(batch.real_positions()):
             return self.runner(position_ids=batch.position_ids, use_cache=False, **inputs, **kwargs)
 
-    def _outputs(self, outputs: Any, router_loss: Tensor | None) -> Outputs:
+    def _outputs(self, outputs: Any, router_loss: Tensor | None, batch: Batch) -> Outputs:
         positions = None if self.context is None else self.context.group
         if not self._wants_hidden:
-            return Outputs(outputs.logits, lambda logits: logits, vocabulary=self.vocabulary, positions=positions)
+            return Outputs(
+                outputs.logits,
+                lambda logits: logits,
+                vocabulary=self.vocabulary,
+                positions=positions,
+                scored=batch.scored,
+            )
         return Outputs(
             outputs.last_hidden_state,
             self._head or _no_logits,
@@ -270,6 +286,8 @@ class StepModel:
             vocabulary=self.vocabulary,
             positions=positions,
             value=value_head_of(self._inner),
+            scored=batch.scored,
+            token_nll=token_nll if self.compiled and torch.is_grad_enabled() else None,
         )
 
     @property

@@ -4,23 +4,36 @@ PEFT's layers stay what they are (names, state, merging, saving); only the forwa
 adapter, no variant such as DoRA - is replaced by one with fewer passes over the activations.
 
 With base weight W [out, in], A [r, in], B [out, r] and scale s:  y = x W^T + s (x A^T) B^T
+
+A base that bitsandbytes has packed into 4 bits is unpacked for each use, and forgotten again.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fourfold.parallel.packed import is_plain
+from fourfold.parallel.packed import PackedWeight, is_packed, is_plain, unpack
 
 _OPERATORS = torch.library.Library("fourfold", "DEF")
 _OPERATORS.define(
     "low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
 )
+_PACKED = "Tensor packed, Tensor[] scales, int[] sizes, str kind, ScalarType dtype"
+_OPERATORS.define(
+    f"low_rank_packed(Tensor x, {_PACKED}, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
+)
+_OPERATORS.define(f"packed_linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
+_OPERATORS.define(f"packed_times(Tensor grad, {_PACKED}) -> Tensor")
+
+_MOST_UNROLLED = 16
+"""Rank up to which compiled code adds the low-rank term entry by entry, within whatever follows the product."""
 
 
 @torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
@@ -31,6 +44,59 @@ def _low_rank(
     y when it is whole, and not the product that is added to in place."""
     low = x @ a.T.to(x.dtype)
     return F.linear(x, weight, bias).addmm_(low, b.T.to(x.dtype), alpha=scale), low
+
+
+@torch.library.impl(_OPERATORS, "low_rank_packed", "CompositeExplicitAutograd")
+def _low_rank_packed(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    sizes: list[int],
+    kind: str,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same for a packed weight; one operator, so that the unpacked weight is nobody's to keep."""
+    weight = unpack(PackedWeight(packed, scales, sizes, kind, dtype), x.dtype)
+    return _low_rank(x, weight, bias, a, b, scale)
+
+
+@torch.library.impl(_OPERATORS, "packed_linear", "CompositeExplicitAutograd")
+def _packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    sizes: list[int],
+    kind: str,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+) -> Tensor:
+    """x W^T for a packed W."""
+    return F.linear(x, unpack(PackedWeight(packed, scales, sizes, kind, dtype), x.dtype), bias)
+
+
+@torch.library.impl(_OPERATORS, "packed_times", "CompositeExplicitAutograd")
+def _packed_times(
+    grad: Tensor, packed: Tensor, scales: list[Tensor], sizes: list[int], kind: str, dtype: torch.dtype
+) -> Tensor:
+    """grad W for a packed W."""
+    return grad @ unpack(PackedWeight(packed, scales, sizes, kind, dtype), grad.dtype)
+
+
+def _expand(thin: Tensor, wide: Tensor) -> Tensor:
+    """thin [T, r] times wide [r, N], entry by entry: what a compiler can make part of the operator that follows."""
+    out = thin[:, :1] * wide[0]
+    for k in range(1, wide.shape[0]):
+        out = out + thin[:, k : k + 1] * wide[k]
+    return out
+
+
+def _unrolls(a: Tensor) -> bool:
+    """Whether the low-rank term is added entry by entry."""
+    return torch.compiler.is_compiling() and a.shape[0] <= _MOST_UNROLLED
 
 
 class _LowRank(torch.autograd.Function):
@@ -45,7 +111,11 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         """x [T, in], weight [out, in], bias [out] or None in one dtype; a [r, in], b [out, r] -> [T, out]."""
-        y, low = torch.ops.fourfold.low_rank(x, weight, bias, a, b, scale)
+        if _unrolls(a):
+            low = x @ a.T.to(x.dtype)
+            y = F.linear(x, weight, bias) + _expand(low, (b.T * scale).to(x.dtype))
+        else:
+            y, low = torch.ops.fourfold.low_rank(x, weight, bias, a, b, scale)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
         return y
@@ -57,10 +127,70 @@ class _LowRank(torch.autograd.Function):
         low_grad = grad @ b.to(grad.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(low_grad, a.to(grad.dtype), alpha=ctx.scale)
-        grad_a = torch.mm(low_grad.T, x).mul_(ctx.scale).to(a.dtype)
-        grad_b = torch.mm(grad.T, low).mul_(ctx.scale).to(b.dtype)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x = _with_low_rank(torch.mm(grad, weight), low_grad, a, ctx.scale)
+        return grad_x, None, None, *_adapter_gradients(x, a, b, low, grad, low_grad, ctx.scale), None
+
+
+class _LowRankPacked(torch.autograd.Function):
+    """`_LowRank` for a packed W, which the backward pass unpacks again."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        """x [T, in], weight [out, in], bias [out] or None; a [r, in], b [out, r] -> [T, out]."""
+        if _unrolls(a):
+            low = x @ a.T.to(x.dtype)
+            y = torch.ops.fourfold.packed_linear(x, *weight, bias) + _expand(low, (b.T * scale).to(x.dtype))
+        else:
+            y, low = torch.ops.fourfold.low_rank_packed(x, *weight, bias, a, b, scale)
+        ctx.save_for_backward(x, a, b, low, weight.data, *weight.scales)
+        ctx.scale, ctx.sizes, ctx.kind, ctx.dtype = scale, weight.sizes, weight.kind, weight.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad [T, out]; the base weight and bias are frozen."""
+        x, a, b, low, packed, *scales = ctx.saved_tensors
+        low_grad = grad @ b.to(grad.dtype)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            whole = torch.ops.fourfold.packed_times(grad, packed, scales, ctx.sizes, ctx.kind, ctx.dtype)
+            grad_x = _with_low_rank(whole, low_grad, a, ctx.scale)
+        return grad_x, None, None, *_adapter_gradients(x, a, b, low, grad, low_grad, ctx.scale), None
+
+
+def _with_low_rank(grad_x: Tensor, low_grad: Tensor, a: Tensor, scale: float) -> Tensor:
+    """grad_x [T, in] + s l' A; changed in place where nothing is compiled."""
+    if _unrolls(a):
+        return grad_x + _expand(low_grad, (a * scale).to(grad_x.dtype))
+    return grad_x.addmm_(low_grad, a.to(grad_x.dtype), alpha=scale)
+
+
+def _adapter_gradients(
+    x: Tensor, a: Tensor, b: Tensor, low: Tensor, grad: Tensor, low_grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """dL/dA and dL/dB."""
+    grad_a = torch.mm(low_grad.T, x).mul_(scale).to(a.dtype)
+    return grad_a, torch.mm(grad.T, low).mul_(scale).to(b.dtype)
+
+
+def _plain_adapter(layer: LoraLayer, kwargs: dict[str, Any]) -> str | None:
+    """The one active adapter if this is the plain case."""
+    if kwargs or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    adapter = layer.active_adapters[0]
+    plain = adapter in layer.lora_A and adapter not in layer.lora_variant and not layer.lora_bias[adapter]
+    return adapter if plain else None
+
+
+def _same_dtype(layer: LoraLayer, x: Tensor, adapter: str) -> bool:
+    """Whether the products can be taken as they stand; where nothing casts, PEFT casts what is not of one dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return True
+    weight = layer.lora_A[adapter].weight
+    assert isinstance(weight, Tensor)
+    return x.dtype == weight.dtype
 
 
 class LoraLinear(PeftLinear):
@@ -68,8 +198,8 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] -> [..., out]."""
-        adapter = self._plain_adapter(kwargs)
-        if adapter is None or not self._same_dtype(x, adapter):
+        adapter = _plain_adapter(self, kwargs)
+        if adapter is None or not _same_dtype(self, x, adapter):
             return super().forward(x, *args, **kwargs)
         lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
         scale, dropout = self.scaling[adapter], self.lora_dropout[adapter]
@@ -87,22 +217,6 @@ class LoraLinear(PeftLinear):
         assert isinstance(out, Tensor)
         return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _plain_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The one active adapter if this is the plain case."""
-        if kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-            return None
-        adapter = self.active_adapters[0]
-        plain = adapter in self.lora_A and adapter not in self.lora_variant and not self.lora_bias[adapter]
-        return adapter if plain else None
-
-    def _same_dtype(self, x: Tensor, adapter: str) -> bool:
-        """Whether the products can be taken as they stand; where nothing casts, PEFT casts what is not of one dtype."""
-        if torch.is_autocast_enabled(x.device.type):
-            return True
-        weight = self.lora_A[adapter].weight
-        assert isinstance(weight, Tensor)
-        return x.dtype == weight.dtype
-
 
 def _is_frozen(base: nn.Linear) -> bool:
     """Whether the base is a plain weight without a gradient."""
@@ -116,6 +230,47 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _packed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """x [..., in] -> [..., out]; anything but the plain case goes PEFT's own way."""
+    adapter = _plain_adapter(self, kwargs)
+    base, compute = self.get_base_layer(), _compute_dtype(x)
+    if adapter is None or not _same_dtype(self, x, adapter) or base.compute_dtype != compute:
+        return _peft_packed().forward(self, x, *args, **kwargs)
+    dropout = self.lora_dropout[adapter]
+    if self.training and not isinstance(dropout, nn.Identity):
+        return _peft_packed().forward(self, x, *args, **kwargs)
+    bias = None if base.bias is None else base.bias.to(compute)
+    out = _LowRankPacked.apply(
+        x.reshape(-1, x.shape[-1]).to(compute),
+        PackedWeight.of(base),
+        bias,
+        self.lora_A[adapter].weight,
+        self.lora_B[adapter].weight,
+        self.scaling[adapter],
+    )
+    assert isinstance(out, Tensor)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@lru_cache(maxsize=1)
+def _peft_packed() -> Any:
+    """PEFT's LoRA linear over 4 bits; there is none where bitsandbytes is not installed."""
+    from peft.tuners.lora import bnb
+
+    return bnb.Linear4bit
+
+
+@lru_cache(maxsize=1)
+def _packed_class() -> type:
+    """The same with the short forward pass."""
+    return type("PackedLoraLinear", (_peft_packed(),), {"forward": _packed_forward})
+
+
+def _is_packed(layer: LoraLayer) -> bool:
+    base = layer.get_base_layer()
+    return isinstance(base, nn.Linear) and is_packed(base)
+
+
 def use_short_forward(model: nn.Module) -> int:
     """Give every plain PEFT LoRA linear of a model the short forward pass.
 
@@ -127,5 +282,8 @@ def use_short_forward(model: nn.Module) -> int:
         if type(module) is PeftLinear and type(module.get_base_layer()) is nn.Linear:
             # The class is exchanged, not the object: parameters, hooks and names stay as PEFT made them.
             module.__class__ = LoraLinear
+            count += 1
+        elif type(module).__name__ == "Linear4bit" and isinstance(module, LoraLayer) and _is_packed(module):
+            module.__class__ = _packed_class()
             count += 1
     return count

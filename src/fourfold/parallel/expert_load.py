@@ -31,6 +31,11 @@ class ExpertLoad:
         for number, experts in enumerate(layers):
             experts.register_forward_pre_hook(self._counter(number), with_kwargs=True)
 
+    @property
+    def watches(self) -> bool:
+        """Whether there are experts."""
+        return bool(self._sizes)
+
     @contextmanager
     def watch(self, counted: Tensor) -> Iterator[None]:
         """Count in the forward passes within; `counted` [B, S] bool is False for positions that only fill rows up."""

@@ -6,10 +6,10 @@ of a row where `in` is a multiple of it. Rows can be taken as they are; columns 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fourfold.base.errors import PlanError
@@ -24,6 +24,48 @@ def is_packed(layer: nn.Linear) -> bool:
 def is_plain(weight: object) -> bool:
     """Whether a weight is a parameter of numbers as they are, and not of a quantised kind; fake ones count."""
     return type(weight) is nn.Parameter or (isinstance(weight, FakeTensor) and not hasattr(weight, "quant_state"))
+
+
+class PackedWeight(NamedTuple):
+    """A weight packed into 4 bits, in tensors and plain values that an operator can be given.
+
+    Attributes:
+        data: two columns a byte, in whatever dtype they are stored.
+        scales: one a block, fp32; or, where they are packed themselves, as codes [uint8] with what unpacks those:
+            their scales, the table of codes, and what is added.
+        sizes: rows, columns, columns of a block, and scales of a block of scales (0 where they are plain).
+        kind: nf4 or fp4.
+        dtype: of the weight before it was packed.
+    """
+
+    data: Tensor
+    scales: list[Tensor]
+    sizes: list[int]
+    kind: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> PackedWeight:
+        """The weight of bitsandbytes' Linear4bit on its device."""
+        weight: Any = layer.weight
+        state: Any = getattr(weight, "quant_state", None) or layer.quant_state
+        scales, second = [state.absmax], 0
+        if state.nested:
+            nested = state.state2
+            scales, second = [state.absmax, nested.absmax, nested.code, state.offset], nested.blocksize
+        rows, columns = state.shape
+        return cls(weight.data, scales, [rows, columns, state.blocksize, second], state.quant_type, state.dtype)
+
+
+def unpack(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight [rows, columns] in `dtype`."""
+    rows, columns, block, second = packed.sizes
+    absmax = packed.scales[0]
+    operators = torch.ops.bitsandbytes
+    if second:
+        codes, scales, table, offset = packed.scales
+        absmax = operators.dequantize_blockwise(codes, scales, table, second, torch.float32) + offset
+    return operators.dequantize_4bit(packed.data, absmax, block, packed.kind, [rows, columns], packed.dtype).to(dtype)
 
 
 def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:

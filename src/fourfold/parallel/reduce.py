@@ -98,9 +98,12 @@ def clip_gradients(
     if max_norm > 0 and grads:
         # The same factor as torch's clip_grad_norm_, so that curves are comparable to the last digit.
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        scale = factor.item() if isinstance(grads[0], DTensor) else factor
-        for grad in grads:
-            grad.mul_(scale)
+        if isinstance(grads[0], DTensor):
+            scale = factor.item()
+            for grad in grads:
+                grad.mul_(scale)
+        else:
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.gradients import GradientSync, NoSync
+from fourfold.parallel.graphs import Graphs
 from fourfold.parallel.loss import (
     Outputs,
     at_positions,
@@ -149,6 +151,7 @@ class Step:
         module: the model, put into evaluation mode while it is only asked.
         reference: within it the model is its own reference: adapters do nothing.
         teacher: the second model of a run that has one.
+        graphs: what replays micro-batches; None where each is run as it is.
     """
 
     model: Callable[[Batch], Outputs]
@@ -166,6 +169,7 @@ class Step:
     module: nn.Module | None = None
     reference: Callable[[], AbstractContextManager[object]] = nullcontext
     teacher: Teacher | None = None
+    graphs: Graphs | None = None
 
     def forward_backward(
         self,
@@ -179,29 +183,60 @@ class Step:
             batches: this rank's micro-batches, on the host; ranks may have different numbers of them, also none.
             before: called with its number before each micro-batch (seeds the randomness).
         """
-        result = self._run(batches, before or _ignore)
+        return self.begin(batches, before=before)()
+
+    def begin(
+        self, batches: Sequence[Batch], *, before: Callable[[int], None] | None = None
+    ) -> Callable[[], StepResult]:
+        """The same, without waiting for the device: that is left to what is returned, which reads the figures."""
+        read = self._run(batches, before or _ignore)
         self.finish()
-        return replace(result, metrics={**result.metrics, **self.observe()})
+
+        def result() -> StepResult:
+            found = read()
+            return replace(found, metrics={**found.metrics, **self.observe()})
+
+        return result
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:
         """The same figures without a gradient, for evaluation."""
-        return self._run(batches, _ignore)
+        return self._run(batches, _ignore)()
 
-    def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> StepResult:
-        """All micro-batches, forward and (where gradients are enabled) backward."""
+    def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> Callable[[], StepResult]:
+        """All micro-batches, forward and (where gradients are enabled) backward; returns what reads the figures."""
         ready = self.objective.prepare(self.fill(batches), self)
         counts = self._counts(ready)
-        sums = _Sums()
+        sums, denominators = _Sums(), _not_zero(counts)
 
         def loss_of(outputs: Outputs, batch: Batch) -> Tensor:
-            found = self.objective.loss(outputs, batch)
+            loss, found = self._loss(outputs, batch, denominators)
             sums.add(found)
-            loss = torch.stack([_quotient(term, counts) for term in found.terms.values()]).sum()
-            return loss if self.scale is None else self.scale(loss)
+            return loss
 
-        self._pass(ready, before, loss_of)
-        return self._result(sums, counts)
+        if self.graphs is not None and torch.is_grad_enabled() and all(map(self.graphs.takes, ready)):
+            for batch in ready:
+                sums.add(self.graphs.run(self.localize(batch), denominators))
+        else:
+            self._pass(ready, before, loss_of)
+        return partial(self._result, sums, counts)
+
+    def _loss(
+        self, outputs: Outputs, batch: Batch, denominators: Mapping[str, float | Tensor]
+    ) -> tuple[Tensor, LossTerms]:
+        """What is differentiated, and the sums it is made of."""
+        found = self.objective.loss(outputs, batch)
+        # a step without a single target has the sum 0; it is left at 0 instead of 0 / 0
+        parts = [term.total / denominators[term.denominator] for term in found.terms.values()]
+        loss = torch.stack(parts).sum()
+        return loss if self.scale is None else self.scale(loss), found
+
+    def work(self, batch: Batch, denominators: dict[str, Tensor]) -> LossTerms:
+        """One micro-batch on the device, forward and backward: what `graphs` records."""
+        with self.autocast():
+            loss, found = self._loss(self.model(batch), batch, denominators)
+        loss.backward()
+        return LossTerms(_detached(found.terms), _detached(found.metrics))
 
     def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
         """See `Scorer`."""
@@ -333,7 +368,7 @@ class Step:
     ) -> None:
         for number, batch in enumerate(batches):
             before(number)
-            on_device = self.localize(batch).to(self.device)
+            on_device = self.localize(batch).with_scored().to(self.device)
             with self.sync.micro_batch(last=number == len(batches) - 1):
                 with self.autocast():
                     loss = loss_of(self.model(on_device), on_device)
@@ -407,9 +442,12 @@ def _as_rows(values: Tensor, batch: Batch) -> Tensor:
     return values[: rows * width].view(rows, width)
 
 
-def _quotient(term: Term, denominators: dict[str, float]) -> Tensor:
-    # A step without a single target has the sum 0; it is left at 0 instead of 0 / 0.
-    return term.total / max(denominators[term.denominator], 1e-12)
+def _not_zero(denominators: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(value, 1e-12) for name, value in denominators.items()}
+
+
+def _detached(terms: Mapping[str, Term]) -> dict[str, Term]:
+    return {name: Term(term.total.detach(), term.denominator) for name, term in terms.items()}
 
 
 @dataclass(frozen=True, slots=True)

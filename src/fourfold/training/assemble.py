@@ -38,12 +38,13 @@ from fourfold.planning.job import RECOMPUTES
 from fourfold.planning.predictor import Form
 from fourfold.training.build import Built, build
 from fourfold.training.evaluate import Evaluator
+from fourfold.training.fast import NOTHING_FAST, wished
 from fourfold.training.host_speed import with_this_host
 from fourfold.training.memory import fit_to_memory
 from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
-from fourfold.training.schedule import samples_per_step
+from fourfold.training.schedule import plan_steps, samples_per_step
 from fourfold.training.step_sizes import StepSizes
 from fourfold.training.teacher import LoadedTeacher, check_teacher, load_teacher
 
@@ -231,7 +232,11 @@ def load_parts(
     fill = no_weights
     if stream is not None:
         fill = partial(stream.fill, module, mesh.device, on_host=mesh.layout.offload == "params")
-    built = build(run, precision, mesh, module, fill, packs=packs)
+    num_samples = 0 if data.train is None else len(data.train)
+    wishes = NOTHING_FAST
+    if training.do_train:
+        wishes = wished(run, plan_steps(training, num_samples, mesh.layout.dp).max_steps)
+    built = build(run, precision, mesh, module, fill, packs=packs, wishes=wishes)
     teacher = None if taught is None else load_teacher(taught, built, tokenizer)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
     return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base, planned=planned, teacher=teacher)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.log import get_logger
@@ -16,17 +17,20 @@ from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
 from fourfold.generate.rollout import RolloutEngine
 from fourfold.models.adapters import without_adapters
+from fourfold.models.compiled import compile_layers, recompute_compiled
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
+from fourfold.parallel.graphs import Graphs
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import LossFunction, Step
+from fourfold.training.fast import NOTHING_FAST, Fast, what_goes
 from fourfold.training.memory import enable_recompute
 from fourfold.training.precision import Precision, cast_experts, narrow_outputs
 
@@ -43,6 +47,7 @@ class Built:
         mesh: this rank's place in the job.
         split: how the model is spread over the mesh.
         num_parameters: of the whole model without its embeddings.
+        fast: what its step may do beyond running layer after layer.
     """
 
     module: TunedModel
@@ -52,6 +57,7 @@ class Built:
     noise: NoiseKeys
     precision: Precision
     num_parameters: int
+    fast: Fast = field(default_factory=Fast)
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
@@ -62,7 +68,7 @@ class Built:
         self, objective: LossFunction, filler: Callable[[], Batch], scaler: torch.amp.GradScaler | None = None
     ) -> Step:
         """The engine that runs forward and backward."""
-        return Step(
+        step = Step(
             model=self.model,
             objective=objective,
             device=self.mesh.device,
@@ -78,6 +84,10 @@ class Built:
             module=self.module,
             reference=partial(without_adapters, self.module),
         )
+        if not (self.fast.graphs and getattr(objective, "is_fixed", False)):
+            return step
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return replace(step, graphs=Graphs(self.mesh.device, trained, step.work))
 
     def rollouts(self, *, stop_token_ids: Sequence[int], pad_token_id: int, batch_tokens: int) -> RolloutEngine:
         """The engine that answers prompts with the model as it is; every rank of the job must call.
@@ -113,9 +123,16 @@ class Built:
         layout = self.mesh.layout
         if kind == "selective" and layout.pp > 1 and layout.pp_schedule == "zbv":
             kind = "full"  # zbv computes a layer again twice, and selective hands out what it kept once
+        if self.fast.compiled:
+            if kind == "full":
+                recompute_compiled(self._layers())
+            return "full" if kind == "full" else "none"
         if kind != "none":
             enable_recompute(self.module, kind, self.noise)
         return kind
+
+    def _layers(self) -> list[nn.Module]:
+        return list(decoder_blocks(base_model(self.module))[1])
 
 
 def build(
@@ -127,6 +144,7 @@ def build(
     *,
     packs: bool = True,
     vocabulary: int | None = None,
+    wishes: Fast = NOTHING_FAST,
 ) -> Built:
     """Prepare a model for training and split it over a mesh, in place.
 
@@ -134,6 +152,7 @@ def build(
         module: with its adapters, on the device of the mesh; or without weights, and `fill` reads them.
         packs: whether rows may be packed, for all that the model itself knows.
         vocabulary: see `parallelize`.
+        wishes: what the step is to do beyond running layer after layer, where it can.
     """
     training = run.training
     if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
@@ -155,15 +174,19 @@ def build(
             balance_experts=bool(run.model.moe_aux_loss_coef),
         )
     inner = base_model(module)
+    fast = what_goes(wishes, model, mesh, precision, run)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     blocks = list(decoder_blocks(inner)[1])
+    if fast.compiled:
+        compile_layers(blocks)
+    model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
     split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)
     model.take(split)
     if mesh.layout.splits_model:
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
-    return Built(module, model, mesh, split, noise, precision, num_parameters)
+    return Built(module, model, mesh, split, noise, precision, num_parameters, fast)
 
 
 def _free_what_was_cut_away(device: torch.device) -> None:

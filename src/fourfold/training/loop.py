@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from fourfold.base.errors import ConfigError, RunInterruptedError
 from fourfold.base.log import get_logger
-from fourfold.dataset.batch import Sample
-from fourfold.dataset.collate import CutPolicy, cut
+from fourfold.dataset.batch import Batch
+from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.loader import Loader, StepSamples
 from fourfold.parallel.reduce import clip_gradients
 from fourfold.parallel.step import Step, StepResult
 from fourfold.trackers.interface import Tracker
+from fourfold.training.ahead import Ahead
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.interrupt import StopRequest
 from fourfold.training.memory import peak_memory_figures
@@ -126,11 +127,10 @@ class Loop:
             self._evaluate(self.evaluator)
         with StopRequest() as stop:
             reducer = self.step.reducer
-            for found in self.loader.steps(self.state.step):
-                if self._finished():
-                    break
+            ahead = Ahead(iter(self.loader.steps(self.state.step)), self.policy)
+            while not self._finished() and (found := ahead.next()) is not None:
                 started = time.perf_counter()
-                self._train_step(found, parameters)
+                self._train_step(found, parameters, ahead)
                 seconds = time.perf_counter() - started  # reading the gradient norm has waited for the device
                 self.state.train_runtime_s += seconds
                 self.step_times.add(seconds)
@@ -144,14 +144,16 @@ class Loop:
         patience = self.settings.early_stopping
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _train_step(self, found: StepSamples, parameters: list[nn.Parameter]) -> None:
+    def _train_step(self, found: StepSamples, parameters: list[nn.Parameter], ahead: Ahead) -> None:
         practised = Practised([found.samples]) if self.practice is None else self.practice.practise(found)
         self._table = practised.table
         rate = self.optimizer.param_groups[0]["lr"]
         results, norm, stepped = [], 0.0, False
         for number, samples in enumerate(practised.updates):
             before = partial(_begin_later, self.begin_micro_batch, found.step, number)
-            result, norm, done = self._update(samples, parameters, before)
+            is_last = number == len(practised.updates) - 1 and found.step + 1 < self.settings.max_steps
+            meanwhile = ahead.prepare if is_last and self.practice is None else _nothing
+            result, norm, done = self._update(ahead.cut(samples), parameters, before, meanwhile)
             results.append(result)
             stepped |= done
         if stepped and not self.settings.schedule_follows_metric:
@@ -167,19 +169,27 @@ class Loop:
         self._record(found, result, norm, float(rate))
 
     def _update(
-        self, samples: Sequence[Sample], parameters: list[nn.Parameter], before: Callable[[int], None]
+        self,
+        batches: Sequence[Batch],
+        parameters: list[nn.Parameter],
+        before: Callable[[int], None],
+        meanwhile: Callable[[], None],
     ) -> tuple[StepResult, float, bool]:
         """One update of the weights.
 
+        Args:
+            meanwhile: called once all is given to the device, and before it is waited for.
         Returns:
             figures, the gradient's norm before it was clipped, and whether the weights were changed.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        result = self.step.forward_backward(cut(samples, self.policy), before=before)
+        self.optimizer.zero_grad(set_to_none=self.step.graphs is None)
+        result = self.step.begin(batches, before=before)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self.clip(parameters, self.settings.max_grad_norm)
-        return result, float(norm), self._optimizer_step()
+        stepped = self._optimizer_step()
+        meanwhile()
+        return result(), float(norm), stepped
 
     def _optimizer_step(self) -> bool:
         """Update the weights; False when fp16 overflowed and the step was skipped."""
@@ -274,6 +284,10 @@ class Loop:
         self.state.log_history.append({**row, "step": self.state.step})
         for tracker in self.trackers:
             tracker.log(self.state.step, figures)
+
+
+def _nothing() -> None:
+    """Nothing to be done meanwhile."""
 
 
 _MICRO_BATCHES = 1 << 16

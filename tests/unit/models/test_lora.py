@@ -58,3 +58,45 @@ def test_short_forward_when_compared_with_peft_gives_the_same(
     assert len(grads) == len(other_grads) == 2
     for one, other in zip([expected, *grads], [out, *other_grads], strict=True):
         assert float((one - other).abs().max()) <= tolerance * float(one.abs().max())
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_forward_when_the_base_is_packed_gives_what_pefts_own_gives(
+    compute: torch.dtype, autocast: bool, double: bool
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    if compute is torch.float32 and autocast:
+        pytest.skip("bitsandbytes' layer computes in its own dtype then, and is left alone")
+    torch.manual_seed(0)
+    size = 128
+    plain = nn.Linear(size, size)
+    layer = Linear4bit(size, size, compute_dtype=compute, compress_statistics=double, quant_type="nf4")
+    layer.load_state_dict(plain.state_dict())
+    holder = _Layer()
+    holder.proj, holder.is_loaded_in_4bit = layer.to("cpu"), True  # type: ignore[assignment]
+    theirs = get_peft_model(holder, LoraConfig(r=4, target_modules=["proj"]), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    adapters = {name: torch.randn(p.shape) for name, p in theirs.named_parameters() if "lora_" in name}
+    x = torch.randn(2, 40, size).to(compute)
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    for short in (False, True):
+        assert not short or use_short_forward(theirs) == 1
+        for name, parameter in theirs.named_parameters():
+            if name in adapters:
+                parameter.data, parameter.grad = adapters[name].to(torch.float32 if autocast else compute), None
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = theirs(leaf)
+        out.float().square().sum().backward()
+        assert leaf.grad is not None
+        grads = [p.grad for p in theirs.parameters() if p.grad is not None]
+        found.append((out.detach(), [leaf.grad, *grads]))
+    assert type(theirs.base_model.model.proj).__name__ == "PackedLoraLinear"  # type: ignore[union-attr]
+    (expected, grads), (out, other_grads) = found
+    assert out.dtype == expected.dtype
+    tolerance = 2e-2 if compute is torch.bfloat16 else 1e-5
+    assert len(grads) == len(other_grads) == 3
+    for one, other in zip([expected, *grads], [out, *other_grads], strict=True):
+        assert float((one - other).abs().max()) <= tolerance * float(one.abs().max())

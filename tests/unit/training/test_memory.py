@@ -88,7 +88,7 @@ def test_fit_when_the_device_has_little_free_cuts_and_tells(
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
     monkeypatch.setattr(logging.getLogger("fourfold"), "propagate", True)
     caplog.set_level(logging.INFO, "fourfold")
-    free = 40 << 20
+    free = 180 << 20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1000, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
@@ -103,4 +103,4 @@ def test_fit_when_the_device_has_little_free_cuts_and_tells(
     assert 64 < tokens < 4000
     assert outlook.to_come("none", tokens) <= 0.9 * free < outlook.to_come("none", tokens + 1)
     [line] = caplog.messages
-    assert line.startswith(f"Activations are kept; micro-batches of up to {tokens:,} tokens; 40.00 MiB are free")
+    assert line.startswith(f"Activations are kept; micro-batches of up to {tokens:,} tokens; 180.00 MiB are free")

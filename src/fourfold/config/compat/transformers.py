@@ -14,7 +14,7 @@ from fourfold.config.key import CommaList, NoCounterpart, Options, Section, Tran
 _METRICS = "evaluation keeps sums and counts, never the predictions"
 _UPLOAD = "uploads while training; export_hub_model_id uploads a finished model"
 _TRACKIO = "the Trackio tracker"
-_COMPILE = "the compiled step"
+_COMPILE = "layers are compiled by inductor, for all lengths at once"
 _DDP = "the data-parallel engine finds this out by itself"
 _LOADER = "the loader decides this by itself"
 _THREAD = "steps are cut from tokens that are ready, which takes no time worth a process"
@@ -71,9 +71,6 @@ class TransformersKeys(Section):
 
     label_smoothing_factor: float = later(0.0, "Label smoothing.", "smoothed losses", blocks=True, ge=0, lt=1)
     auto_find_batch_size: bool = later(False, "Cut the forward pass when memory runs out.", "the planner")
-    torch_compile: bool = later(False, "Compile the model.", _COMPILE)
-    torch_compile_backend: str | None = later(None, "Compiler backend.", _COMPILE)
-    torch_compile_mode: str | None = later(None, "Compiler mode.", _COMPILE)
     trackio_space_id: str | None = later(None, "Trackio space.", _TRACKIO)
     trackio_bucket_id: str | None = later(None, "Trackio bucket.", _TRACKIO)
     trackio_static_space_id: str | bool | None = later(None, "Trackio static space.", _TRACKIO)
@@ -92,6 +89,8 @@ class TransformersKeys(Section):
     use_cache: bool = settled(
         False, "Cache keys while training.", "training needs none; see use_kv_cache for generation"
     )
+    torch_compile_backend: str | None = settled(None, "Compiler backend.", _COMPILE)
+    torch_compile_mode: str | None = settled(None, "Compiler mode.", _COMPILE)
     torch_empty_cache_steps: int | None = settled(
         None, "Steps between cache clearings.", "the allocator keeps its cache"
     )

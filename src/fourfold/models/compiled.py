@@ -1,0 +1,126 @@
+"""Decoder layers compiled by torch.compile: fewer passes over memory, and little left for the host to do.
+
+All layers of a kind share what was compiled, for all numbers of tokens: it is compiled twice, for the first layer,
+whose input has no gradient, and for the others. Only training runs it; evaluation and generation run the layers as they
+are.
+
+The compiler keeps the results of products and of attention for the backward pass and computes what lies between them
+again, as `selective` recompute does, without its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fourfold.base.log import get_logger
+from fourfold.dataset.batch import IGNORE_INDEX
+
+log = get_logger(__name__)
+
+_MOST_VARIANTS = 64
+"""Kinds of layers and of inputs that may be compiled; torch gives up after 8 by itself."""
+
+
+class CompiledForward:
+    """Stands in for a layer's `forward`: compiled where it is trained.
+
+    Attributes:
+        recompute: compute the layer again in the backward pass, all of it.
+        off: shared by the layers of a model; holds the reason once compiling has failed.
+    """
+
+    def __init__(self, layer: nn.Module, off: list[str], backend: str | Callable[..., Any]) -> None:
+        self._layer, self._own, self._off = layer, layer.forward, off
+        self._compiled = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
+        self.recompute = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's own."""
+        if not (torch.is_grad_enabled() and self._layer.training):
+            return self._own(*args, **kwargs)
+        if self.recompute:
+            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._off:
+            return self._own(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler of another version may raise
+            self._off.append(str(error).strip().splitlines()[0])
+            log.warning("torch_compile: the layers of this model are not compiled (%s).", self._off[0])
+            return self._own(*args, **kwargs)
+
+
+@lru_cache(maxsize=8)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _nll_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    wanted = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
+    total = torch.logsumexp(logits.float(), dim=-1)
+    return torch.where(targets == IGNORE_INDEX, 0.0, total - wanted), total
+
+
+def _logits_gradient(logits: Tensor, targets: Tensor, total: Tensor, grad: Tensor) -> Tensor:
+    probabilities = torch.exp(logits.float() - total[:, None])
+    is_target = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
+    grad = torch.where(targets == IGNORE_INDEX, 0.0, grad)
+    return ((probabilities - is_target.float()) * grad[:, None]).to(logits.dtype)
+
+
+class _TokenNll(torch.autograd.Function):
+    """Cross entropy of logits as they are, of which no copy in fp32 is ever made."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """logits [N, V], targets [N] -> [N] fp32."""
+        nll, total = _compiled(_nll_of)(logits, targets)
+        ctx.save_for_backward(logits, targets, total)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad [N]."""
+        logits, targets, total = ctx.saved_tensors
+        return _compiled(_logits_gradient)(logits, targets, total, grad), None
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihoods in fp32, compiled: logits [N, V], targets [N] -> [N], 0 for IGNORE_INDEX."""
+    return _TokenNll.apply(logits, targets)  # type: ignore[return-value]
+
+
+def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Have layers compiled when they are first trained; in place.
+
+    A layer that cannot be compiled ends it for all of them, with a warning.
+    """
+    import torch._dynamo
+    import torch._functorch.config  # both take a second to import, and most runs on a CPU do without
+
+    # what is compiled stays on disk for the next run, also where a layer has functions of its own, as LoRA has
+    functorch: Any = torch._functorch.config
+    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
+        functorch.autograd_cache_allow_custom_autograd_functions = True
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
+    off: list[str] = []
+    for layer in layers:
+        layer.forward = CompiledForward(layer, off, backend)
+
+
+def recompute_compiled(layers: Sequence[nn.Module]) -> None:
+    """Have compiled layers computed again in the backward pass, all of each."""
+    for layer in layers:
+        assert isinstance(layer.forward, CompiledForward)
+        layer.forward.recompute = True

@@ -1,0 +1,158 @@
+"""Micro-batches replayed as CUDA graphs: forward pass, loss and backward pass with one launch.
+
+A small step is some ten thousand kernels of a few microseconds, and a host that launches them one by one takes longer
+than they do. So the first micro-batch of each shape is recorded, and later ones of its shape are copied to where the
+first one lay. Shapes are rounded up, so that there are few: what fills a row up is one more document, which trains
+nothing. All recordings share their memory, which is what the largest one needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.base.log import get_logger
+from fourfold.dataset.batch import Batch
+from fourfold.dataset.collate import CutPolicy, widen
+from fourfold.parallel.terms import LossTerms, Term
+
+log = get_logger(__name__)
+
+MOST_TOKENS = 4096
+"""Longer micro-batches keep a device busy by themselves."""
+_STEPS = ((1024, 64), (2048, 128), (4096, 256))
+"""Up to so many positions, rows are a multiple of so many."""
+_MOST_RECORDED = 48
+_DOCUMENTS = 16
+
+Work = Callable[[Batch, dict[str, Tensor]], LossTerms]
+"""Forward pass, loss and backward pass of a micro-batch on the device, given the step's denominators as scalars; adds
+to the gradients, and returns the detached sums. It must not wait for the device, nor read numbers that are not in the
+batch's tensors."""
+
+
+def rounded(batch: Batch) -> Batch:
+    """A packed micro-batch on the host with `scored`, filled up so that few shapes are left."""
+    size = batch.input_ids.shape[1]
+    step = next((step for limit, step in _STEPS if size <= limit), _STEPS[-1][1])
+    width = -(-size // step) * step
+    assert batch.scored is not None
+    batch = widen(batch, width, CutPolicy(packed=True, max_tokens=width))
+    assert batch.cu_seqlens is not None and batch.scored is not None
+    quarter = -(-width // 4)
+    return replace(
+        batch,
+        scored=_filled(batch.scored, quarter, width - 1),  # nothing is predicted at the last position
+        cu_seqlens=_filled(batch.cu_seqlens[1:], _DOCUMENTS, width, start=batch.cu_seqlens[:1]),
+    )
+
+
+def _filled(values: Tensor, multiple: int, value: int, start: Tensor | None = None) -> Tensor:
+    missing = max(-(-len(values) // multiple), 1) * multiple - len(values)
+    parts = [values, values.new_full((missing,), value)]
+    return torch.cat(parts if start is None else [start, *parts])
+
+
+@dataclass(slots=True)
+class _Recording:
+    """A recorded micro-batch: where its inputs lie, and what it leaves behind."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: Batch
+    denominators: dict[str, Tensor]
+    found: LossTerms
+
+
+class Graphs:
+    """The recordings of a model's step.
+
+    Args:
+        parameters: what is trained; their gradients stay where they are from the first micro-batch on.
+        work: see Work.
+    """
+
+    def __init__(self, device: torch.device, parameters: Sequence[nn.Parameter], work: Work) -> None:
+        self._device, self._parameters, self._work = device, parameters, work
+        self._recordings: dict[tuple[int, ...], _Recording] = {}
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._is_warm = False
+        self._failure: str | None = None
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether a micro-batch on the host is to be replayed."""
+        return self._failure is None and batch.is_packed and batch.input_ids.shape[1] <= MOST_TOKENS
+
+    def run(self, batch: Batch, denominators: dict[str, float]) -> LossTerms:
+        """Add the gradient of one micro-batch, which is on the host, and return its sums.
+
+        Args:
+            denominators: of the step, by name; none of them 0.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        batch = rounded(batch.with_scored())
+        assert batch.scored is not None and batch.cu_seqlens is not None
+        key = (batch.input_ids.shape[1], len(batch.scored), len(batch.cu_seqlens))
+        recording = self._recordings.get(key)
+        if not self._is_warm or (recording is None and len(self._recordings) == _MOST_RECORDED):
+            return self._directly(batch, denominators)
+        if recording is None:
+            try:
+                recording = self._recordings[key] = self._record(batch, denominators)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self._failure = str(error).strip().splitlines()[0]
+                log.warning("The step is not recorded as a CUDA graph, and runs as it is (%s)", self._failure)
+                torch.cuda.synchronize(self._device)
+                return self._directly(batch, denominators)
+        else:
+            _copy(batch, denominators, recording)
+        recording.graph.replay()
+        return _copied(recording.found)
+
+    def _directly(self, batch: Batch, denominators: dict[str, float]) -> LossTerms:
+        """Without a recording, on the stream that records: libraries set themselves up for each stream."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            found = self._work(batch.to(self._device), self._scalars(denominators))
+        current.wait_stream(self._stream)
+        self._is_warm = True
+        return found
+
+    def _record(self, batch: Batch, denominators: dict[str, float]) -> _Recording:
+        """Record a micro-batch without running it; its inputs are in place."""
+        # what differs from batch to batch and is no tensor is taken away, so that nobody can read it
+        fixed = replace(batch.to(self._device), lengths=(), samples=(), num_tokens=0, numbers={}, extras={})
+        scalars = self._scalars(denominators)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            found = self._work(fixed, scalars)
+        return _Recording(graph, fixed, scalars, found)
+
+    def _scalars(self, denominators: dict[str, float]) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, device=self._device) for name, value in denominators.items()}
+
+
+def _copy(batch: Batch, denominators: dict[str, float], into: _Recording) -> None:
+    """Put a micro-batch of the same shape where the recorded one lay."""
+    for name in ("input_ids", "targets", "weights", "position_ids", "document_ids", "cu_seqlens", "scored"):
+        getattr(into.batch, name).copy_(getattr(batch, name), non_blocking=True)
+    for name, value in denominators.items():
+        into.denominators[name].fill_(value)
+
+
+def _copied(found: LossTerms) -> LossTerms:
+    """The sums of a replay, which the next one writes over."""
+
+    def copies(terms: dict[str, Term]) -> dict[str, Term]:
+        return {name: Term(term.total.clone(), term.denominator) for name, term in terms.items()}
+
+    return LossTerms(copies(dict(found.terms)), copies(dict(found.metrics)))

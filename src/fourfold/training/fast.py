@@ -1,0 +1,93 @@
+"""What a run's step does beyond running layer after layer: compiled layers, and micro-batches replayed as graphs.
+
+Both are on by default where they are known to give the same losses; what they cannot run, runs as it is. One line says
+what was chosen, and why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fourfold.base.log import get_logger
+from fourfold.config.schema import Run
+from fourfold.models.attention import takes_offsets
+from fourfold.models.forward import StepModel
+from fourfold.models.unwrap import base_model
+from fourfold.parallel.expert import find_experts
+from fourfold.parallel.mesh import Mesh
+from fourfold.training.precision import Precision
+
+log = get_logger(__name__)
+
+_STEPS_TO_PAY = 60
+"""Optimizer steps from which compiling, some 20 to 60 s where nothing is cached, is made up for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fast:
+    """Attributes:
+    compiled: decoder layers run compiled.
+    graphs: small micro-batches are replayed as CUDA graphs.
+    """
+
+    compiled: bool = False
+    graphs: bool = False
+
+
+NOTHING_FAST = Fast()
+
+
+def wished(run: Run, max_steps: int) -> Fast:
+    """What the config asks for, or what is worth it in a run of so many steps."""
+    training = run.training
+    compiled = max_steps >= _STEPS_TO_PAY if training.torch_compile is None else training.torch_compile
+    return Fast(compiled, training.cuda_graphs is not False)
+
+
+def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Fast:
+    """Of what is wished, what this model on this mesh can do; told in a line.
+
+    Args:
+        model: not yet split.
+    """
+    if mesh.device.type != "cuda" or not (wishes.compiled or wishes.graphs):
+        return NOTHING_FAST
+    against = next(_obstacles(model, mesh, precision, run), None)
+    compiled = wishes.compiled and against is None
+    no_graphs = against or next(_obstacles_of_graphs(model, mesh, run), None)
+    graphs = wishes.graphs and no_graphs is None
+    found = Fast(compiled, graphs)
+    log.info(
+        "Layers are %scompiled%s; small micro-batches are %sreplayed as CUDA graphs%s",
+        "" if compiled else "not ",
+        f" ({against})" if wishes.compiled and against else "",
+        "" if graphs else "not ",
+        f" ({no_graphs})" if wishes.graphs and no_graphs and no_graphs != against else "",
+    )
+    return found
+
+
+def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Iterator[str]:
+    """Why neither goes."""
+    layout, inner = mesh.layout, base_model(model.module)
+    if layout.tp * layout.cp * layout.pp * layout.ep > 1:
+        yield "the model is split by more than FSDP"
+    if layout.offload != "none" or run.parallel.offload_activations:
+        yield "weights or activations travel to the host"
+    if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
+        yield "its attention needs more than the documents' offsets"
+    if next(iter(find_experts(inner)), None) is not None:
+        yield "it has experts"
+    if model.noise is not None and model.noise.salts:
+        yield "dropout or input noise is keyed by sample"
+
+
+def _obstacles_of_graphs(model: StepModel, mesh: Mesh, run: Run) -> Iterator[str]:
+    """Why graphs do not go."""
+    if mesh.layout.world_size > 1:
+        yield "several ranks exchange gradients"
+    if run.tuning.finetuning_type != "lora":
+        yield "gradients of whole weights would stay for good"
+    if not model.has_plain_head:
+        yield "its head is not a plain one"

@@ -1,0 +1,117 @@
+"""Compiled layers and losses give what they give as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from fourfold.dataset.batch import IGNORE_INDEX
+from fourfold.models import compiled
+from fourfold.models.compiled import CompiledForward, compile_layers, recompute_compiled, token_nll
+from fourfold.models.lora import use_short_forward
+
+_SIZE = 16
+
+
+class _Layer(nn.Module):
+    """A norm, a gated product and a residual, as decoder layers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(_SIZE, _SIZE, bias=False), nn.Linear(_SIZE, _SIZE, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x, (_SIZE,))
+        return x + F.silu(self.gate(normed)) * self.up(normed)
+
+
+class _Model(nn.Module):
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def adapted(rank: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(_Model(), LoraConfig(r=rank, target_modules=["gate", "up"]))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    assert use_short_forward(model) == 6
+    return model
+
+
+def gradients(model: nn.Module, tokens: int) -> list[Tensor]:
+    """Output and gradients for an input of so many tokens."""
+    model.zero_grad()
+    x = torch.randn(1, tokens, _SIZE, generator=torch.Generator().manual_seed(tokens))
+    out = model(x)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("rank", [4, 20])  # entry by entry, and as a product
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_when_lengths_differ_give_what_plain_ones_give(rank: int, recompute: bool) -> None:
+    plain, fast = adapted(rank), adapted(rank)
+    layers = [module for module in fast.modules() if isinstance(module, _Layer)]
+    torch._dynamo.reset()
+    compile_layers(layers, backend="aot_eager")
+    if recompute:
+        recompute_compiled(layers)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for tokens in (5, 12, 31):
+        expected, found = gradients(plain, tokens), gradients(fast, tokens)
+        assert len(found) == 13
+        for one, other in zip(expected, found, strict=True):
+            assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2  # the first layer, and the others
+
+
+def test_compiled_layers_when_only_asked_run_as_they_are() -> None:
+    model = adapted()
+    layers = [module for module in model.modules() if isinstance(module, _Layer)]
+    compile_layers(layers, backend=_refuse)
+    with torch.no_grad():
+        model(torch.randn(1, 3, _SIZE))
+    model.eval()
+    model(torch.randn(1, 3, _SIZE))
+
+
+def _refuse(*_: object) -> object:
+    raise RuntimeError("nothing is compiled here")
+
+
+def test_compiled_layers_when_they_cannot_be_compiled_warn_once_and_run(caplog: pytest.LogCaptureFixture) -> None:
+    plain, model = adapted(), adapted()
+    torch._dynamo.reset()
+    layers = [module for module in model.modules() if isinstance(module, _Layer)]
+    compile_layers(layers, backend=_refuse)
+    compiled.log.propagate = True
+    for tokens in (4, 6):
+        for one, other in zip(gradients(plain, tokens), gradients(model, tokens), strict=True):
+            assert torch.equal(one, other)
+    assert len([message for message in caplog.messages if message.startswith("torch_compile:")]) == 1
+    assert all(isinstance(layer.forward, CompiledForward) for layer in layers)
+
+
+def test_token_nll_when_compared_with_cross_entropy_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
+    logits = torch.randn(7, 11, dtype=torch.float64).float().requires_grad_()
+    targets = torch.tensor([0, 10, IGNORE_INDEX, 3, 3, IGNORE_INDEX, 9])
+    weights = torch.randn(7)
+    other = logits.detach().clone().requires_grad_()
+    expected = F.cross_entropy(other, targets, reduction="none")
+    found = token_nll(logits, targets)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(logits.grad, other.grad, rtol=1e-5, atol=1e-6)
