@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fourfold.parallel.packed import PackedWeight, is_packed, is_plain, unpack
+from fourfold.parallel.packed import PackedWeight, is_plain, state_of, unpack
 
 _OPERATORS = torch.library.Library("fourfold", "DEF")
 _OPERATORS.define(
@@ -234,11 +234,12 @@ def _packed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]; anything but the plain case goes PEFT's own way."""
     adapter = _plain_adapter(self, kwargs)
     base, compute = self.get_base_layer(), _compute_dtype(x)
-    if adapter is None or not _same_dtype(self, x, adapter) or base.compute_dtype != compute:
-        return _peft_packed().forward(self, x, *args, **kwargs)
+    plain = adapter is not None and _same_dtype(self, x, adapter)
+    if adapter is None or not plain or state_of(base) is None or base.compute_dtype != compute:
+        return self._peft.forward(self, x, *args, **kwargs)
     dropout = self.lora_dropout[adapter]
     if self.training and not isinstance(dropout, nn.Identity):
-        return _peft_packed().forward(self, x, *args, **kwargs)
+        return self._peft.forward(self, x, *args, **kwargs)
     bias = None if base.bias is None else base.bias.to(compute)
     out = _LowRankPacked.apply(
         x.reshape(-1, x.shape[-1]).to(compute),
@@ -252,23 +253,15 @@ def _packed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-@lru_cache(maxsize=1)
-def _peft_packed() -> Any:
-    """PEFT's LoRA linear over 4 bits; there is none where bitsandbytes is not installed."""
-    from peft.tuners.lora import bnb
-
-    return bnb.Linear4bit
+@lru_cache(maxsize=4)
+def _packed_class(peft: type) -> type:
+    """One of PEFT's LoRA linears with the short forward pass over 4 bits."""
+    return type("PackedLoraLinear", (peft,), {"forward": _packed_forward, "_peft": peft})
 
 
-@lru_cache(maxsize=1)
-def _packed_class() -> type:
-    """The same with the short forward pass."""
-    return type("PackedLoraLinear", (_peft_packed(),), {"forward": _packed_forward})
-
-
-def _is_packed(layer: LoraLayer) -> bool:
-    base = layer.get_base_layer()
-    return isinstance(base, nn.Linear) and is_packed(base)
+def _is_over_bits(layer: nn.Module) -> bool:
+    """Whether a layer is PEFT's LoRA around bitsandbytes' linear layer of 4 bits, packed by now or not."""
+    return isinstance(layer, LoraLayer) and type(layer.get_base_layer()).__name__ == "Linear4bit"
 
 
 def use_short_forward(model: nn.Module) -> int:
@@ -283,7 +276,7 @@ def use_short_forward(model: nn.Module) -> int:
             # The class is exchanged, not the object: parameters, hooks and names stay as PEFT made them.
             module.__class__ = LoraLinear
             count += 1
-        elif type(module).__name__ == "Linear4bit" and isinstance(module, LoraLayer) and _is_packed(module):
-            module.__class__ = _packed_class()
+        elif _is_over_bits(module):
+            module.__class__ = _packed_class(type(module))
             count += 1
     return count

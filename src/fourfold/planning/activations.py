@@ -59,16 +59,14 @@ def kept(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: 
     factor = 4 if shape.family in NORMS_IN_FP32 else c
     between = _norms(layer, hidden, trained, factor) * positions
     low = _low_rank(job, layer)
-    copies = _separate_inputs(job, layout)
-    mlp_inputs = (2 if copies else 1) if _dense_width(layer) or trained else 0
-    inputs = c * hidden * ((3 if copies else 1) + mlp_inputs)
+    mlp_inputs = 1 if _dense_width(layer) or trained else 0
+    inputs = c * hidden * (1 + mlp_inputs)
     same = shape.value_dim == shape.head_dim
     padded = 0 if same else 2 * q - v  # values as wide as keys, and the kernel's own result beside what is used of it
-    attention = c * (q + _keys(layout) * (q + v) + v + (v if copies else 0) + padded) + 4 * shape.heads / tp
+    attention = c * (q + _keys(layout) * (q + v) + v + padded) + 4 * shape.heads / tp
     attention += c * v if layout.cp > 1 else 0  # the kernel's results, put together
     attention += _head_norms(shape, layer, trained, factor) / tp
     feed, feed_outputs, working = _feed_forward(shape, job, layout, layer)
-    working += 4 * _dense_width(layer) / tp if copies else 0  # the adapter's input in its own dtype
     none = between + inputs + attention + feed + low
     outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
     selective = c * hidden * positions + outputs + feed_outputs + low
@@ -102,12 +100,6 @@ def _low_rank(job: Job, layer: Layer) -> float:
     """The thin results of adapters' inner matrices; whole positions on every tensor-parallel rank."""
     linear = sum(1 for weight in layer.weights if gets_adapter(job, weight) and len(weight.shape) == 2)
     return float(linear * job.lora_rank * job.compute_bytes)
-
-
-def _separate_inputs(job: Job, layout: Layout) -> bool:
-    """Whether every adapted layer keeps a copy of its input: PEFT's own forward pass over packed weights does, where
-    autocast brings it back from the adapter's dtype."""
-    return job.tuning == "lora" and job.bits is not None and job.is_mixed and layout.shards == 1
 
 
 def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> tuple[float, float, float]:

@@ -58,9 +58,6 @@ ADAPTER_BYTES = ((2.0, 4.0), (6.0, 4.0))
 """Of an adapter, for each input and each output number: forward the thin product reads the input, and the other one is
 added to the output; backward the input is read and its gradient added to, the output's gradient read twice
 (models/lora.py)."""
-PACKED_ADAPTER_BYTES = (6.0, 10.0)
-"""On a packed weight besides, for each input and each output number: PEFT's own forward casts the input to the
-adapter's dtype and adds in separate passes. H100: 82 ns for each token and product of a Llama-3-8B."""
 ADAPTER_TOKEN_S = (5e-9, 9e-9)
 """For each token and adapter, what the thin products cost beside bytes: of the card's multiprocessors they keep half
 busy. H100, rank 8, 8,192 tokens: 130 to 220 us an adapter were missing without it."""
@@ -115,8 +112,8 @@ HOST_CAST = 1.9
 """Of a trained matrix that autocast copies to the compute dtype."""
 HOST_CHECKPOINT = 120
 """Of a layer that is computed again: saving and restoring, once in the backward pass."""
-HOST_SELECTIVE, HOST_SELECTIVE_UNPACK = 270, 40
-"""Of a layer and of a packed weight under selective recompute, where Python sees every operator, once in all."""
+HOST_SELECTIVE = 270
+"""Of a layer under selective recompute, where Python sees every operator, once in all."""
 HOST_EXPERTS = 57
 """Of a layer's experts: choosing, sorting and merging."""
 HOST_HEAD = 85
@@ -234,9 +231,7 @@ def layer_seconds(
     if recompute == "full":
         again, launch_again = forward, launch + HOST_CHECKPOINT * engine.launch_ops * device.host_op_s
     elif recompute == "selective":
-        packed = sum(each.packed for each in products)
-        seen = HOST_SELECTIVE + HOST_SELECTIVE_UNPACK * packed
-        again, launch_again = around[0] + ends, launch + seen * engine.launch_ops * device.host_op_s
+        again, launch_again = around[0] + ends, launch + HOST_SELECTIVE * engine.launch_ops * device.host_op_s
     times = 2 if place.splits_backward else 1
     return Seconds(max(forward, launch), max(backward + times * again, 2 * launch + times * launch_again), weight_grad)
 
@@ -290,8 +285,6 @@ def _between(
             for direction in range(2):
                 of_input, of_output = ADAPTER_BYTES[direction]
                 total[direction] += of_input * each.columns + of_output * each.rows
-                if each.packed:
-                    total[direction] += PACKED_ADAPTER_BYTES[direction] * (each.columns + each.rows)
     return total[0], total[1]
 
 

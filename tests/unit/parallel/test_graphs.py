@@ -31,10 +31,13 @@ def batch_of(*lengths: int) -> Batch:
 def test_rounding_when_shapes_differ_leaves_few_and_marks_what_was_added(lengths: tuple[int, ...]) -> None:
     batch = rounded(batch_of(*lengths).with_scored())
     size, width = sum(lengths), batch.input_ids.shape[1]
-    assert width % 64 == 0 and 0 <= width - size < (128 if size > 1024 else 64)
-    assert batch.cu_seqlens is not None and batch.scored is not None
+    assert width % 64 == 0
+    assert 0 <= width - size < (128 if size > 1024 else 64)
+    assert batch.cu_seqlens is not None
+    assert batch.scored is not None
     assert len(batch.cu_seqlens) == 17
-    assert batch.cu_seqlens.tolist() == sorted(batch.cu_seqlens.tolist()) and int(batch.cu_seqlens[-1]) == width
+    assert batch.cu_seqlens.tolist() == sorted(batch.cu_seqlens.tolist())
+    assert int(batch.cu_seqlens[-1]) == width
     assert len(batch.scored) % -(-width // 4) == 0
     added = batch.scored[int((batch.targets != IGNORE_INDEX).sum()) :]
     assert all(batch.targets[0, int(place)] == IGNORE_INDEX for place in added)

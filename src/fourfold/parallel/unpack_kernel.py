@@ -1,0 +1,76 @@
+"""A Triton kernel that unpacks nf4 weights whose scales are packed as well.
+
+bitsandbytes takes two kernels and an addition, and reaches half of a card's bandwidth. A weight is unpacked twice in
+each layer and micro-batch, so this is a tenth of a step of QLoRA.
+
+Imported only where it runs: on CUDA, where PyTorch brings Triton along.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+_BLOCKS = 32
+"""Blocks of one program; of 64 numbers each."""
+
+
+@triton.jit
+def _unpack(
+    packed: Any,
+    codes: Any,
+    scales: Any,
+    scale_table: Any,
+    offset: Any,
+    table: Any,
+    out: Any,
+    num_blocks: Any,
+    blocks: tl.constexpr,
+    half: tl.constexpr,
+    outer: tl.constexpr,
+):
+    block = tl.program_id(0) * blocks + tl.arange(0, blocks)
+    is_there = block < num_blocks
+    code = tl.load(codes + block, mask=is_there, other=0).to(tl.int32)
+    scale = tl.load(scale_table + code) * tl.load(scales + block // outer, mask=is_there, other=0.0)
+    scale = (scale + tl.load(offset))[:, None]
+    start, there = block.to(tl.int64)[:, None], is_there[:, None]
+    pair = tl.load(packed + start * half + tl.arange(0, half)[None, :], mask=there, other=0).to(tl.int32)
+    both = tl.interleave(tl.load(table + (pair >> 4)) * scale, tl.load(table + (pair & 15)) * scale)
+    place = start * (2 * half) + tl.arange(0, 2 * half)[None, :]
+    tl.store(out + place, both.to(out.dtype.element_ty), mask=there)
+
+
+def unpack_nf4(
+    packed: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    scale_table: Tensor,
+    offset: Tensor,
+    table: Tensor,
+    sizes: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [rows, columns] in `dtype`, the numbers those that bitsandbytes gives.
+
+    Args:
+        packed: bytes in whatever dtype they are stored; the first of two numbers is the high half.
+        codes: uint8, a block's scale as an index into `scale_table` [256] fp32.
+        scales: fp32, what a block of codes is multiplied by; `offset`, fp32, is added.
+        table: [16] fp32, the numbers that halves of bytes stand for.
+        sizes: rows, columns, numbers of a block, codes of a block of codes.
+    """
+    rows, columns, block, outer = sizes
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
+    num_blocks = rows * columns // block
+    grid = (triton.cdiv(num_blocks, _BLOCKS),)
+    data = packed.reshape(-1).view(torch.uint8)
+    launch: Any = _unpack
+    launch[grid](
+        data, codes, scales, scale_table, offset, table, out, num_blocks, blocks=_BLOCKS, half=block // 2, outer=outer
+    )
+    return out

@@ -1,0 +1,133 @@
+"""Compiled layers and replayed micro-batches on a GPU: the losses of the plain step."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+
+from fourfold.config.load import load
+from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
+from fourfold.dataset.collate import CutPolicy, cut, filler
+from fourfold.losses.token import TokenLoss
+from fourfold.models.adapters import attach
+from fourfold.models.load import load_model
+from fourfold.parallel.mesh import single
+from fourfold.parallel.packed import PackedWeight
+from fourfold.parallel.reduce import clip_gradients
+from fourfold.training.build import build
+from fourfold.training.fast import NOTHING_FAST, Fast
+from fourfold.training.precision import LossScaler, resolve
+from tiny_models import tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+_STEPS = 20
+_POLICY = CutPolicy(packed=True, max_tokens=2048)
+
+
+def samples_of(step: int) -> list[Sample]:
+    """Eight samples of 20 to 150 tokens; every fourth step has the same lengths, so that shapes come back."""
+    generator = torch.Generator().manual_seed(step)
+    lengths = torch.randint(20, 150, (8,), generator=torch.Generator().manual_seed(step % 4)).tolist()
+    found = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        found.append(Sample({"": Example(ids, [IGNORE_INDEX] * (length // 3) + ids[length // 3 :])}, 8 * step + index))
+    return found
+
+
+def curve(folder: Path, wishes: Fast, **keys: object) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of some steps."""
+    device = torch.device("cuda")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    run = load({"model_name_or_path": str(folder), "dataset": "d", "output_dir": "o", **keys}, verb="train")
+    precision = resolve(run)
+    model = load_model(run.model, dtype=precision.load, device=device)
+    module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if run.tuning.finetuning_type == "lora":
+        generator = torch.Generator().manual_seed(1)
+        for parameter in trained:  # so that both matrices of an adapter matter from the first step on
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    built = build(run, precision, single(device), module, wishes=wishes)
+    if wishes.compiled or wishes.graphs:
+        assert built.fast.compiled == wishes.compiled
+        assert built.fast.graphs == (wishes.graphs and run.tuning.finetuning_type == "lora")
+    built.recompute("full" if run.parallel.recompute == "full" else "none")
+    scaler = LossScaler(device) if precision.loss_scaling else None
+    step = built.step(TokenLoss(), partial(filler, _POLICY), scaler)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    module.train()
+    losses, norms = [], []
+    for number in range(_STEPS):
+        optimizer.zero_grad(set_to_none=step.graphs is None)
+        result = step.forward_backward(cut(samples_of(number), _POLICY))
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norms.append(float(clip_gradients(trained, 1.0)))
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        losses.append(result.loss)
+    return losses, norms
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3_text", "mistral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model on disk."""
+    found = tmp_path_factory.mktemp(request.param)
+    made = tiny_model(request.param, hidden_size=128, intermediate_size=256, num_hidden_layers=3, head_dim=32)
+    made.save_pretrained(found)
+    return found
+
+
+@pytest.mark.parametrize("keys", [{"bf16": True}, {"fp16": True}, {"bf16": True, "quantization_bit": 4}])
+def test_lora_when_fast_has_the_losses_of_the_plain_step(folder: Path, keys: dict[str, object]) -> None:
+    exact = {key: value for key, value in keys.items() if key == "quantization_bit"}
+    keys, exact = ({**each, "finetuning_type": "lora", "lora_rank": 8} for each in (keys, exact))
+    expected, norms = curve(folder, NOTHING_FAST, **exact)
+    plain, _ = curve(folder, NOTHING_FAST, **keys)
+    noise = mean(abs(a - b) for a, b in zip(expected, plain, strict=True))
+    for wishes in (Fast(compiled=True), Fast(graphs=True), Fast(compiled=True, graphs=True)):
+        losses, found = curve(folder, wishes, **keys)
+        differences = [a - b for a, b in zip(losses, expected, strict=True)]
+        assert mean(map(abs, differences)) <= max(2e-3, 1.5 * noise), (wishes, differences, noise)
+        assert abs(mean(differences[10:])) <= max(2e-3, 1.5 * noise)
+        assert found == pytest.approx(norms, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_full_tuning_when_compiled_has_the_losses_of_the_plain_step(folder: Path, recompute: str) -> None:
+    keys = {"finetuning_type": "full", "parallel": {"recompute": recompute}}
+    expected, norms = curve(folder, NOTHING_FAST, **keys)
+    losses, found = curve(folder, Fast(compiled=True, graphs=True), **keys, bf16=True)
+    assert mean(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 4e-3
+    assert found == pytest.approx(norms, rel=0.1)
+
+
+def test_unpacking_when_compared_with_bitsandbytes_gives_the_same_numbers() -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    from fourfold.parallel.unpack_kernel import unpack_nf4
+
+    torch.manual_seed(0)
+    layer = Linear4bit(1088, 352, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+    layer.load_state_dict(torch.nn.Linear(1088, 352, bias=False).state_dict())
+    layer = layer.to("cuda")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        state = layer.weight.quant_state
+        state.dtype = dtype
+        packed = PackedWeight.of(layer)
+        found = unpack_nf4(packed.data, *packed.scales, packed.sizes, dtype)
+        assert torch.equal(found, dequantize_4bit(layer.weight.data, state))
