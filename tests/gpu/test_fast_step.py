@@ -130,4 +130,8 @@ def test_unpacking_when_compared_with_bitsandbytes_gives_the_same_numbers() -> N
         state.dtype = dtype
         packed = PackedWeight.of(layer)
         found = unpack_nf4(packed.data, *packed.scales, packed.sizes, dtype)
-        assert torch.equal(found, dequantize_4bit(layer.weight.data, state))
+        expected = dequantize_4bit(layer.weight.data, state)
+        if dtype == torch.float32:  # product and sum are one rounding in one of the two
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+        else:
+            assert torch.equal(found, expected)

@@ -29,11 +29,8 @@ _PACKED = "Tensor packed, Tensor[] scales, int[] sizes, str kind, ScalarType dty
 _OPERATORS.define(
     f"low_rank_packed(Tensor x, {_PACKED}, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
 )
-_OPERATORS.define(f"packed_linear(Tensor x, {_PACKED}, Tensor? bias) -> Tensor")
-_OPERATORS.define(f"packed_times(Tensor grad, {_PACKED}) -> Tensor")
-
-_MOST_UNROLLED = 16
-"""Rank up to which compiled code adds the low-rank term entry by entry, within whatever follows the product."""
+_OPERATORS.define("low_rank_back(Tensor grad, Tensor weight, Tensor low_grad, Tensor a, float scale) -> Tensor")
+_OPERATORS.define(f"low_rank_packed_back(Tensor grad, {_PACKED}, Tensor low_grad, Tensor a, float scale) -> Tensor")
 
 
 @torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
@@ -64,39 +61,27 @@ def _low_rank_packed(
     return _low_rank(x, weight, bias, a, b, scale)
 
 
-@torch.library.impl(_OPERATORS, "packed_linear", "CompositeExplicitAutograd")
-def _packed_linear(
-    x: Tensor,
+@torch.library.impl(_OPERATORS, "low_rank_back", "CompositeExplicitAutograd")
+def _low_rank_back(grad: Tensor, weight: Tensor, low_grad: Tensor, a: Tensor, scale: float) -> Tensor:
+    """G W + s l' A; one operator, since a compiler would copy the product before it adds to it."""
+    return torch.mm(grad, weight).addmm_(low_grad, a.to(grad.dtype), alpha=scale)
+
+
+@torch.library.impl(_OPERATORS, "low_rank_packed_back", "CompositeExplicitAutograd")
+def _low_rank_packed_back(
+    grad: Tensor,
     packed: Tensor,
     scales: list[Tensor],
     sizes: list[int],
     kind: str,
     dtype: torch.dtype,
-    bias: Tensor | None,
+    low_grad: Tensor,
+    a: Tensor,
+    scale: float,
 ) -> Tensor:
-    """x W^T for a packed W."""
-    return F.linear(x, unpack(PackedWeight(packed, scales, sizes, kind, dtype), x.dtype), bias)
-
-
-@torch.library.impl(_OPERATORS, "packed_times", "CompositeExplicitAutograd")
-def _packed_times(
-    grad: Tensor, packed: Tensor, scales: list[Tensor], sizes: list[int], kind: str, dtype: torch.dtype
-) -> Tensor:
-    """grad W for a packed W."""
-    return grad @ unpack(PackedWeight(packed, scales, sizes, kind, dtype), grad.dtype)
-
-
-def _expand(thin: Tensor, wide: Tensor) -> Tensor:
-    """thin [T, r] times wide [r, N], entry by entry: what a compiler can make part of the operator that follows."""
-    out = thin[:, :1] * wide[0]
-    for k in range(1, wide.shape[0]):
-        out = out + thin[:, k : k + 1] * wide[k]
-    return out
-
-
-def _unrolls(a: Tensor) -> bool:
-    """Whether the low-rank term is added entry by entry."""
-    return torch.compiler.is_compiling() and a.shape[0] <= _MOST_UNROLLED
+    """The same for a packed weight."""
+    weight = unpack(PackedWeight(packed, scales, sizes, kind, dtype), grad.dtype)
+    return _low_rank_back(grad, weight, low_grad, a, scale)
 
 
 class _LowRank(torch.autograd.Function):
@@ -111,11 +96,7 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         """x [T, in], weight [out, in], bias [out] or None in one dtype; a [r, in], b [out, r] -> [T, out]."""
-        if _unrolls(a):
-            low = x @ a.T.to(x.dtype)
-            y = F.linear(x, weight, bias) + _expand(low, (b.T * scale).to(x.dtype))
-        else:
-            y, low = torch.ops.fourfold.low_rank(x, weight, bias, a, b, scale)
+        y, low = torch.ops.fourfold.low_rank(x, weight, bias, a, b, scale)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
         return y
@@ -127,7 +108,7 @@ class _LowRank(torch.autograd.Function):
         low_grad = grad @ b.to(grad.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _with_low_rank(torch.mm(grad, weight), low_grad, a, ctx.scale)
+            grad_x = torch.ops.fourfold.low_rank_back(grad, weight, low_grad, a, ctx.scale)
         return grad_x, None, None, *_adapter_gradients(x, a, b, low, grad, low_grad, ctx.scale), None
 
 
@@ -139,11 +120,7 @@ class _LowRankPacked(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         """x [T, in], weight [out, in], bias [out] or None; a [r, in], b [out, r] -> [T, out]."""
-        if _unrolls(a):
-            low = x @ a.T.to(x.dtype)
-            y = torch.ops.fourfold.packed_linear(x, *weight, bias) + _expand(low, (b.T * scale).to(x.dtype))
-        else:
-            y, low = torch.ops.fourfold.low_rank_packed(x, *weight, bias, a, b, scale)
+        y, low = torch.ops.fourfold.low_rank_packed(x, *weight, bias, a, b, scale)
         ctx.save_for_backward(x, a, b, low, weight.data, *weight.scales)
         ctx.scale, ctx.sizes, ctx.kind, ctx.dtype = scale, weight.sizes, weight.kind, weight.dtype
         return y
@@ -155,16 +132,9 @@ class _LowRankPacked(torch.autograd.Function):
         low_grad = grad @ b.to(grad.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            whole = torch.ops.fourfold.packed_times(grad, packed, scales, ctx.sizes, ctx.kind, ctx.dtype)
-            grad_x = _with_low_rank(whole, low_grad, a, ctx.scale)
+            weight = PackedWeight(packed, scales, ctx.sizes, ctx.kind, ctx.dtype)
+            grad_x = torch.ops.fourfold.low_rank_packed_back(grad, *weight, low_grad, a, ctx.scale)
         return grad_x, None, None, *_adapter_gradients(x, a, b, low, grad, low_grad, ctx.scale), None
-
-
-def _with_low_rank(grad_x: Tensor, low_grad: Tensor, a: Tensor, scale: float) -> Tensor:
-    """grad_x [T, in] + s l' A; changed in place where nothing is compiled."""
-    if _unrolls(a):
-        return grad_x + _expand(low_grad, (a * scale).to(grad_x.dtype))
-    return grad_x.addmm_(low_grad, a.to(grad_x.dtype), alpha=scale)
 
 
 def _adapter_gradients(

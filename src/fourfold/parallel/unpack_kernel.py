@@ -20,15 +20,15 @@ _BLOCKS = 32
 
 
 @triton.jit
-def _unpack(
-    packed: Any,
-    codes: Any,
-    scales: Any,
-    scale_table: Any,
-    offset: Any,
-    table: Any,
-    out: Any,
-    num_blocks: Any,
+def _unpack(  # no annotations but constexpr: the compiler reads them
+    packed,
+    codes,
+    scales,
+    scale_table,
+    offset,
+    table,
+    out,
+    num_blocks,
     blocks: tl.constexpr,
     half: tl.constexpr,
     outer: tl.constexpr,

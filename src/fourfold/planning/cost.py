@@ -20,7 +20,7 @@ from fourfold.planning.estimate import Cost
 from fourfold.planning.flops import Mode, mode_of, model_flops
 from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import Job, Recompute
-from fourfold.planning.kernels import EAGER, Engine, Place, Seconds, head_seconds, layer_seconds, memory_seconds
+from fourfold.planning.kernels import ENGINES, Engine, Place, Seconds, head_seconds, layer_seconds, memory_seconds
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches, num_stages, round_microbatches, stage_layers, stages_of_rank
@@ -337,18 +337,19 @@ def estimate_cost(
     cluster: Cluster,
     recompute: Recompute,
     micro_batch: int,
-    engine: Engine = EAGER,
+    engine: Engine | None = None,
 ) -> Cost:
     """Time of one optimizer step of a job under a layout that fits the model (`axes.check_layout`).
 
     Args:
         recompute: what the backward pass computes again.
         micro_batch: positions of a micro-batch on one data-parallel rank.
-        engine: what runs the layers.
+        engine: what runs the layers; None for the job's own.
     Raises:
         PlanError: the device lacks the compute dtype.
     """
     cut, groups = cut_step(job, layout, micro_batch), groups_of(layout)
+    engine = ENGINES[job.engine] if engine is None else engine
     pipeline = Layout(pp=layout.pp, pp_schedule=layout.pp_schedule, pp_layers=layout.pp_layers)
     ranks = (
         _Rank(shape, job, layout, cluster, recompute, cut, engine, groups, load)

@@ -60,6 +60,7 @@ class Job:
         trained_share: of the positions, those that are trained on, whose logits are made; 0 for a loss without logits.
         chunk: positions whose logits exist at one time.
         teacher: that is learnt from; None for none.
+        engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
     """
 
     tuning: Literal["full", "lora", "freeze"] = "lora"
@@ -78,6 +79,7 @@ class Job:
     trained_share: float = 1.0
     chunk: int = _CHUNK_TOKENS
     teacher: Teacher | None = None
+    engine: Literal["eager", "compiled", "replayed"] = "eager"
 
     @property
     def compute_bytes(self) -> int:

@@ -10,7 +10,7 @@ Shape legend: H hidden size, T tokens of a micro-batch on a rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fourfold.planning.device import Device
@@ -74,9 +74,9 @@ step as one CUDA graph, where the host does not count: 0.108 s, 7,200 kernels, 0
 KERNELS = {"norm": 7, "rotary": 12, "attention": 10, "residual": 1, "mlp": 2, "experts": 25, "product": 1, "adapter": 4}
 """Kernels of the forward pass; counted as the bytes are. A backward pass has twice as many."""
 
-UNPACK_BYTES = 3.4
-"""For each 4-bit weight that is unpacked for a product: half a byte read, two written, at 1.7 TB/s on an H100 (1.5 ps a
-weight), which is slower than other kernels."""
+UNPACK_BYTES = 2.1
+"""For each 4-bit weight that is unpacked for a product: half a byte read, two written; 0.92 ps a weight on an H100
+(parallel/unpack_kernel.py; bitsandbytes' own kernels: 1.36)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,9 @@ EAGER = Engine("eager")
 that takes 9.5 us for a small operator (`benchmarks/host_time.py`, pure bf16)."""
 COMPILED = Engine("compiled", kernels=0.3, traffic=0.3)
 """Layers compiled by torch: fitted to the same two H200 runs, compiled against eager."""
+REPLAYED = replace(COMPILED, name="replayed", launch_ops=0.0)
+"""The same, replayed as graphs: nothing is left for the host."""
+ENGINES = {"eager": EAGER, "compiled": COMPILED, "replayed": REPLAYED}
 
 # What the host does besides, in kernels of the forward pass, from the same runs:
 HOST_ADAPTER = 8
@@ -206,12 +209,12 @@ def layer_seconds(
         for each in products
     )
     heads = shape.heads / (place.tp if _cuts_attention(layer) else 1)
-    between = _between(shape, layer, job, place, heads, products)
-    width = job.compute_bytes / 2 * place.tokens * engine.traffic
+    between = _between(shape, layer, job, place, heads, products, engine.traffic)
+    width = job.compute_bytes / 2 * place.tokens
     around = [memory_seconds(device, each * width) for each in between]
     attention, fused = _attention(shape, layer, job, place, heads, device)
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
-    adapters = place.tokens * engine.traffic * sum(each.adapter > 0 for each in products)
+    adapters = place.tokens * sum(each.adapter > 0 for each in products)
     ends = _num_kernels(layer, products, engine) * KERNEL_S
     launch = _host_kernels(layer, products, job, mode, engine) * engine.launch_ops * device.host_op_s
     forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0]
@@ -258,9 +261,19 @@ def _attention(
 
 
 def _between(
-    shape: ModelShape, layer: Layer, job: Job, place: Place, heads: float, products: tuple[Product, ...]
+    shape: ModelShape,
+    layer: Layer,
+    job: Job,
+    place: Place,
+    heads: float,
+    products: tuple[Product, ...],
+    traffic: float,
 ) -> tuple[float, float]:
-    """Bytes of a token between products, forward and backward, numbers of 16 bits."""
+    """Bytes of a token between products, forward and backward, numbers of 16 bits.
+
+    Args:
+        traffic: share that fusion leaves; of adapters it leaves all.
+    """
     shared = place.tp if place.sequence_parallel else 1
     hidden = shape.hidden / shared
     queries = heads * shape.head_dim
@@ -278,8 +291,8 @@ def _between(
         ((0.0, FAN_OUT_BYTES), 3 * shape.hidden),
     )
     for (forward, backward), numbers in parts:
-        total[0] += forward * numbers
-        total[1] += backward * numbers
+        total[0] += traffic * forward * numbers
+        total[1] += traffic * backward * numbers
     for each in products:
         if each.adapter:
             for direction in range(2):

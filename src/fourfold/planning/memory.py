@@ -33,6 +33,8 @@ from fourfold.planning.teacher import teacher_memory
 _FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
 """Of one logit, fp32: with its log-softmax in the forward pass; while the loss is differentiated its log-softmax, the
 gradient of that and its own; and where ranks share the vocabulary, the softmax and its gradient."""
+_COMPILED_LOGIT_BYTES = 6
+"""Of one logit where the loss is compiled: itself and its gradient in the compute dtype, and what is being made."""
 _TAUGHT_LOGIT_BYTES, _TAUGHT_CHUNK, _TAUGHT_CHUNK_BYTES = 18, 8192, 16
 """Of one logit beside a teacher's, for half as many positions at a time: its own, its log-softmax and two gradients,
 fp32, and the teacher's in bf16; and of so many tokens at a time what the divergence works with
@@ -267,6 +269,8 @@ def _waiting_moments(
     forward_logits, logits = _FORWARD_LOGIT_BYTES * scored * own, _LOGIT_BYTES * scored * own
     if shared:
         logits = _SHARED_LOGIT_BYTES * scored * own
+    elif job.engine != "eager":
+        forward_logits = logits = _COMPILED_LOGIT_BYTES * scored * own
     if job.teacher is not None:
         rows = min(scored, job.chunk // 2)
         logits = rows * (_TAUGHT_LOGIT_BYTES * own + _TAUGHT_CHUNK_BYTES * min(_TAUGHT_CHUNK, own))
@@ -407,10 +411,11 @@ def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recom
             part = part + one.times(number)
             found: Kept = kept(shape, job, layout, layer, trained=trained)
             if trained or job.tuning == "lora":
-                kept_bytes += number * found.of(recompute)
+                own = found.of(recompute) if job.engine == "eager" or recompute == "full" else found.compiled
+                kept_bytes += number * own
                 replayed = max(replayed, found.none - found.of(recompute))
                 working = max(working, found.working)
-                entry = max(entry, found.of(recompute))
+                entry = max(entry, own)
             if one.weights >= largest.weights:
                 largest = one
     return _Layers(part, kept_bytes, replayed, working, largest, entry)

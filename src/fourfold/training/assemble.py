@@ -163,6 +163,7 @@ class Parts:
                 packed=self.built.model.packed,
                 document=self._mean_document(),
                 pp_rank=self.mesh.index("pp"),
+                engine=self.built.fast.engine,
             )
         except (ModelError, PlanError) as error:
             log.info("Memory and time are not predicted, and steps are not fitted to the memory: %s", error)

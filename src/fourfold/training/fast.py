@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
@@ -33,6 +34,11 @@ class Fast:
 
     compiled: bool = False
     graphs: bool = False
+
+    @property
+    def engine(self) -> Literal["eager", "compiled", "replayed"]:
+        """What the planner is told of it."""
+        return "eager" if not self.compiled else "replayed" if self.graphs else "compiled"
 
 
 NOTHING_FAST = Fast()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -106,17 +107,20 @@ class Outlook:
         packed: bool,
         document: float,
         pp_rank: int = 0,
+        engine: Literal["eager", "compiled", "replayed"] = "eager",
     ) -> Outlook:
         """From the loaded model and the real lengths.
 
         Args:
             packed: whether rows are laid end to end.
             document: mean tokens of what attention sees together.
+            engine: what runs the layers.
         Raises:
             ModelError: the model's shape cannot be read.
         """
         sequence = max(round(document), 1)
-        known = replace(job_of(run, dp=layout.dp), sequence=sequence, packed=packed, bits=_packed_bits(module))
+        known = replace(job_of(run, dp=layout.dp), sequence=sequence, packed=packed)
+        known = replace(known, bits=_packed_bits(module), engine=engine)
         mean, most = (math.ceil(layout.dp * tokens / sequence) for tokens in (sizes.mean, sizes.step))
         job, heaviest = (replace(known, sequences_per_step=max(count, 1)) for count in (mean, most))
         return cls(shape_of(run), job, heaviest, layout, cluster, pp_rank)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import time_grid
-from fourfold.planning.hardware import find_device
-from rehearsed import GIB, described, point_of, predicted_memory, predictions
+from fourfold.planning.cost import estimate_cost
+from fourfold.planning.hardware import build_cluster, find_device
+from fourfold.planning.layout import Layout
+from fourfold.planning.memory import estimate_memory
+from rehearsed import GIB, Point, described, point_of, predicted_memory, predictions
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    """Runs of what the engine does today; those `before` a change of it wait to be measured again."""
+    rows = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if "before" not in row]
 
 
 def percentile_95(values: list[float]) -> float:
@@ -41,7 +47,7 @@ def test_allocated_when_compared_with_measured_runs_is_within_the_tolerance(
     memory_errors: list[tuple[float, float]],
 ) -> None:
     errors = [allocated for allocated, _ in memory_errors]
-    assert len(errors) >= 48
+    assert len(errors) >= 45
     assert statistics.median(map(abs, errors)) <= 3
     assert percentile_95(list(map(abs, errors))) <= 7
     assert min(errors) >= -5
@@ -56,7 +62,7 @@ def test_reserved_when_compared_with_measured_runs_is_within_the_tolerance(
     assert min(errors) >= -5
 
 
-@pytest.mark.parametrize(("name", "jobs", "wrong"), [("near_limit", 21, 0), ("near_limit_check", 17, 0)])
+@pytest.mark.parametrize(("name", "jobs", "wrong"), [("near_limit", 19, 0), ("near_limit_check", 15, 0)])
 def test_verdict_when_compared_with_runs_near_the_limit_is_right(name: str, jobs: int, wrong: int) -> None:
     rows = rows_of(f"{name}_h100.jsonl")
     right = 0
@@ -68,7 +74,7 @@ def test_verdict_when_compared_with_runs_near_the_limit_is_right(name: str, jobs
     assert right >= jobs - wrong
 
 
-@pytest.mark.parametrize(("name", "least", "pairs", "wrong"), [("time_grid", 32, 35, 0), ("time_check", 19, 20, 1)])
+@pytest.mark.parametrize(("name", "least", "pairs", "wrong"), [("time_grid", 29, 32, 0), ("time_check", 16, 18, 0)])
 def test_step_time_when_compared_with_measured_runs_is_within_a_tenth_and_ranks_right(
     name: str, least: int, pairs: int, wrong: int
 ) -> None:
@@ -86,3 +92,16 @@ def test_points_when_read_back_have_the_name_they_ran_under() -> None:
     for row in rows_of("time_grid_h100.jsonl"):
         assert point_of(row["fields"]).name == row["point"]
         assert described(point_of(row["fields"]))[2].sequence == row["fields"]["sequences"][0]
+
+
+def test_prediction_when_compared_with_compiled_runs_is_near() -> None:
+    for row in rows_of("compiled_h100.jsonl"):
+        card = find_device(row["gpu"])
+        point = Point(**{**row["fields"], "sequences": tuple(row["fields"]["sequences"]), "layout": Layout()})
+        _, shape, job = described(point)
+        job = replace(job, engine=row["engine"])
+        tokens, cluster = sum(point.sequences), build_cluster(replace(card, host_op_s=row["host_op_us"] * 1e-6))
+        memory = estimate_memory(shape, job, Layout(), "none", row.get("largest", tokens), device=card)
+        assert memory.allocated / GIB == pytest.approx(row["measured_gib"], rel=0.04)
+        cost = estimate_cost(shape, job, Layout(), cluster, "none", tokens)
+        assert cost.step_s == pytest.approx(row["step_s"], rel=0.06)
