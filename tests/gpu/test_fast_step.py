@@ -25,6 +25,7 @@ from tiny_models import tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # as an error, what torch's compiler warns of would end it
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

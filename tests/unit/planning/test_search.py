@@ -154,7 +154,7 @@ def test_rescues_when_nothing_fits_are_predicted_to_fit(shape_of: ShapeOf) -> No
 
 def test_rescues_when_a_long_cutoff_is_what_does_not_fit_shorten_it(shape_of: ShapeOf) -> None:
     shape, cluster = shape_of("Llama-3-8B"), build_cluster("rtx4090")
-    job = replace(LORA, bits=4, sequence=131072, micro_batch=131072)
+    job = replace(LORA, bits=4, sequence=262144, micro_batch=262144)
     plan = search(shape, job, cluster)
     assert plan.layouts == ()
     (rescue,) = [rescue for rescue in plan.rescues if "cutoff_len" in rescue.config]
