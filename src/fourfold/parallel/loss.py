@@ -59,10 +59,11 @@ class Outputs:
 
     def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""
-        logits = self.head(hidden)
+        # the head's own logits are given a name nowhere, so that nothing keeps them beside those in fp32
         if self.token_nll is not None and self.vocabulary is None and not with_correct:
-            return self.token_nll(logits, targets), torch.empty(0, dtype=torch.bool, device=targets.device)
-        return self.score_logits(logits.float(), targets, with_correct)
+            nothing = torch.empty(0, dtype=torch.bool, device=targets.device)
+            return self.token_nll(self.head(hidden), targets), nothing
+        return self.score_logits(self.head(hidden).float(), targets, with_correct)
 
     def score_logits(self, logits: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """The same of the head's logits [N, own tokens] fp32."""
