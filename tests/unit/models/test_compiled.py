@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,9 +43,10 @@ class _Model(nn.Module):
         return x
 
 
-def adapted(rank: int = 4) -> nn.Module:
+def adapted(rank: int = 4, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = get_peft_model(_Model(), LoraConfig(r=rank, target_modules=["gate", "up"]))  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, target_modules=["gate", "up"], **settings)
+    model = get_peft_model(_Model(), config)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
@@ -104,6 +107,17 @@ def test_compiled_layers_when_they_cannot_be_compiled_warn_once_and_run(caplog: 
             assert torch.equal(one, other)
     assert len([message for message in caplog.messages if message.startswith("torch_compile:")]) == 1
     assert all(isinstance(layer.forward, CompiledForward) for layer in layers)
+
+
+def test_compiled_layers_when_the_adapters_are_dora_say_so_and_run(caplog: pytest.LogCaptureFixture) -> None:
+    plain, model = adapted(use_dora=True), adapted(use_dora=True)
+    torch._dynamo.reset()
+    compile_layers([module for module in model.modules() if isinstance(module, _Layer)], backend="aot_eager")
+    compiled.log.propagate = True
+    for tokens in (4, 6):
+        for one, other in zip(gradients(plain, tokens), gradients(model, tokens), strict=True):
+            assert torch.equal(one, other)
+    assert [message for message in caplog.messages if "are not compiled" in message]
 
 
 def test_token_nll_when_compared_with_cross_entropy_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
