@@ -8,7 +8,7 @@ nothing. All recordings share their memory, which is what the largest one needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,7 +152,7 @@ def _copy(batch: Batch, denominators: dict[str, float], into: _Recording) -> Non
 def _copied(found: LossTerms) -> LossTerms:
     """The sums of a replay, which the next one writes over."""
 
-    def copies(terms: dict[str, Term]) -> dict[str, Term]:
+    def copies(terms: Mapping[str, Term]) -> dict[str, Term]:
         return {name: Term(term.total.clone(), term.denominator) for name, term in terms.items()}
 
-    return LossTerms(copies(dict(found.terms)), copies(dict(found.metrics)))
+    return LossTerms(copies(found.terms), copies(found.metrics))

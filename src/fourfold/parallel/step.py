@@ -29,8 +29,9 @@ from fourfold.parallel.loss import (
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
+from fourfold.parallel.sums import Sums, detached, not_zero
 from fourfold.parallel.teacher import Teacher, TeacherStates
-from fourfold.parallel.terms import LossTerms, Term
+from fourfold.parallel.terms import LossTerms
 
 
 class Scorer(Protocol):
@@ -207,7 +208,7 @@ class Step:
         """All micro-batches, forward and (where gradients are enabled) backward; returns what reads the figures."""
         ready = self.objective.prepare(self.fill(batches), self)
         counts = self._counts(ready)
-        sums, denominators = _Sums(), _not_zero(counts)
+        sums, denominators = Sums(), not_zero(counts)
 
         def loss_of(outputs: Outputs, batch: Batch) -> Tensor:
             loss, found = self._loss(outputs, batch, denominators)
@@ -226,7 +227,6 @@ class Step:
     ) -> tuple[Tensor, LossTerms]:
         """What is differentiated, and the sums it is made of."""
         found = self.objective.loss(outputs, batch)
-        # a step without a single target has the sum 0; it is left at 0 instead of 0 / 0
         parts = [term.total / denominators[term.denominator] for term in found.terms.values()]
         loss = torch.stack(parts).sum()
         return loss if self.scale is None else self.scale(loss), found
@@ -236,7 +236,7 @@ class Step:
         with self.autocast():
             loss, found = self._loss(self.model(batch), batch, denominators)
         loss.backward()
-        return LossTerms(_detached(found.terms), _detached(found.metrics))
+        return detached(found)
 
     def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
         """See `Scorer`."""
@@ -412,7 +412,7 @@ class Step:
         tokens = float(sum(batch.num_tokens for batch in batches))
         return self.reducer.counts({**self.objective.denominators(batches), _TOKENS: tokens})
 
-    def _result(self, sums: _Sums, counts: dict[str, float]) -> StepResult:
+    def _result(self, sums: Sums, counts: dict[str, float]) -> StepResult:
         """Global figures: this rank's sums, added up over ranks, divided once."""
         found = self.reducer.from_last_stage([*sums.figures(sums.terms, True), *sums.figures(sums.metrics, False)])
         totals = self.reducer.sums({figure.name: figure.total for figure in found})
@@ -440,42 +440,3 @@ def _as_rows(values: Tensor, batch: Batch) -> Tensor:
     """Flat values of a micro-batch that a pipeline may have widened -> [B, S]."""
     rows, width = batch.input_ids.shape
     return values[: rows * width].view(rows, width)
-
-
-def _not_zero(denominators: Mapping[str, float]) -> dict[str, float]:
-    return {name: max(value, 1e-12) for name, value in denominators.items()}
-
-
-def _detached(terms: Mapping[str, Term]) -> dict[str, Term]:
-    return {name: Term(term.total.detach(), term.denominator) for name, term in terms.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    """One sum of this rank, on the host: a term of the loss, or a metric."""
-
-    name: str
-    total: float
-    denominator: str
-    is_term: bool
-
-
-class _Sums:
-    """Adds up detached sums over micro-batches; read once, at the end, so that a device is not waited for."""
-
-    def __init__(self) -> None:
-        self.terms: dict[str, Term] = {}
-        self.metrics: dict[str, Term] = {}
-
-    def add(self, found: LossTerms) -> None:
-        for into, new in ((self.terms, found.terms), (self.metrics, found.metrics)):
-            for name, term in new.items():
-                total = term.total.detach()
-                if name in into:
-                    total = into[name].total + total
-                into[name] = Term(total, term.denominator)
-
-    @staticmethod
-    def figures(sums: dict[str, Term], is_term: bool) -> list[_Figure]:
-        """The sums as numbers."""
-        return [_Figure(name, float(term.total), term.denominator, is_term) for name, term in sums.items()]
