@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.exchange import gather, swap
-from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.mesh import Mesh, is_ampere_or_later
 from fourfold.parallel.ring_kernels import Piece
 
 Method = Literal["allgather", "ulysses", "ring"]
@@ -140,8 +140,11 @@ class Stretch:
 
 
 def has_varlen(device: torch.device) -> bool:
-    """Whether there is an attention kernel for documents of various lengths, which is told their offsets."""
-    return device.type == "cuda"
+    """Whether there is an attention kernel for documents of various lengths, which is told their offsets.
+
+    It is flash attention, which Volta and Turing (V100, T4) do not have.
+    """
+    return device.type == "cuda" and is_ampere_or_later(device.index or 0)
 
 
 def _offsets(documents: list[tuple[tuple[int, int], ...]], device: torch.device) -> tuple[Tensor, Tensor]:

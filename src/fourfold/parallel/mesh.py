@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -132,3 +133,9 @@ def local_device(use_cpu: bool) -> torch.device:
     if torch.cuda.is_available() and not use_cpu:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+@lru_cache(maxsize=64)
+def is_ampere_or_later(number: int) -> bool:
+    """Whether a CUDA device has compute capability 8 or more; one that is only imagined does."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(number)[0] >= 8

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fourfold.base.errors import PlanError
+from fourfold.parallel.mesh import is_ampere_or_later
 from fourfold.parallel.shares import Cut
 
 
@@ -70,7 +71,8 @@ def unpack(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
     operators = torch.ops.bitsandbytes
     if second:
         codes, scales, table, offset, own_table = packed.scales
-        if packed.data.is_cuda and packed.kind == "nf4" and rows * columns % block == 0:
+        in_one = packed.kind == "nf4" and rows * columns % block == 0
+        if in_one and packed.data.is_cuda and is_ampere_or_later(packed.data.device.index):
             from fourfold.parallel.unpack_kernel import unpack_nf4
 
             found = unpack_nf4(packed.data, codes, scales, table, offset, own_table, packed.sizes, packed.dtype)
