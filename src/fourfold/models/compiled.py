@@ -112,8 +112,12 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., 
 
     # what is compiled stays on disk for the next run, also where a layer has functions of its own, as LoRA has
     functorch: Any = torch._functorch.config
-    if hasattr(functorch, "autograd_cache_allow_custom_autograd_functions"):
-        functorch.autograd_cache_allow_custom_autograd_functions = True
+    for setting in (
+        "autograd_cache_allow_custom_autograd_functions",
+        "force_non_lazy_backward_lowering",  # a backward pass that cannot be compiled is known in the forward pass
+    ):
+        if hasattr(functorch, setting):
+            setattr(functorch, setting, True)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
     off: list[str] = []
     for layer in layers:

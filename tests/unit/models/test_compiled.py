@@ -109,6 +109,20 @@ def test_compiled_layers_when_they_cannot_be_compiled_warn_once_and_run(caplog: 
     assert all(isinstance(layer.forward, CompiledForward) for layer in layers)
 
 
+def test_compiled_layers_when_only_the_backward_pass_cannot_be_compiled_run(caplog: pytest.LogCaptureFixture) -> None:
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
+
+    plain, model = adapted(), adapted()
+    torch._dynamo.reset()
+    layers = [module for module in model.modules() if isinstance(module, _Layer)]
+    compile_layers(layers, backend=aot_autograd(fw_compiler=nop, bw_compiler=_refuse))
+    compiled.log.propagate = True
+    for one, other in zip(gradients(plain, 4), gradients(model, 4), strict=True):
+        assert torch.equal(one, other)
+    assert [message for message in caplog.messages if "are not compiled" in message]
+
+
 def test_compiled_layers_when_the_adapters_are_dora_say_so_and_run(caplog: pytest.LogCaptureFixture) -> None:
     plain, model = adapted(use_dora=True), adapted(use_dora=True)
     torch._dynamo.reset()
