@@ -80,6 +80,7 @@ class Case:
         kd: settings of stage kd.
         teacher_family, teacher_rows: its teacher's family, another one if None, and rows beside the student's.
         offload_activations: move what the backward pass needs to the host.
+        shares: tokens from which on the answers of a pair share their prompt; 0 for never.
         scaled: scale the loss as under fp16; in fp32 powers of two change nothing.
     """
 
@@ -100,6 +101,7 @@ class Case:
     teacher_family: str | None = None
     teacher_rows: int = 16
     offload_activations: bool = False
+    shares: int = 0
     scaled: bool = False
 
 
@@ -290,7 +292,11 @@ def train(
     if case.recompute != "none":
         enable_recompute(module, case.recompute, noise)
     policy = CutPolicy(
-        packed=case.packed, max_tokens=case.max_tokens, multiple=split.multiple, min_batches=split.min_batches
+        packed=case.packed,
+        max_tokens=case.max_tokens,
+        multiple=split.multiple,
+        min_batches=split.min_batches,
+        shares_prompts=case.shares,
     )
     scaler = LossScaler(_CPU) if case.scaled else None
     step = Step(

@@ -72,6 +72,27 @@ class Sample:
         return sum(len(example) for example in self.sequences.values())
 
 
+class Keys:
+    """What the documents of a packed row see where it is not just themselves: a document may begin with positions of
+    another one, whose keys it sees before its own.
+
+    Not a dataclass: FSDP takes those apart among a module's arguments, and cannot put frozen ones together again.
+
+    Attributes:
+        index: [K] int64, the positions of the row whose keys the documents see, document after document.
+        offsets: [D + 1] int32, where each document's keys start in it.
+        lengths: number of keys of each document, on the host; its positions are the last of them.
+    """
+
+    def __init__(self, index: Tensor, offsets: Tensor, lengths: tuple[int, ...]) -> None:
+        self.index, self.offsets, self.lengths = index, offsets, lengths
+
+    def to(self, device: torch.device) -> Keys:
+        """The same on `device`."""
+        index, offsets = (tensor.to(device, non_blocking=True) for tensor in (self.index, self.offsets))
+        return Keys(index, offsets, self.lengths)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch: tensors of one forward pass.
@@ -94,6 +115,7 @@ class Batch:
             objective adds.
         scored: [N] int64, flat positions with a target, as the host found them; what fills them up is the last
             position. None where the device is to look itself.
+        keys: what documents see; None where it is themselves.
         whole_rows: see `documents_of_rows`, where the batch is a part of the positions of longer rows (its counts are
             those of the whole); None otherwise.
     """
@@ -110,6 +132,7 @@ class Batch:
     numbers: Mapping[str, Tensor] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     scored: Tensor | None = None
+    keys: Keys | None = None
     whole_rows: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -152,6 +175,7 @@ class Batch:
             numbers={name: tensor.to(device, non_blocking=True) for name, tensor in self.numbers.items()},
             extras=self.extras_on(device),
             scored=None if self.scored is None else self.scored.to(device, non_blocking=True),
+            keys=None if self.keys is None else self.keys.to(device),
         )
 
     def with_scored(self) -> Batch:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Sample
+from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Keys, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class CutPolicy:
         pad_token_id: fills padded positions.
         multiple: the positions of a row are made a multiple of this, so that ranks can share them evenly.
         min_batches: micro-batches of a step, where it has as many samples; a pipeline needs several to be busy.
+        shares_prompts: tokens from which on what both sequences of a packed sample begin with is laid down once; 0 for
+            never.
     """
 
     packed: bool
@@ -37,11 +40,16 @@ class CutPolicy:
     pad_token_id: int = 0
     multiple: int = 1
     min_batches: int = 1
+    shares_prompts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Document:
-    """One document of an example: its tokens, next-token targets, their weights and numbers, all of the same length."""
+    """One document of an example: its tokens, next-token targets, their weights and numbers, all of the same length.
+
+    Attributes:
+        before: tokens that come before these and lie at the start of the document before.
+    """
 
     input_ids: list[int]
     targets: list[int]
@@ -49,6 +57,19 @@ class _Document:
     numbers: Mapping[str, list[float]]
     sample: int
     role: int
+    before: int = 0
+
+    def after(self, count: int) -> _Document:
+        """The same without its first tokens, which lie in the document before."""
+        numbers = {name: values[count:] for name, values in self.numbers.items()}
+        return replace(
+            self,
+            input_ids=self.input_ids[count:],
+            targets=self.targets[count:],
+            weights=self.weights[count:],
+            numbers=numbers,
+            before=count,
+        )
 
 
 def _documents(example: Example, sample: int, role: int) -> Iterator[_Document]:
@@ -74,7 +95,7 @@ def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
 
     The samples of a group stay in their original order, and no sample is split.
     """
-    lengths = [[len(example) for example in sample.sequences.values()] for sample in samples]
+    lengths = [_lengths(sample, policy) for sample in samples]
     groups = _first_fit(lengths, policy, policy.max_tokens)
     count = max(len(groups), min(policy.min_batches, len(samples)))
     low, high = 1, policy.max_tokens
@@ -86,6 +107,29 @@ def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
         else:
             low = middle + 1
     return [[samples[i] for i in sorted(group)] for group in sorted(groups, key=min)]
+
+
+def _lengths(sample: Sample, policy: CutPolicy) -> list[int]:
+    """Of a sample's sequences, what is shared counted once."""
+    found = [len(example) for example in sample.sequences.values()]
+    found[1:] = [length - _shared(sample, policy) for length in found[1:]]
+    return found
+
+
+def _shared(sample: Sample, policy: CutPolicy) -> int:
+    """Tokens that both sequences of a sample begin with and that the second one trains nothing at; 0 if there are none,
+    or too few to be worth it."""
+    if not (policy.packed and policy.shares_prompts and len(sample.sequences) == 2):
+        return 0
+    first, second = sample.sequences.values()
+    if len(first.documents) > 1 or len(second.documents) > 1:
+        return 0
+    most, count = min(len(first), len(second) - 1), 0
+    while count < most and first.input_ids[count] == second.input_ids[count]:
+        if second.labels[count + 1] != IGNORE_INDEX:  # which the token at this place is trained to predict
+            break
+        count += 1
+    return count if count >= policy.shares_prompts else 0
 
 
 def _first_fit(lengths: Sequence[Sequence[int]], policy: CutPolicy, max_tokens: int) -> list[list[int]]:
@@ -146,6 +190,10 @@ def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
             "lengths": (*batch.lengths, missing),
             "samples": (*batch.samples, (0, 0)),
         }
+        if batch.keys is not None:
+            own = torch.arange(width - missing, width)
+            offsets = torch.cat([batch.keys.offsets, batch.keys.offsets[-1:] + missing])
+            added["keys"] = Keys(torch.cat([batch.keys.index, own]), offsets, (*batch.keys.lengths, missing))
     return replace(
         batch,
         input_ids=pad(batch.input_ids, value=policy.pad_token_id),
@@ -214,12 +262,13 @@ def filler(policy: CutPolicy) -> Batch:
 
 
 def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
-    documents = [doc for example, index, role in _examples(samples) for doc in _documents(example, index, role)]
+    documents = [doc for sample in samples for doc in _documents_of(sample, policy)]
     lengths = tuple(len(doc.input_ids) for doc in documents)
     sizes = torch.tensor(lengths, dtype=torch.int32)
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), sizes.cumsum(0, dtype=torch.int32)])
     document_ids = torch.repeat_interleave(torch.arange(len(documents), dtype=torch.int32), sizes)
-    positions = torch.arange(int(starts[-1])) - starts[:-1].long()[document_ids.long()]
+    before = torch.tensor([doc.before for doc in documents])
+    positions = torch.arange(int(starts[-1])) + (before - starts[:-1])[document_ids.long()]
     return Batch(
         input_ids=torch.tensor([[t for doc in documents for t in doc.input_ids]]),
         targets=torch.tensor([[t for doc in documents for t in doc.targets]]),
@@ -235,7 +284,27 @@ def _packed_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
         num_tokens=sum(lengths),
         samples=tuple((doc.sample, doc.role) for doc in documents),
         extras=_extras(samples),
+        keys=_keys(documents, starts.tolist()) if any(doc.before for doc in documents) else None,
     )
+
+
+def _documents_of(sample: Sample, policy: CutPolicy) -> list[_Document]:
+    """All documents of a packed sample."""
+    found = [doc for example, index, role in _examples([sample]) for doc in _documents(example, index, role)]
+    if count := _shared(sample, policy):
+        found[1] = found[1].after(count)
+    return found
+
+
+def _keys(documents: Sequence[_Document], starts: Sequence[int]) -> Keys:
+    pieces: list[torch.Tensor] = []
+    for number, doc in enumerate(documents):
+        if doc.before:
+            pieces.append(torch.arange(starts[number - 1], starts[number - 1] + doc.before))
+        pieces.append(torch.arange(starts[number], starts[number + 1]))
+    lengths = tuple(doc.before + len(doc.input_ids) for doc in documents)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Keys(torch.cat(pieces), offsets, lengths)
 
 
 def _number_names(documents: Sequence[_Document]) -> list[str]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from fourfold.dataset.batch import Keys
 from fourfold.families.shared_positions import position_obstacles
 from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
@@ -80,6 +81,7 @@ def packed_attention(
     lengths: tuple[int, ...] = (),
     cu_seqlens: Tensor | None = None,
     longest: int = 0,
+    keys: Keys | None = None,
     context_rows: ContextRows | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -99,6 +101,7 @@ def packed_attention(
         cu_seqlens: [D + 1] int32, the same as offsets.
         longest: at least the length of the longest document, for the kernel that takes `cu_seqlens` alone
             (`takes_offsets`); 0 where `lengths` are given.
+        keys: what documents see, where it is not just themselves.
         context_rows: the whole rows that the S positions are a part of.
         dropout, scaling, sliding_window, softcap: see Scores.
         s_aux: its sinks.
@@ -112,13 +115,19 @@ def packed_attention(
     scores = Scores(dropout, scaling, sliding_window, softcap, s_aux)
     if context_rows is not None:
         return _in_context(query, key, value, context_rows, scores), None
+    key_offsets = cu_seqlens
+    if keys is not None:
+        key, value = (tensor.index_select(2, keys.index) for tensor in (key, value))
+        key_offsets = keys.offsets
     if longest:
         assert cu_seqlens is not None
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-        return _kernel(query, key, value, cu_seqlens, longest, scores, grouped=True)[None], None
-    offsets = None if cu_seqlens is None else (cu_seqlens, cu_seqlens)
-    documents = tuple((length, length) for length in lengths)
-    return attend(query, key, value, Stretch(((0, query.shape[2]),), (documents,), offsets), scores), None
+        most_keys = longest if keys is None else key.shape[0]
+        out = _kernel(query, key, value, cu_seqlens, longest, scores, key_offsets, most_keys, grouped=True)
+        return out[None], None
+    offsets = None if cu_seqlens is None or key_offsets is None else (cu_seqlens, key_offsets)
+    documents = tuple(zip(lengths, lengths if keys is None else keys.lengths, strict=True))
+    return attend(query, key, value, Stretch(((0, key.shape[2]),), (documents,), offsets), scores), None
 
 
 def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:

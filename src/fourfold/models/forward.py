@@ -185,9 +185,10 @@ class StepModel:
             return {"context_rows": ContextRows(self.context, batch.whole_rows, batch.input_ids.device)}
         if not self.packed:
             return {}
+        keys = {} if batch.keys is None else {"keys": batch.keys}
         if self.fixed and batch.cu_seqlens is not None:
-            return {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1]}
-        return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens}
+            return {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1], **keys}
+        return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens, **keys}
 
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""

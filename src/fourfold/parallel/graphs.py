@@ -84,7 +84,8 @@ class Graphs:
 
     def takes(self, batch: Batch) -> bool:
         """Whether a micro-batch on the host is to be replayed."""
-        return self._failure is None and batch.is_packed and batch.input_ids.shape[1] <= MOST_TOKENS
+        plain = batch.is_packed and batch.keys is None
+        return self._failure is None and plain and batch.input_ids.shape[1] <= MOST_TOKENS
 
     def run(self, batch: Batch, denominators: dict[str, float]) -> LossTerms:
         """Add the gradient of one micro-batch, which is on the host, and return its sums.

@@ -53,6 +53,8 @@ log = get_logger(__name__)
 _OBJECTIVES = "fourfold.objectives"
 _CPU_TOKENS = (256, 512)
 """Positions of a micro-batch on a CPU: fewer are slower, more are no faster."""
+_LEAST_SHARED = 16
+"""Tokens of a prompt that both answers of a pair see; of fewer each has its own."""
 
 
 @dataclass
@@ -131,6 +133,7 @@ class Parts:
             pad_token_id=pad_token(self.tokenizer),
             multiple=self.split.multiple,
             min_batches=self.split.min_batches,
+            shares_prompts=self._shares_prompts(),
         )
         fit = fit_to_memory(
             allowed,
@@ -145,6 +148,13 @@ class Parts:
         largest = self.split.reducer.largest
         self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))])
         return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
+
+    def _shares_prompts(self) -> int:
+        """From how many tokens on the answers of a pair see one prompt, 0 for never: rows must be whole, and nothing
+        keyed by position and answer (dropout, noise), which would depend on it."""
+        keyed = self.built.noise.salts > 0
+        shares = self.run.training.stage == "dpo" and self.mesh.layout.cp == 1 and not keyed
+        return _LEAST_SHARED if shares else 0
 
     @cached_property
     def outlook(self) -> Outlook | None:
