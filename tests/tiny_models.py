@@ -102,6 +102,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
+SMALL_SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+}
+"""Overrides for models whose memory is compared with a prediction: large enough that what is small does not count."""
+
+
 def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """A config of a few ten thousand parameters; `overrides` are entries of that config."""
     return AutoConfig.for_model(model_type, **{**_DENSE, **FAMILIES[model_type], **overrides})

@@ -112,7 +112,7 @@ def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
 def _lengths(sample: Sample, policy: CutPolicy) -> list[int]:
     """Of a sample's sequences, what is shared counted once."""
     found = [len(example) for example in sample.sequences.values()]
-    found[1:] = [length - _shared(sample, policy) for length in found[1:]]
+    found[-1] -= _shared(sample, policy)  # nothing, but of a pair's second one
     return found
 
 

@@ -32,6 +32,8 @@ class CompiledForward:
 
     Attributes:
         recompute: compute the layer again in the backward pass, all of it.
+
+    Args:
         off: shared by the layers of a model; holds the reason once compiling has failed.
     """
 

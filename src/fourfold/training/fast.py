@@ -27,9 +27,11 @@ _STEPS_TO_PAY = 60
 
 @dataclass(frozen=True, slots=True)
 class Fast:
-    """Attributes:
-    compiled: decoder layers run compiled.
-    graphs: small micro-batches are replayed as CUDA graphs.
+    """What a step does, or is wished to do.
+
+    Attributes:
+        compiled: decoder layers run compiled.
+        graphs: small micro-batches are replayed as CUDA graphs.
     """
 
     compiled: bool = False

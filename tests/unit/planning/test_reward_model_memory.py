@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -19,18 +18,9 @@ from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.read_shape import read_shape
 from fourfold.training.rehearse import Workload, rehearse
-from tiny_models import save_tiny_model
+from tiny_models import SMALL_SIZES, save_tiny_model
 
-_SIZES: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 32768,
-    "max_position_embeddings": 4096,
-}
+_SIZES = {**SMALL_SIZES, "vocab_size": 32768}
 """A vocabulary so large that a step's peak is at the logits, where there are any."""
 _TOKENS = 1024
 _ONE = Layout()

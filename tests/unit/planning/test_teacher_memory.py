@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoConfig
@@ -19,20 +18,11 @@ from fourfold.planning.read_shape import read_shape
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.teacher import teacher_memory
 from fourfold.training.rehearse import Workload, rehearse
-from tiny_models import save_tiny_model
+from tiny_models import SMALL_SIZES, save_tiny_model
 
 ShapeOf = Callable[[str], ModelShape]
 
-_SIZES: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 16384,
-    "max_position_embeddings": 4096,
-}
+_SIZES = {**SMALL_SIZES, "vocab_size": 16384}
 _LLAMA_8B = 8_030_261_248
 """Parameters of Llama 3 8B (arXiv:2407.21783 calls them 8B; the sum over its published tensors)."""
 _TABLE = 128_256 * 4096
