@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -378,11 +381,16 @@ def under(case: Case, layout: Layout) -> list[Curve]:
 
 def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
     """Run `work` in forked processes that form a gloo job; returns what each rank returned."""
+    with TemporaryDirectory() as folder:
+        return _run_ranks(world_size, work, [Path(folder, str(rank)) for rank in range(world_size)])
+
+
+def _run_ranks(world_size: int, work: Callable[[], Any], crashes: list[Path]) -> list[Any]:
     port = _free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         reader, writer = _FORK.Pipe(duplex=False)
-        process = _FORK.Process(target=_rank, args=(rank, world_size, port, work, writer))
+        process = _FORK.Process(target=_rank, args=(rank, world_size, port, work, writer, crashes[rank]))
         process.start()
         writer.close()
         pipes.append(reader)
@@ -393,12 +401,16 @@ def run_ranks(world_size: int, work: Callable[[], Any]) -> list[Any]:
             try:
                 results.append(pickle.loads(reader.recv_bytes()))
             except EOFError:
-                results.append("the process ended without a word")
+                results.append(f"ended without a word\n{crashes[len(results)].read_text()}")
     finally:
         for process in processes:
             process.join(10)
             process.kill()
-    failures = [f"rank {rank}: {found}" for rank, found in enumerate(results) if isinstance(found, str)]
+    failures = [
+        f"rank {rank}, exit code {process.exitcode}: {found}"
+        for rank, (found, process) in enumerate(zip(results, processes, strict=True))
+        if isinstance(found, str)
+    ]
     assert not failures, "\n".join(failures)
     return results
 
@@ -416,7 +428,8 @@ def _free_port() -> int:
 _free_port.calls = 0  # type: ignore[attr-defined]
 
 
-def _rank(rank: int, world_size: int, port: int, work: Callable[[], Any], writer: Any) -> None:
+def _rank(rank: int, world_size: int, port: int, work: Callable[[], Any], writer: Any, crash: Path) -> None:
+    faulthandler.enable(crash.open("w"))  # where a signal that ends this process is told
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
