@@ -1,7 +1,8 @@
-"""A LoRA linear layer that costs little more than the layer it adapts.
+"""LoRA linear layers that cost little more than the layers they adapt.
 
 PEFT's layers stay what they are (names, state, merging, saving); only the forward pass of the plain case - one active
-adapter, no variant such as DoRA - is replaced by one with fewer passes over the activations.
+adapter, no variant such as DoRA, no dropout, a frozen base - is replaced by one with fewer passes over the
+activations. Layers that are given the same input, as queries, keys and values are, become one product.
 
 With base weight W [out, in], A [r, in], B [out, r] and scale s:  y = x W^T + s (x A^T) B^T
 
@@ -10,6 +11,8 @@ A base that bitsandbytes has packed into 4 bits is unpacked for each use, and fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,179 +22,62 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from fourfold.parallel.packed import PackedWeight, is_plain, state_of, unpack
+from fourfold.models.low_rank import FrozenWeight, low_rank
+from fourfold.parallel.packed import is_plain, state_of
 
-_OPERATORS = torch.library.Library("fourfold", "DEF")
-_OPERATORS.define(
-    "low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
-)
-_PACKED = "Tensor packed, Tensor[] scales, int[] sizes, str kind, ScalarType dtype"
-_OPERATORS.define(
-    f"low_rank_packed(Tensor x, {_PACKED}, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
-)
-_OPERATORS.define("low_rank_back(Tensor grad, Tensor weight, Tensor low_grad, Tensor a, float scale) -> Tensor")
-_OPERATORS.define(f"low_rank_packed_back(Tensor grad, {_PACKED}, Tensor low_grad, Tensor a, float scale) -> Tensor")
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that are called with the same tensor, in this order, by the families that name them so."""
+_KEPT_AS_IT_IS = frozenset({"v_proj"})
+"""Layers whose result the backward pass needs, and of their neighbours' results nothing."""
 
 
-@torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
-def _low_rank(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """y and the thin l = x A^T; one operator, so that what keeps the results of products (parallel/recompute.py) sees
-    y when it is whole, and not the product that is added to in place."""
-    low = x @ a.T.to(x.dtype)
-    return F.linear(x, weight, bias).addmm_(low, b.T.to(x.dtype), alpha=scale), low
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What the short forward pass of a layer is made of.
 
-
-@torch.library.impl(_OPERATORS, "low_rank_packed", "CompositeExplicitAutograd")
-def _low_rank_packed(
-    x: Tensor,
-    packed: Tensor,
-    scales: list[Tensor],
-    sizes: list[int],
-    kind: str,
-    dtype: torch.dtype,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The same for a packed weight; one operator, so that the unpacked weight is nobody's to keep."""
-    weight = unpack(PackedWeight(packed, scales, sizes, kind, dtype), x.dtype)
-    return _low_rank(x, weight, bias, a, b, scale)
-
-
-@torch.library.impl(_OPERATORS, "low_rank_back", "CompositeExplicitAutograd")
-def _low_rank_back(grad: Tensor, weight: Tensor, low_grad: Tensor, a: Tensor, scale: float) -> Tensor:
-    """G W + s l' A; one operator, since a compiler would copy the product before it adds to it."""
-    return torch.mm(grad, weight).addmm_(low_grad, a.to(grad.dtype), alpha=scale)
-
-
-@torch.library.impl(_OPERATORS, "low_rank_packed_back", "CompositeExplicitAutograd")
-def _low_rank_packed_back(
-    grad: Tensor,
-    packed: Tensor,
-    scales: list[Tensor],
-    sizes: list[int],
-    kind: str,
-    dtype: torch.dtype,
-    low_grad: Tensor,
-    a: Tensor,
-    scale: float,
-) -> Tensor:
-    """The same for a packed weight."""
-    weight = unpack(PackedWeight(packed, scales, sizes, kind, dtype), grad.dtype)
-    return _low_rank_back(grad, weight, low_grad, a, scale)
-
-
-class _LowRank(torch.autograd.Function):
-    """y = x W^T + s (x A^T) B^T for a frozen W, the thin products added in place.
-
-    Only x and the thin l = x A^T are kept. With G = dL/dy and l' = G B:
-    dL/dx = G W + s l' A;  dL/dA = s l'^T x;  dL/dB = s G^T l.
+    Attributes:
+        base: the layer that is adapted, with a frozen weight.
+        a, b, scale: its adapter.
     """
 
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        """x [T, in], weight [out, in], bias [out] or None in one dtype; a [r, in], b [out, r] -> [T, out]."""
-        y, low = torch.ops.fourfold.low_rank(x, weight, bias, a, b, scale)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """grad [T, out]; the base weight and bias are frozen."""
-        x, weight, a, b, low = ctx.saved_tensors
-        low_grad = grad @ b.to(grad.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.fourfold.low_rank_back(grad, weight, low_grad, a, ctx.scale)
-        return grad_x, None, None, *_adapter_gradients(x, a, b, low, grad, low_grad, ctx.scale), None
+    base: Any
+    a: Tensor
+    b: Tensor
+    scale: float
 
 
-class _LowRankPacked(torch.autograd.Function):
-    """`_LowRank` for a packed W, which the backward pass unpacks again."""
-
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
-        """x [T, in], weight [out, in], bias [out] or None; a [r, in], b [out, r] -> [T, out]."""
-        y, low = torch.ops.fourfold.low_rank_packed(x, *weight, bias, a, b, scale)
-        ctx.save_for_backward(x, a, b, low, weight.data, *weight.scales)
-        ctx.scale, ctx.sizes, ctx.kind, ctx.dtype = scale, weight.sizes, weight.kind, weight.dtype
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """grad [T, out]; the base weight and bias are frozen."""
-        x, a, b, low, packed, *scales = ctx.saved_tensors
-        low_grad = grad @ b.to(grad.dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            weight = PackedWeight(packed, scales, ctx.sizes, ctx.kind, ctx.dtype)
-            grad_x = torch.ops.fourfold.low_rank_packed_back(grad, *weight, low_grad, a, ctx.scale)
-        return grad_x, None, None, *_adapter_gradients(x, a, b, low, grad, low_grad, ctx.scale), None
-
-
-def _adapter_gradients(
-    x: Tensor, a: Tensor, b: Tensor, low: Tensor, grad: Tensor, low_grad: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """dL/dA and dL/dB."""
-    grad_a = torch.mm(low_grad.T, x).mul_(scale).to(a.dtype)
-    return grad_a, torch.mm(grad.T, low).mul_(scale).to(b.dtype)
-
-
-def _plain_adapter(layer: LoraLayer, kwargs: dict[str, Any]) -> str | None:
-    """The one active adapter if this is the plain case."""
+def _plain_adapter(layer: LoraLayer, x: Tensor, kwargs: dict[str, Any]) -> str | None:
+    """The one active adapter, if it is a plain one whose products with x can be taken as they stand."""
     if kwargs or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
     adapter = layer.active_adapters[0]
-    plain = adapter in layer.lora_A and adapter not in layer.lora_variant and not layer.lora_bias[adapter]
-    return adapter if plain else None
-
-
-def _same_dtype(layer: LoraLayer, x: Tensor, adapter: str) -> bool:
-    """Whether the products can be taken as they stand; where nothing casts, PEFT casts what is not of one dtype."""
-    if torch.is_autocast_enabled(x.device.type):
-        return True
+    if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+        return None
     weight = layer.lora_A[adapter].weight
     assert isinstance(weight, Tensor)
-    return x.dtype == weight.dtype
+    # where nothing casts, PEFT casts what is not of one dtype
+    return adapter if torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype else None
 
 
-class LoraLinear(PeftLinear):
-    """PEFT's LoRA linear with the short forward pass; anything but the plain case goes PEFT's own way."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        adapter = _plain_adapter(self, kwargs)
-        if adapter is None or not _same_dtype(self, x, adapter):
-            return super().forward(x, *args, **kwargs)
-        lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
-        scale, dropout = self.scaling[adapter], self.lora_dropout[adapter]
-        base = self.get_base_layer()
-        assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear) and isinstance(base, nn.Linear)
-        a, b = lora_a.weight, lora_b.weight
-        flat = x.reshape(-1, x.shape[-1])
-        no_dropout = isinstance(dropout, nn.Identity) or not self.training
-        compute = _compute_dtype(x)
-        if no_dropout and _is_frozen(base) and base.weight.dtype == compute:
-            out = _LowRank.apply(flat.to(compute), base.weight, base.bias, a, b, scale)
-        else:
-            low = F.linear(flat if no_dropout else dropout(flat), a)
-            out = torch.addmm(F.linear(flat, base.weight, base.bias), low, b.T, alpha=scale)
-        assert isinstance(out, Tensor)
-        return out.view(*x.shape[:-1], out.shape[-1])
+def _terms(layer: LoraLayer, adapter: str | None, x: Tensor) -> _Terms | None:
+    """The terms of a layer's product with x; None if they are not all that there is."""
+    assert isinstance(layer, nn.Module)
+    if adapter is None or (layer.training and not isinstance(layer.lora_dropout[adapter], nn.Identity)):
+        return None
+    base = layer.get_base_layer()
+    if not _is_frozen(base, _compute_dtype(x)):
+        return None
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    return _Terms(base, a, b, layer.scaling[adapter])
 
 
-def _is_frozen(base: nn.Linear) -> bool:
-    """Whether the base is a plain weight without a gradient."""
+def _is_frozen(base: Any, compute: torch.dtype) -> bool:
+    """Whether a layer has a weight without a gradient that is multiplied in a dtype."""
+    if _is_over_bits(base):
+        return state_of(base) is not None and base.compute_dtype == compute
     trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-    return is_plain(base.weight) and not trained
+    return is_plain(base.weight) and not trained and base.weight.dtype == compute
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -200,38 +86,110 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _is_over_bits(base: nn.Module) -> bool:
+    """Whether a layer is bitsandbytes' linear layer of 4 bits, packed by now or not."""
+    return type(base).__name__ == "Linear4bit"
+
+
+def _product(x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms]) -> Tensor:
+    """x [..., in] times one weight, or several one below the other -> [..., out]."""
+    compute = _compute_dtype(x)
+    flat = x.reshape(-1, x.shape[-1]).to(compute)
+    biases = [each.base.bias.to(compute) for each in terms if each.base.bias is not None]
+    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+    out = low_rank(flat, weight, bias, [each.a for each in terms], [each.b for each in terms], terms[0].scale)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class Siblings:
+    """LoRA layers of one input: one product, made when the first of them is called.
+
+    Args:
+        layers: by name, in the order in which they are called.
+        weight: theirs, one below the other, of which each has its rows; None where they are packed.
+    """
+
+    def __init__(self, layers: dict[str, LoraLayer], weight: Tensor | None) -> None:
+        self._layers, self._weight = layers, weight
+        self._input: Tensor | None = None
+        self._waiting: dict[str, Tensor] = {}
+
+    def take(self, name: str, x: Tensor) -> Tensor | None:
+        """One layer's result; None if it must be computed by itself."""
+        if self._input is not x:
+            parts = self._compute(x)
+            if parts is None:
+                return None
+            self._input, self._waiting = x, parts
+        found = self._waiting.pop(name, None)
+        if not self._waiting:
+            self._input = None
+        return found
+
+    def _compute(self, x: Tensor) -> dict[str, Tensor] | None:
+        terms: list[_Terms] = []
+        for layer in self._layers.values():
+            found = _terms(layer, _plain_adapter(layer, x, {}), x)
+            if found is None or (terms and found.scale != terms[0].scale):
+                return None
+            terms.append(found)
+        if self._weight is None:
+            weight = FrozenWeight.packed([each.base for each in terms])
+        else:
+            weight = FrozenWeight.plain(self._weight)
+        parts = _product(x, weight, terms).split([each.b.shape[0] for each in terms], dim=-1)
+        return {
+            name: part.contiguous() if name in _KEPT_AS_IT_IS else part
+            for name, part in zip(self._layers, parts, strict=True)
+        }
+
+
+def _short_forward(layer: LoraLayer, adapter: str | None, x: Tensor) -> Tensor | None:
+    """x [..., in] -> [..., out]; None if it is anything but the plain case over a frozen base."""
+    siblings: tuple[str, Siblings] | None = getattr(layer, "siblings", None)
+    if siblings is not None and adapter is not None:
+        name, group = siblings
+        if (found := group.take(name, x)) is not None:
+            return found
+    terms = _terms(layer, adapter, x)
+    if terms is None:
+        return None
+    packed = _is_over_bits(terms.base)
+    weight = FrozenWeight.packed([terms.base]) if packed else FrozenWeight.plain(terms.base.weight)
+    return _product(x, weight, [terms])
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA linear with the short forward pass; anything but the plain case goes PEFT's own way."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        adapter = _plain_adapter(self, x, kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        found = _short_forward(self, adapter, x)
+        return self._in_two(x, adapter) if found is None else found
+
+    def _in_two(self, x: Tensor, adapter: str) -> Tensor:
+        """The same with dropout, or over a base that is trained or of another dtype."""
+        lora_a, lora_b, base = self.lora_A[adapter], self.lora_B[adapter], self.get_base_layer()
+        assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear) and isinstance(base, nn.Linear)
+        flat = x.reshape(-1, x.shape[-1])
+        low = F.linear(self.lora_dropout[adapter](flat), lora_a.weight)
+        out = torch.addmm(F.linear(flat, base.weight, base.bias), low, lora_b.weight.T, alpha=self.scaling[adapter])
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
 def _packed_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """x [..., in] -> [..., out]; anything but the plain case goes PEFT's own way."""
-    adapter = _plain_adapter(self, kwargs)
-    base, compute = self.get_base_layer(), _compute_dtype(x)
-    plain = adapter is not None and _same_dtype(self, x, adapter)
-    if adapter is None or not plain or state_of(base) is None or base.compute_dtype != compute:
-        return self._peft.forward(self, x, *args, **kwargs)
-    dropout = self.lora_dropout[adapter]
-    if self.training and not isinstance(dropout, nn.Identity):
-        return self._peft.forward(self, x, *args, **kwargs)
-    bias = None if base.bias is None else base.bias.to(compute)
-    out = _LowRankPacked.apply(
-        x.reshape(-1, x.shape[-1]).to(compute),
-        PackedWeight.of(base),
-        bias,
-        self.lora_A[adapter].weight,
-        self.lora_B[adapter].weight,
-        self.scaling[adapter],
-    )
-    assert isinstance(out, Tensor)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    found = _short_forward(self, _plain_adapter(self, x, kwargs), x)
+    return self._peft.forward(self, x, *args, **kwargs) if found is None else found
 
 
 @lru_cache(maxsize=4)
 def _packed_class(peft: type) -> type:
     """One of PEFT's LoRA linears with the short forward pass over 4 bits."""
     return type("PackedLoraLinear", (peft,), {"forward": _packed_forward, "_peft": peft})
-
-
-def _is_over_bits(layer: nn.Module) -> bool:
-    """Whether a layer is PEFT's LoRA around bitsandbytes' linear layer of 4 bits, packed by now or not."""
-    return isinstance(layer, LoraLayer) and type(layer.get_base_layer()).__name__ == "Linear4bit"
 
 
 def use_short_forward(model: nn.Module) -> int:
@@ -242,11 +200,69 @@ def use_short_forward(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if type(module) is PeftLinear and type(module.get_base_layer()) is nn.Linear:
-            # The class is exchanged, not the object: parameters, hooks and names stay as PEFT made them.
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        # The class is exchanged, not the object: parameters, hooks and names stay as PEFT made them.
+        if type(module) is PeftLinear and type(base) is nn.Linear:
             module.__class__ = LoraLinear
             count += 1
-        elif _is_over_bits(module):
+        elif _is_over_bits(base):
             module.__class__ = _packed_class(type(module))
             count += 1
     return count
+
+
+def join_siblings(model: nn.Module, *, apart: frozenset[str] = frozenset()) -> int:
+    """Let layers with the short forward pass that are given the same input be one product each.
+
+    Plain weights are put one below the other in memory, a group at a time, and stay what they were to everybody else;
+    none of them may be replaced or resized afterwards.
+
+    Args:
+        model: on its device, not split over ranks.
+        apart: names of layers that stay by themselves.
+    Returns:
+        how many groups there are.
+    """
+    count = 0
+    for module in model.modules():
+        for names in _SAME_INPUT:
+            layers = _layers_of(module, names)
+            if layers is None or not apart.isdisjoint(names) or not _are_alike(layers):
+                continue
+            group = Siblings(layers, _one_below_the_other(layers))
+            for name, layer in layers.items():
+                layer.siblings = (name, group)  # type: ignore[attr-defined]
+            count += 1
+    return count
+
+
+def _layers_of(module: nn.Module, names: Sequence[str]) -> dict[str, LoraLayer] | None:
+    """A module's layers of these names, if it has them all with the short forward pass."""
+    found: dict[str, LoraLayer] = {}
+    children = dict(module.named_children())  # no attributes: a wrapper has those of what it wraps
+    for name in names:
+        layer = children.get(name)
+        if isinstance(layer, LoraLinear) or getattr(type(layer), "forward", None) is _packed_forward:
+            found[name] = layer  # type: ignore[assignment]
+    return found if len(found) == len(names) else None
+
+
+def _are_alike(layers: Mapping[str, LoraLayer]) -> bool:
+    """Whether bases are of one kind, dtype and width, and all or none have a bias."""
+    bases: list[Any] = [layer.get_base_layer() for layer in layers.values()]
+    kinds = {(type(base), base.in_features, base.weight.dtype, base.weight.device, base.bias is None) for base in bases}
+    if len(kinds) > 1 or bases[0].weight.is_meta:
+        return False
+    return _is_over_bits(bases[0]) or all(_is_frozen(base, base.weight.dtype) for base in bases)
+
+
+def _one_below_the_other(layers: Mapping[str, LoraLayer]) -> Tensor | None:
+    bases: list[Any] = [layer.get_base_layer() for layer in layers.values()]
+    if _is_over_bits(bases[0]):
+        return None
+    joined = torch.cat([base.weight.data for base in bases])
+    for base, rows in zip(bases, joined.split([base.out_features for base in bases]), strict=True):
+        base.weight.data = rows
+    return joined

@@ -6,14 +6,13 @@ of a row where `in` is a multiple of it. Rows can be taken as they are; columns 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fourfold.base.errors import PlanError
-from fourfold.parallel.mesh import is_ampere_or_later
 from fourfold.parallel.shares import Cut
 
 
@@ -31,54 +30,6 @@ def state_of(layer: nn.Module) -> Any:
     """bitsandbytes' QuantState of a packed layer; None before it is packed. What FSDP gathers has none of its own."""
     own = getattr(layer.weight, "quant_state", None)
     return getattr(layer, "quant_state", None) if own is None else own
-
-
-class PackedWeight(NamedTuple):
-    """A weight packed into 4 bits, in tensors and plain values that an operator can be given.
-
-    Attributes:
-        data: two columns a byte, in whatever dtype they are stored.
-        scales: one a block, fp32; or, where they are packed themselves, as codes [uint8] with what unpacks those:
-            their scales, the table of codes, what is added, and the table of the weight's own codes.
-        sizes: rows, columns, columns of a block, and scales of a block of scales (0 where they are plain).
-        kind: nf4 or fp4.
-        dtype: of the weight before it was packed.
-    """
-
-    data: Tensor
-    scales: list[Tensor]
-    sizes: list[int]
-    kind: str
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> PackedWeight:
-        """The weight of bitsandbytes' Linear4bit on its device."""
-        weight: Any = layer.weight
-        state = state_of(layer)
-        scales, second = [state.absmax], 0
-        if state.nested:
-            nested = state.state2
-            scales, second = [state.absmax, nested.absmax, nested.code, state.offset, state.code], nested.blocksize
-        rows, columns = state.shape
-        return cls(weight.data, scales, [rows, columns, state.blocksize, second], state.quant_type, state.dtype)
-
-
-def unpack(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight [rows, columns] in `dtype`."""
-    rows, columns, block, second = packed.sizes
-    absmax = packed.scales[0]
-    operators = torch.ops.bitsandbytes
-    if second:
-        codes, scales, table, offset, own_table = packed.scales
-        in_one = packed.kind == "nf4" and rows * columns % block == 0
-        if in_one and packed.data.is_cuda and is_ampere_or_later(packed.data.device.index):
-            from fourfold.parallel.unpack_kernel import unpack_nf4
-
-            found = unpack_nf4(packed.data, codes, scales, table, offset, own_table, packed.sizes, packed.dtype)
-            return found.to(dtype)
-        absmax = operators.dequantize_blockwise(codes, scales, table, second, torch.float32) + offset
-    return operators.dequantize_4bit(packed.data, absmax, block, packed.kind, [rows, columns], packed.dtype).to(dtype)
 
 
 def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:

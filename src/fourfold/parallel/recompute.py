@@ -31,7 +31,6 @@ _KEPT = frozenset(
         "torch_attn::_varlen_attn",
         "transformers::grouped_mm_fallback",
         "fourfold::low_rank",
-        "fourfold::low_rank_packed",
     }
 )
 """Operators whose results `selective` keeps; by name, since not every version has each of them.

@@ -53,9 +53,9 @@ def unpack_nf4(
     offset: Tensor,
     table: Tensor,
     sizes: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight [rows, columns] in `dtype`, the numbers those that bitsandbytes gives.
+    out: Tensor,
+) -> None:
+    """Write the weight [rows, columns] to `out`, contiguous, the numbers those that bitsandbytes gives.
 
     Args:
         packed: bytes in whatever dtype they are stored; the first of two numbers is the high half.
@@ -65,7 +65,6 @@ def unpack_nf4(
         sizes: rows, columns, numbers of a block, codes of a block of codes.
     """
     rows, columns, block, outer = sizes
-    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     num_blocks = rows * columns // block
     grid = (triton.cdiv(num_blocks, _BLOCKS),)
     data = packed.reshape(-1).view(torch.uint8)
@@ -73,4 +72,3 @@ def unpack_nf4(
     launch[grid](
         data, codes, scales, scale_table, offset, table, out, num_blocks, blocks=_BLOCKS, half=block // 2, outer=outer
     )
-    return out

@@ -19,7 +19,7 @@ from fourfold.generate.rollout import RolloutEngine
 from fourfold.models.adapters import without_adapters
 from fourfold.models.compiled import compile_layers, recompute_compiled
 from fourfold.models.forward import StepModel, supports_packing
-from fourfold.models.lora import use_short_forward
+from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
@@ -157,6 +157,9 @@ def build(
     training = run.training
     if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
         use_short_forward(module)
+    if not mesh.layout.splits_model and mesh.layout.offload == "none":
+        # Liger's kernel for gated MLPs copies what is a part of a larger tensor
+        join_siblings(module, apart=frozenset({"gate_proj"} if run.model.enable_liger_kernel else ()))
     noise = NoiseKeys(training.seed)
     key_dropout(module, noise)
     if training.neftune_noise_alpha:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fourfold.dataset.batch import IGNORE_INDEX
 from fourfold.models import compiled
 from fourfold.models.compiled import CompiledForward, compile_layers, recompute_compiled, token_nll
-from fourfold.models.lora import use_short_forward
+from fourfold.models.lora import join_siblings, use_short_forward
 
 pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 
@@ -25,11 +25,11 @@ class _Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.up = nn.Linear(_SIZE, _SIZE, bias=False), nn.Linear(_SIZE, _SIZE, bias=False)
+        self.gate_proj, self.up_proj = nn.Linear(_SIZE, _SIZE, bias=False), nn.Linear(_SIZE, _SIZE, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x, (_SIZE,))
-        return x + F.silu(self.gate(normed)) * self.up(normed)
+        return x + F.silu(self.gate_proj(normed)) * self.up_proj(normed)
 
 
 class _Model(nn.Module):
@@ -45,7 +45,7 @@ class _Model(nn.Module):
 
 def adapted(rank: int = 4, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = LoraConfig(r=rank, target_modules=["gate", "up"], **settings)
+    config = LoraConfig(r=rank, target_modules=["gate_proj", "up_proj"], **settings)
     model = get_peft_model(_Model(), config)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -63,10 +63,11 @@ def gradients(model: nn.Module, tokens: int) -> list[Tensor]:
     return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("rank", [4])
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_layers_when_lengths_differ_give_what_plain_ones_give(rank: int, recompute: bool) -> None:
-    plain, fast = adapted(rank), adapted(rank)
+def test_compiled_layers_when_lengths_differ_give_what_plain_ones_give(joined: bool, recompute: bool) -> None:
+    plain, fast = adapted(), adapted()
+    assert not joined or join_siblings(fast) == 3
     layers = [module for module in fast.modules() if isinstance(module, _Layer)]
     torch._dynamo.reset()
     compile_layers(layers, backend="aot_eager")

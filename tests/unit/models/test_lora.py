@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from fourfold.models.lora import LoraLinear, use_short_forward
+from fourfold.models.lora import LoraLinear, join_siblings, use_short_forward
 
 _SIZE = 16
 
@@ -100,3 +101,107 @@ def test_short_forward_when_the_base_is_packed_gives_what_pefts_own_gives(
     assert len(grads) == len(other_grads) == 3
     for one, other in zip([expected, *grads], [out, *other_grads], strict=True):
         assert float((one - other).abs().max()) <= tolerance * float(one.abs().max())
+
+
+class _Attention(nn.Module):
+    """Four layers of which three have one input; queries wider than keys and values."""
+
+    def __init__(self, make: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = make(_WIDE, 128), make(_WIDE, 64), make(_WIDE, 64)
+        self.o_proj = make(64, _WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.o_proj(torch.tanh(q[..., :64] * k) + q[..., 64:] * v)
+
+
+_WIDE = 128
+_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _linear(bias: bool, dtype: torch.dtype) -> Callable[[int, int], nn.Module]:
+    return lambda width, out: nn.Linear(width, out, bias=bias, dtype=dtype)
+
+
+def _packed_linear(bias: bool, dtype: torch.dtype) -> Callable[[int, int], nn.Module]:
+    from bitsandbytes.nn import Linear4bit
+
+    def make(width: int, out: int) -> nn.Module:
+        layer = Linear4bit(width, out, bias, compute_dtype=dtype, compress_statistics=bias, quant_type="nf4")
+        layer.load_state_dict(nn.Linear(width, out, bias, dtype=dtype).state_dict())
+        return layer.to("cpu")
+
+    return make
+
+
+def _attention(make: Callable[[int, int], nn.Module]) -> PeftModel:
+    torch.manual_seed(0)
+    model = get_peft_model(_Attention(make), LoraConfig(r=4, target_modules=_NAMES), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape)
+    assert isinstance(model, PeftModel)
+    assert use_short_forward(model) == 4
+    return model
+
+
+def _passes(model: PeftModel, autocast: bool) -> list[Tensor]:
+    """Results and gradients of two passes, the first without gradients."""
+    x = torch.randn(2, 9, _WIDE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            first = model(x + 1)
+        out = model(x)
+    out.float().square().sum().backward()
+    assert x.grad is not None
+    return [first, out.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("make", "autocast"), [(_linear, False), (_linear, True), (_packed_linear, False)])
+def test_siblings_when_they_are_one_product_give_what_each_gives_alone(
+    make: Callable[[bool, torch.dtype], Callable[[int, int], nn.Module]], autocast: bool, bias: bool
+) -> None:
+    model = _attention(make(bias, torch.bfloat16 if autocast else torch.float32))
+    alone = _passes(model, autocast)
+    assert join_siblings(model) == 1
+    together = _passes(model, autocast)
+    assert len(alone) == len(together) == 11
+    for one, other in zip(alone, together, strict=True):
+        assert one.dtype == other.dtype
+        assert float((one - other).abs().max()) <= (2e-2 if autocast else 2e-6) * float(one.abs().max())
+
+
+def test_siblings_when_joined_stay_layers_of_their_own() -> None:
+    model = _attention(_linear(False, torch.float32))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert join_siblings(model) == 1
+    assert {name for name, _ in model.named_parameters()} == weights.keys()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    attention: _Attention = model.base_model.model  # type: ignore[assignment]
+    x, other = torch.randn(2, 3, _WIDE), torch.randn(2, 3, _WIDE)
+    queries, values = attention.q_proj(x), attention.v_proj(x)
+    assert torch.equal(attention.v_proj(x), values)  # asked twice
+    assert torch.allclose(attention.k_proj(other), attention.k_proj(other.clone()), atol=1e-6)  # of another input
+    with model.disable_adapter():
+        assert torch.allclose(
+            attention.q_proj(x), x @ weights["base_model.model.q_proj.base_layer.weight"].T, atol=1e-5
+        )
+    merged: _Attention = model.merge_and_unload()  # type: ignore[assignment]
+    assert torch.allclose(merged.q_proj(x), queries, atol=1e-4)
+
+
+def test_siblings_when_they_differ_or_are_left_apart_are_not_joined() -> None:
+    assert join_siblings(_attention(_linear(False, torch.float32)), apart=frozenset({"k_proj"})) == 0
+    model = _attention(_linear(False, torch.float32))
+    model.base_model.model.k_proj.base_layer.weight.requires_grad_()  # type: ignore[union-attr]
+    assert join_siblings(model) == 0
+    scaled = _attention(_linear(False, torch.float32))
+    expected = _passes(scaled, autocast=False)
+    join_siblings(scaled)
+    for each in (expected, _passes(scaled, autocast=False)):
+        assert torch.allclose(each[1], expected[1], atol=1e-4)
+    scaled.base_model.model.k_proj.scaling["default"] = 3.0  # type: ignore[union-attr, index, operator]
+    assert not torch.allclose(_passes(scaled, autocast=False)[1], expected[1], atol=1e-2)

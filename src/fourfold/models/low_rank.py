@@ -1,0 +1,237 @@
+"""Products with a frozen weight and a low-rank term, differentiable: y = x W^T + s (x A^T) B^T.
+
+Each direction is one operator, so that what keeps the results of products (parallel/recompute.py) sees y when it is
+whole, a compiler does not copy what is added to in place, and a weight that is unpacked for its use is nobody's to
+keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourfold.parallel.mesh import is_ampere_or_later
+from fourfold.parallel.packed import state_of
+
+_MOST_JOINED = 2**26
+"""Numbers that are unpacked together at most, if they are more than one weight: 128 MiB in 16 bits."""
+
+_PLAIN_SCALES, _PACKED_SCALES = 2, 6
+"""Tensors of a packed weight whose scales are plain, and whose scales are packed themselves."""
+
+
+class FrozenWeight(NamedTuple):
+    """A weight [out, in] without a gradient, in tensors and plain values that an operator can be given.
+
+    Attributes:
+        tensors: the weight itself; or, of each packed weight that it is joined of, two columns a byte in whatever
+            dtype they are stored, and its scales: one a block, fp32; or, where these are packed themselves, as codes
+            [uint8] with what unpacks them: their scales, the table of codes, what is added, and the table of the
+            weight's own codes.
+        sizes: of each packed weight rows, columns, columns of a block, and scales of a block of scales (0 where they
+            are plain); empty for a plain weight.
+        kind: plain, nf4 or fp4.
+        dtype: of the weight before it was packed.
+    """
+
+    tensors: list[Tensor]
+    sizes: list[int]
+    kind: str
+    dtype: torch.dtype
+
+    @classmethod
+    def plain(cls, weight: Tensor) -> FrozenWeight:
+        """A weight as it is."""
+        return cls([weight], [], "plain", weight.dtype)
+
+    @classmethod
+    def packed(cls, layers: Sequence[nn.Module]) -> FrozenWeight:
+        """The weights of bitsandbytes' Linear4bit layers of one input, one below the other."""
+        tensors: list[Tensor] = []
+        sizes: list[int] = []
+        for layer in layers:
+            weight: Any = layer.weight
+            state = state_of(layer)
+            tensors += [weight.data, state.absmax]
+            if state.nested:
+                tensors += [state.state2.absmax, state.state2.code, state.offset, state.code]
+            sizes += [*state.shape, state.blocksize, state.state2.blocksize if state.nested else 0]
+        first = state_of(layers[0])
+        return cls(tensors, sizes, first.quant_type, first.dtype)
+
+
+def unpacked(weight: FrozenWeight, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in `dtype` with the rows that it is, whole if it is plain or not large."""
+    if weight.kind == "plain":
+        yield slice(None), weight.tensors[0]
+        return
+    parts = list(_parts(weight))
+    first, start = 0, 0
+    while first < len(parts):
+        last, rows = first, 0
+        while last < len(parts):
+            more = rows + parts[last].sizes[0]
+            if rows and more * parts[last].sizes[1] > _MOST_JOINED:
+                break
+            last, rows = last + 1, more
+        yield slice(start, start + rows), _joined(parts[first:last], rows, dtype)
+        first, start = last, start + rows
+
+
+def _parts(weight: FrozenWeight) -> Iterator[FrozenWeight]:
+    start = 0
+    for at in range(0, len(weight.sizes), 4):
+        sizes = weight.sizes[at : at + 4]
+        end = start + (_PACKED_SCALES if sizes[3] else _PLAIN_SCALES)
+        yield FrozenWeight(weight.tensors[start:end], sizes, weight.kind, weight.dtype)
+        start = end
+
+
+def _joined(parts: Sequence[FrozenWeight], rows: int, dtype: torch.dtype) -> Tensor:
+    data = parts[0].tensors[0]
+    out = torch.empty(rows, parts[0].sizes[1], dtype=parts[0].dtype, device=data.device)
+    start = 0
+    for part in parts:
+        _unpack(part, out[start : start + part.sizes[0]])
+        start += part.sizes[0]
+    return out.to(dtype)
+
+
+def _unpack(packed: FrozenWeight, out: Tensor) -> None:
+    """Write one packed weight to out [rows, columns], in the dtype it had."""
+    rows, columns, block, second = packed.sizes
+    data, absmax, *others = packed.tensors
+    if second:
+        scales, table, offset, own_table = others
+        in_one = packed.kind == "nf4" and rows * columns % block == 0
+        if in_one and data.is_cuda and is_ampere_or_later(data.device.index):
+            from fourfold.parallel.unpack_kernel import unpack_nf4
+
+            unpack_nf4(data, absmax, scales, table, offset, own_table, packed.sizes, out)
+            return
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, table, second, torch.float32) + offset
+    out.copy_(torch.ops.bitsandbytes.dequantize_4bit(data, absmax, block, packed.kind, [rows, columns], packed.dtype))
+
+
+_OPERATORS = torch.library.Library("fourfold", "DEF")
+_WEIGHT = "Tensor[] tensors, int[] sizes, str kind, ScalarType dtype"
+_OPERATORS.define(f"low_rank(Tensor x, {_WEIGHT}, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)")
+_OPERATORS.define(f"low_rank_back(Tensor grad, {_WEIGHT}, Tensor low_grad, Tensor a, float scale) -> Tensor")
+
+
+@torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
+def _low_rank(
+    x: Tensor,
+    tensors: list[Tensor],
+    sizes: list[int],
+    kind: str,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """y [T, out] and the thin l = x A^T [T, r], for x [T, in] and what is in its dtype."""
+    low = x @ a.T
+    out: Tensor | None = None
+    for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), x.dtype):
+        part = None if bias is None else bias[rows]
+        if weight.shape[0] == b.shape[0]:
+            out = F.linear(x, weight, part)
+        else:
+            out = x.new_empty(x.shape[0], b.shape[0]) if out is None else out
+            here = out[:, rows]
+            torch.mm(x, weight.T, out=here) if part is None else torch.addmm(part, x, weight.T, out=here)
+    assert out is not None
+    return out.addmm_(low, b.T, alpha=scale), low
+
+
+@torch.library.impl(_OPERATORS, "low_rank_back", "CompositeExplicitAutograd")
+def _low_rank_back(
+    grad: Tensor,
+    tensors: list[Tensor],
+    sizes: list[int],
+    kind: str,
+    dtype: torch.dtype,
+    low_grad: Tensor,
+    a: Tensor,
+    scale: float,
+) -> Tensor:
+    """dL/dx = G W + s l' A [T, in], for G = dL/dy [T, out] and l' = G B [T, r]."""
+    out: Tensor | None = None
+    for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), grad.dtype):
+        out = torch.mm(grad[:, rows], weight) if out is None else out.addmm_(grad[:, rows], weight)
+    assert out is not None
+    return out.addmm_(low_grad, a, alpha=scale)
+
+
+class _LowRank(torch.autograd.Function):
+    """The product of one input with one weight, or with several that lie one below the other, each with an adapter.
+
+    Only x and the thin l = x A^T are kept. With G = dL/dy and l' = G B:
+    dL/dx = G W + s l' A;  dL/dA = s l'^T x;  dL/dB = s G^T l.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None, scale: float, *adapters: Tensor
+    ) -> Tensor:
+        """See `low_rank`; adapters: A of each weight, then B of each."""
+        a, b = _side_by_side(adapters, x.dtype)
+        y, low = torch.ops.fourfold.low_rank(x, *weight, bias, a, b, scale)
+        ctx.save_for_backward(x, low, *adapters, *weight.tensors)
+        ctx.num_adapters, ctx.scale = len(adapters), scale
+        ctx.sizes, ctx.kind, ctx.dtype = weight.sizes, weight.kind, weight.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad [T, out]; weight and bias are frozen."""
+        x, low, *rest = ctx.saved_tensors
+        adapters, tensors = rest[: ctx.num_adapters], rest[ctx.num_adapters :]
+        a, b = _side_by_side(adapters, grad.dtype)
+        low_grad = grad @ b
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weight = FrozenWeight(tensors, ctx.sizes, ctx.kind, ctx.dtype)
+            grad_x = torch.ops.fourfold.low_rank_back(grad, *weight, low_grad, a, ctx.scale)
+        grad_a, grad_b = torch.mm(low_grad.T, x).mul_(ctx.scale), torch.mm(grad.T, low).mul_(ctx.scale)
+        return grad_x, None, None, None, *_apart(grad_a, grad_b, adapters)
+
+
+def _side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [sum of r, in], and B [sum of out, sum of r], which is 0 where a row and a column are of different weights."""
+    half = len(adapters) // 2
+    if half == 1:
+        return adapters[0].to(dtype), adapters[1].to(dtype)
+    return torch.cat(list(adapters[:half])).to(dtype), torch.block_diag(*adapters[half:]).to(dtype)
+
+
+def _apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of each A, then of each B."""
+    half = len(adapters) // 2
+    parts = list(grad_a.split([a.shape[0] for a in adapters[:half]]))
+    row = column = 0
+    for b in adapters[half:]:
+        parts.append(grad_b[row : row + b.shape[0], column : column + b.shape[1]])
+        row, column = row + b.shape[0], column + b.shape[1]
+    return [part.to(each.dtype) for part, each in zip(parts, adapters, strict=True)]
+
+
+def low_rank(
+    x: Tensor, weight: FrozenWeight, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
+) -> Tensor:
+    """The product of x with a frozen weight and its low-rank terms.
+
+    Args:
+        x: [T, in] in the dtype of the product, which a plain weight and the bias [out] have as well.
+        weight: [out, in], or several of one input, one below the other.
+        a, b: the adapters of each of them, [r, in] and [its out, r], in any dtype.
+    Returns:
+        [T, out].
+    """
+    return _LowRank.apply(x, weight, bias, scale, *a, *b)  # type: ignore[return-value]
