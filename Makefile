@@ -39,8 +39,9 @@ check: $(INSTALLED)
 	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
 
+# The tests that fork ranks come first: they fork a process that is small still, and has had no threads.
 test: check $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/contract tests/gpu tests/unit
 
 grid: $(INSTALLED) $(MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/grid.py
