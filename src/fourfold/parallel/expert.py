@@ -44,6 +44,11 @@ def find_experts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in root.named_modules() if is_experts(module))
 
 
+def has_experts(root: nn.Module) -> bool:
+    """Whether some layer has stacked experts."""
+    return next(find_experts(root), None) is not None
+
+
 def _count(experts: nn.Module) -> int:
     return next(len(p) for p in experts.parameters(recurse=False) if p.ndim == 3)
 

@@ -13,6 +13,28 @@ from torch import Tensor, nn
 from fourfold.parallel.expert import count_choices, find_experts, takes_choices
 
 
+class _Counter:
+    """Counts the choices of one layer, in a tensor that stays where it is, so that a compiled layer has it counted.
+
+    Attributes:
+        size: number of experts.
+        counted: [T, 1] bool, positions that count; None while none do.
+        total: [size] int64; None until something was counted.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.counted: Tensor | None = None
+        self.total: Tensor | None = None
+
+    def __call__(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.counted is None or self.total is None:
+            return
+        # the second argument of every family's experts, though not under one name
+        indices = [*args, *kwargs.values()][1]
+        self.total.add_(count_choices(torch.where(self.counted, indices, self.size), self.size))
+
+
 class ExpertLoad:
     """Counts, for every layer, how many (token, choice) pairs each expert gets in the micro-batches of a step.
 
@@ -25,37 +47,30 @@ class ExpertLoad:
         The layers themselves are not kept: a pipeline frees those of other ranks.
         """
         layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
-        self._sizes = [int(experts.num_experts) for experts in layers]  # type: ignore[arg-type] - an int
-        self._counts: list[Tensor | None] = [None] * len(layers)
-        self._counted: Tensor | None = None
-        for number, experts in enumerate(layers):
-            experts.register_forward_pre_hook(self._counter(number), with_kwargs=True)
+        self._counters = [_Counter(int(experts.num_experts)) for experts in layers]  # type: ignore[arg-type] - an int
+        for experts, counter in zip(layers, self._counters, strict=True):
+            experts.register_forward_pre_hook(counter, with_kwargs=True)
 
     @property
     def watches(self) -> bool:
         """Whether there are experts."""
-        return bool(self._sizes)
+        return bool(self._counters)
 
     @contextmanager
     def watch(self, counted: Tensor) -> Iterator[None]:
         """Count in the forward passes within; `counted` [B, S] bool is False for positions that only fill rows up."""
-        self._counted = counted.reshape(-1, 1) if torch.is_grad_enabled() else None
+        if not torch.is_grad_enabled():
+            yield
+            return
+        for counter in self._counters:
+            counter.counted = counted.reshape(-1, 1)
+            if counter.total is None:
+                counter.total = torch.zeros(counter.size, dtype=torch.long, device=counted.device)
         try:
             yield
         finally:
-            self._counted = None
-
-    def _counter(self, number: int) -> Any:
-        def count(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._counted is None:
-                return
-            # the second argument of every family's experts, though not under one name
-            size, indices = self._sizes[number], [*args, *kwargs.values()][1]
-            found = count_choices(torch.where(self._counted, indices, size), size)
-            before = self._counts[number]
-            self._counts[number] = found if before is None else before + found
-
-        return count
+            for counter in self._counters:
+                counter.counted = None
 
     def figures(self) -> dict[str, float]:
         """The spread since the last call, over all ranks of the job, which must all call; empty without experts.
@@ -64,16 +79,17 @@ class ExpertLoad:
             expert_max_share: the largest share of a layer's pairs that one expert got; 1 / experts is even.
             expert_load_cv: standard deviation of the experts' loads over their mean, averaged over layers; 0 is even.
         """
-        if not self._sizes:
+        if not self._counters:
             return {}
-        found = torch.zeros(len(self._sizes), max(self._sizes), dtype=torch.float64)
-        for row, size, counts in zip(found, self._sizes, self._counts, strict=True):
-            if counts is not None:
-                row[:size] = counts.cpu()
-        self._counts = [None] * len(self._sizes)
+        sizes = [counter.size for counter in self._counters]
+        found = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
+        for row, counter in zip(found, self._counters, strict=True):
+            if counter.total is not None:
+                row[: counter.size] = counter.total.cpu()
+                counter.total.zero_()
         if dist.is_initialized():
             dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
-        shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, self._sizes, strict=True)]
+        shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, sizes, strict=True)]
         spread = [share.std(correction=0) * len(share) for share in shares]
         return {
             "expert_max_share": float(torch.stack([share.max() for share in shares]).max()),

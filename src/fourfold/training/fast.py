@@ -10,12 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+
 from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
 from fourfold.models.attention import takes_offsets
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
-from fourfold.parallel.expert import find_experts
+from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
 from fourfold.training.precision import Precision
 
@@ -86,8 +89,13 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
         yield "its attention needs more than the documents' offsets"
-    if next(iter(find_experts(inner)), None) is not None:
-        yield "it has experts"
+    if has_experts(inner):
+        if precision.compute != torch.bfloat16:
+            yield "products of its experts are compiled in bf16 alone"
+        if any(isinstance(module, ParamWrapper) for module in inner.modules()):
+            yield "its experts have adapters"
+        if model.balance_experts:
+            yield "the balance of its experts is part of the loss"
     if model.noise is not None and model.noise.salts:
         yield "dropout or input noise is keyed by sample"
 
@@ -98,5 +106,7 @@ def _obstacles_of_graphs(model: StepModel, mesh: Mesh, run: Run) -> Iterator[str
         yield "several ranks exchange gradients"
     if run.tuning.finetuning_type != "lora":
         yield "gradients of whole weights would stay for good"
+    if has_experts(base_model(model.module)):
+        yield "it has experts"
     if not model.has_plain_head:
         yield "its head is not a plain one"

@@ -16,7 +16,7 @@ from fourfold.models.load import load_model, load_streamed
 from fourfold.models.stream import Stream
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import no_weights
-from fourfold.parallel.expert import find_experts
+from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import Shares
 from fourfold.planning.layout import Layout
@@ -51,11 +51,10 @@ def split_frozen(
 ) -> Built:
     """Split a model of which nothing is trained, in place; arguments as those of `build` and `build_frozen`."""
     compute = resolve(run).compute
-    has_experts = next(find_experts(module), None) is not None
     built = build(
         run,
         Precision(compute, compute, None, loss_scaling=False),
-        replace(mesh, layout=layout_of_frozen(mesh.layout, has_experts=has_experts)),
+        replace(mesh, layout=layout_of_frozen(mesh.layout, has_experts=has_experts(module))),
         module,
         fill,
         packs=beside is None or beside.model.packed,

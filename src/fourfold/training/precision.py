@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,23 +105,23 @@ def cast_experts(model: nn.Module, dtype: torch.dtype) -> None:
     Autocast does not know grouped products; they would run in the dtype of the masters.
     """
     for _, experts in find_experts(model):
-        experts.forward = _Casting(experts, dtype)
+        # the class is exchanged: a compiler makes a function in a module's `forward` anew for each layer
+        experts.__class__ = _casting_class(type(experts), dtype)
 
 
-class _Casting:
-    """Stands in for a module's forward pass: under autocast its parameters are cast first."""
+@lru_cache(maxsize=16)
+def _casting_class(experts: type[nn.Module], dtype: torch.dtype) -> type[nn.Module]:
+    """A class of experts whose parameters are cast first under autocast."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._module, self._forward, self._dtype = module, module.forward, dtype
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own."""
-        own = self._module._parameters
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = self._parameters
         kept = {name: p for name, p in own.items() if p is not None and p.dtype == torch.float32}
         if not kept or not torch.is_autocast_enabled(next(iter(kept.values())).device.type):
-            return self._forward(*args, **kwargs)
+            return experts.forward(self, *args, **kwargs)
         try:
-            own.update({name: p.to(self._dtype) for name, p in kept.items()})  # type: ignore[misc]
-            return self._forward(*args, **kwargs)
+            own.update({name: p.to(dtype) for name, p in kept.items()})  # type: ignore[misc]
+            return experts.forward(self, *args, **kwargs)
         finally:
             own.update(kept)
+
+    return type(experts.__name__, (experts,), {"forward": forward})

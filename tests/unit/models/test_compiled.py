@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fourfold.dataset.batch import IGNORE_INDEX
 from fourfold.models import compiled
 from fourfold.models.compiled import CompiledForward, compile_layers, recompute_compiled, token_nll
 from fourfold.models.lora import join_siblings, use_short_forward
+from fourfold.models.targets import decoder_blocks
+from fourfold.parallel.expert_load import ExpertLoad
+from fourfold.training.precision import cast_experts
+from tiny_models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 
@@ -91,6 +96,44 @@ def test_compiled_layers_when_only_asked_run_as_they_are() -> None:
         model(torch.randn(1, 3, _SIZE))
     model.eval()
     model(torch.randn(1, 3, _SIZE))
+
+
+def _experts_of(model: PreTrainedModel, recompute: bool, compiled: bool) -> tuple[list[Tensor], dict[str, float]]:
+    """Results, gradients and loads of the MLPs of a model, for three lengths."""
+    load = ExpertLoad(model)
+    blocks = [layer.mlp for layer in decoder_blocks(model)[1]]
+    if compiled:
+        compile_layers(blocks, backend="aot_eager")
+        if recompute:
+            recompute_compiled(blocks)
+    model.train()
+    found: list[Tensor] = []
+    for tokens in (9, 20, 31):
+        x = torch.randn(1, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(tokens))
+        counted = torch.arange(tokens)[None] < tokens - 2
+        with torch.autocast("cpu", torch.bfloat16), load.watch(counted):
+            for block in blocks:
+                x = x + block(x)  # type: ignore[operator]
+        x.square().sum().backward()
+        found.append(x.detach())
+    return [*found, *(p.grad for p in model.parameters() if p.grad is not None)], load.figures()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_when_they_have_experts_share_two_graphs_and_are_counted(recompute: bool) -> None:
+    models = [tiny_model("qwen3_moe", num_hidden_layers=4) for _ in range(2)]
+    for model in models:
+        cast_experts(model, torch.bfloat16)
+    expected, loads = _experts_of(models[0], recompute, compiled=False)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found, other_loads = _experts_of(models[1], recompute, compiled=True)
+    assert len(found) == 3 + 4 * 3  # a router and two stacked matrices in each layer
+    for one, other in zip(expected, found, strict=True):
+        assert float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
+    assert loads == other_loads
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert graphs == (4 if recompute else 2)  # what is computed again is not counted again
 
 
 def _refuse(*_: object) -> object:

@@ -21,7 +21,7 @@ from fourfold.generate.rollout.sampler import state_of
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
-from fourfold.parallel.expert import find_experts
+from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
 
 
@@ -97,7 +97,7 @@ class RolloutEngine:
         """Whether a step waits neither for another rank nor for the host."""
         layout = self._mesh.layout
         rotates = CHANGING_ROTATION in position_obstacles(self._inner.config.get_text_config(), type(self._inner))
-        return layout.tp * layout.pp * layout.shards == 1 and not rotates and not any(find_experts(self._inner))
+        return layout.tp * layout.pp * layout.shards == 1 and not rotates and not has_experts(self._inner)
 
     def generate(
         self,
