@@ -1,234 +1,189 @@
-"""The layouts on several GPUs of one machine, through NCCL, as `fourfold train` runs them.
+"""The layouts on the 2, 4 or 8 GPUs of one machine, through NCCL; or, tried out, on CPU processes through gloo.
 
-    python benchmarks/multi_gpu.py --tokenizer FOLDER [--only equality,throughput] [--budget SECONDS] [--out FOLDER]
+    python benchmarks/multi_gpu.py [--only links,throughput,...] [--budget SECONDS] [--out FOLDER] [--known FILE]
+    python benchmarks/multi_gpu.py --tiny --gpus 2              # everything, on any machine
+    python benchmarks/multi_gpu.py --check | --list | --predict
 
-equality     a small llama under every layout against one GPU: losses of 10 steps, fp32 and bf16.
-throughput   a 1B-parameter llama, full and LoRA in bf16: tokens/s and peak memory of rank 0.
-experts      a 0.9B-parameter qwen3_moe, sharded with and without expert parallelism: losses in fp32, speed in bf16;
-             only when named.
-ddp_variants what of a replica's step costs time (ddp_variants.py); only when named.
+links        rates and latencies of collectives, and a hardware file for the planner        (multi_links.py)
+throughput   speed, peak memory of each rank, bubbles, beside what the planner says         (multi_throughput.py)
+equality     losses of every layout against one GPU's, fp32 and bf16, full, LoRA and QLoRA  (multi_equality.py)
+kill         `fourfold train` whose worker is killed, and goes on with half as many         (multi_faults.py)
+resume       a checkpoint of all GPUs on fewer                                              (multi_faults.py)
+command      `fourfold train` by strategy: losses and speed                                 (multi_faults.py)
 
-Each run is the command that a user types, in a process of its own. Results are merged into FOLDER/multi_gpu.json.
+A call ends within its budget. Rows are written into FOLDER/multi_gpu.json one by one; a later call leaves out what is
+there, in the file itself or in those that `--known` names. Tables: multi_layouts.py and
+multi_speeds.py; verdicts: multi_check.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
-
+import multi_faults
 from environment import environment
-from made_up_rows import write_rows
+from fourfold.planning.detect import detect
+from multi_check import verdicts
+from multi_job import Plan, run_job
+from multi_layouts import equality_cases
+from multi_results import FILE, Results, is_failure, line_of
+from multi_speeds import SPEEDS, speed_cases
 
-SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
-LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-PRECISIONS = ["fp32", "bf16"]
-TUNINGS = ["full", "lora"]
-MIXTURE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 8,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 768,
-}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "ddp": (0, {"strategy": "ddp"}),
-    "zero1": (0, {"strategy": "zero1"}),
-    "zero2": (0, {"strategy": "zero2"}),
-    "zero3": (0, {"strategy": "zero3"}),
-    "hsdp": (0, {"strategy": "hsdp"}),
-    "tp": (0, {"strategy": "tp"}),
-    "tp_whole_positions": (0, {"strategy": "tp", "parallel": {"sequence_parallel": False}}),
-    "pp_1f1b": (0, {"strategy": "pp"}),
-    "pp_zbv": (0, {"strategy": "pp", "parallel": {"pp_schedule": "zbv"}}),
-    "cp_allgather": (2, {"parallel": {"cp": 2}}),
-    "cp_ulysses": (2, {"parallel": {"cp": 2, "cp_method": "ulysses"}}),
-    "cp_ring": (2, {"parallel": {"cp": 2, "cp_method": "ring"}}),
-}
-"""Processes (0: one a GPU) and keys of each layout."""
+POINTS = ("links", "throughput", "equality", "kill", "resume", "command")
+_IN_A_JOB = ("links", "throughput", "equality")
+_SECONDS = {"links": 25.0, "equality": 5.0, "kill": 120.0, "resume": 120.0, "command": 40.0}
+_TINY_SECONDS = 10.0
+_STARTUP_S = 20.0
 
 
-def write_model(folder: Path, tokenizer: Path, shape: dict[str, int]) -> Path:
-    """A config and a tokenizer; the weights are made at random from the run's seed."""
-    shutil.copytree(tokenizer, folder)
-    heads = shape["hidden_size"] // 64
-    kind: type[PreTrainedConfig] = Qwen3MoeConfig if "num_experts" in shape else LlamaConfig
-    config = kind(**shape, vocab_size=128256, num_attention_heads=heads, num_key_value_heads=max(heads // 4, 1))
-    config.save_pretrained(folder)
-    return folder
-
-
-def run_training(work: Path, model: Path, data: Path, name: str, keys: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Run `fourfold train` and read what it logged."""
-    output = work / name
-    config = {
-        "stage": "sft",
-        "do_train": True,
-        "model_name_or_path": str(model),
-        "train_from_scratch": True,
-        "dataset_dir": str(data),
-        "dataset": "identity,alpaca_en_demo",
-        "dataset_vars": {"name": "Fourfold", "author": "the Fourfold project"},
-        "template": "llama3",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "output_dir": str(output),
-        **keys,
+def cases_of(point: str, ranks: int) -> list[str]:
+    """Names of a point's cases."""
+    tables: dict[str, Callable[[], list[str]]] = {
+        "links": lambda: [f"links/{ranks}"],
+        "throughput": lambda: speed_cases(ranks),
+        "equality": lambda: equality_cases(ranks),
+        "kill": lambda: [f"kill/{ranks}"],
+        "resume": lambda: [f"resume/{ranks}"],
+        "command": lambda: [f"command/{ranks}/{name}" for name in multi_faults.COMMANDS],
     }
-    file = work / f"{name}.json"
-    file.write_text(json.dumps(config), encoding="utf-8")
+    return tables[point]()
+
+
+def seconds_of(name: str, *, is_tiny: bool) -> float:
+    """What a case is expected to take."""
+    kind = name.split("/")[0]
+    if is_tiny:
+        return _TINY_SECONDS
+    return SPEEDS[name.split("/")[2]].seconds if kind == "throughput" else _SECONDS[kind]
+
+
+def run_command(name: str, bench: multi_faults.Bench) -> dict[str, Any]:
+    """A case that starts `fourfold train`; a failure is a row, too."""
+    kind, *rest = name.split("/")
     started = time.perf_counter()
-    with (work / f"{name}.log").open("w", encoding="utf-8") as log:
-        command = [sys.executable, "-m", "fourfold", "train", str(file)]
-        try:
-            status = subprocess.run(command, stdout=log, stderr=log, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            status = None
-    seconds = time.perf_counter() - started
-    if status != 0:
-        return {"exit_status": status, "seconds": seconds, "log": (work / f"{name}.log").read_text()[-1500:]}
-    rows = [json.loads(line) for line in (output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    shutil.rmtree(output)
-    return {
-        "exit_status": status,
-        "seconds": seconds,
-        "losses": [row["loss"] for row in rows],
-        "tokens_per_sec": median(row["throughput"] for row in rows[2:]) if len(rows) > 3 else None,
-        "peak_allocated_gib": max((row.get("vram_allocated", 0.0) for row in rows), default=None),
-    }
+    try:
+        if kind == "command":
+            row = multi_faults.command(bench, rest[1])
+        else:
+            row = multi_faults.kill(bench) if kind == "kill" else multi_faults.resume(bench)
+    except (RuntimeError, OSError, LookupError, ValueError):
+        row = {"error": traceback.format_exc()[-3000:]}
+    return {**row, "seconds": time.perf_counter() - started}
 
 
-def equality(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
-    """Losses of every layout against one GPU."""
-    found: dict[str, Any] = {}
-    common = {"max_steps": 10, "global_batch_size": 8, "learning_rate": 1e-3, "cutoff_len": 512}
-    for precision in PRECISIONS:
-        for tuning in TUNINGS:
-            for layout, (processes, keys) in LAYOUTS.items():
-                if layout == "hsdp" and gpus < 4:
-                    continue
-                settings = {**common, **keys, "finetuning_type": tuning, "bf16": precision == "bf16"}
-                settings["nproc"] = processes or gpus
-                name = f"equality_{precision}_{tuning}_{layout}"
-                found[name] = run_training(work, model, data, name, settings, limit)
-                one = found[f"equality_{precision}_{tuning}_one"].get("losses")
-                if one and (losses := found[name].get("losses")):
-                    found[name]["largest_difference"] = max(abs(a - b) for a, b in zip(losses, one, strict=True))
-                _show(name, found[name])
-    return found
-
-
-def throughput(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
-    """Speed and memory; every rank has the same number of samples, so one GPU does 1/N of a step's work."""
-    found: dict[str, Any] = {}
-    for tuning in TUNINGS:
-        for layout, (processes, keys) in LAYOUTS.items():
-            if layout == "hsdp" and gpus < 4:
+def run_points(args: argparse.Namespace, results: Results) -> None:
+    """Run what is missing, until all is done or the budget is spent."""
+    deadline = args.started + args.budget - 3.0
+    facts = {"environment": environment(), "gpu": args.gpu, "ranks": args.gpus, "is_tiny": args.tiny}
+    call = results.begin_call(facts)
+    known = results.done(failed_too=not args.retry)
+    with tempfile.TemporaryDirectory(prefix="fourfold-") as folder:
+        for points in _grouped(args.only.split(",")):
+            names = [name for point in points for name in cases_of(point, args.gpus) if _asked(name, args)]
+            names = [name for name in names if name not in known]
+            seconds = {name: seconds_of(name, is_tiny=args.tiny) for name in names}
+            if points[0] in _IN_A_JOB:
+                plan = Plan(tuple(names), str(results.file), folder, call, deadline, seconds, args.tiny)
+                run_job(plan, args.gpus, Path(__file__))
                 continue
-            count = processes or gpus
-            settings = {
-                **keys,
-                "max_steps": 12,
-                "finetuning_type": tuning,
-                "bf16": True,
-                "nproc": count,
-                "packing": True,
-                "cutoff_len": 2049,
-                "num_train_epochs": 100,
-                "per_device_train_batch_size": 4,
-            }
-            name = f"throughput_{tuning}_{layout}"
-            found[name] = run_training(work, model, data, name, settings, limit)
-            _show(name, found[name])
-    return found
+            bench = multi_faults.Bench(Path(folder), args.gpus, args.tiny)
+            for name in names:
+                if time.time() + seconds[name] < deadline:
+                    row = run_command(name, bench)
+                    results.put(name, row, call)
+                    print(line_of(name, row), flush=True)
 
 
-def experts(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
-    """Experts gathered layer by layer (zero3) against experts that stay where they are (ep)."""
-    found: dict[str, Any] = {}
-    common = {"nproc": gpus, "strategy": "fsdp", "finetuning_type": "full", "learning_rate": 1e-4}
-    settings = {
-        "fp32": {"max_steps": 10, "global_batch_size": 8, "cutoff_len": 512},
-        "bf16": {"max_steps": 12, "bf16": True, "packing": True, "cutoff_len": 2049, "num_train_epochs": 100},
-    }
-    for precision, keys in settings.items():
-        for layout, parallel in (("zero3", {}), ("ep", {"ep": gpus})):
-            name = f"experts_{precision}_{layout}"
-            found[name] = run_training(work, model, data, name, {**common, **keys, "parallel": parallel}, limit)
-            sharded = found[f"experts_{precision}_zero3"].get("losses")
-            if sharded and (losses := found[name].get("losses")):
-                found[name]["largest_difference"] = max(abs(a - b) for a, b in zip(losses, sharded, strict=True))
-            _show(name, found[name])
-    return found
+def _grouped(points: list[str]) -> list[list[str]]:
+    """Points that follow each other and run in one job, together; all others alone."""
+    groups: list[list[str]] = []
+    for point in points:
+        if groups and point in _IN_A_JOB and groups[-1][0] in _IN_A_JOB:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
 
 
-def ddp_variants(work: Path, model: Path, data: Path, gpus: int, limit: float) -> dict[str, Any]:
-    """Run ddp_variants.py by torchrun."""
-    script = Path(__file__).with_name("ddp_variants.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
-    subprocess.run([*launcher, str(script), "--out", str(work)], timeout=limit, check=True)
-    return {"ddp_variants": json.loads((work / "ddp_variants.json").read_text(encoding="utf-8"))}
+def _asked(name: str, args: argparse.Namespace) -> bool:
+    return not args.cases or any(text in name for text in args.cases.split(","))
 
 
-def _show(name: str, found: dict[str, Any]) -> None:
-    keys = ("exit_status", "seconds", "largest_difference", "tokens_per_sec", "peak_allocated_gib")
-    shown = (f"{key} {found[key]:.6g}" for key in keys if isinstance(found.get(key), int | float))
-    print(f"{name:32} {'  '.join(shown)}", flush=True)
-    if found["exit_status"] != 0:
-        print(found.get("log", ""), flush=True)
+def predict_again(results: Results) -> None:
+    """Write anew what is predicted of the rows of `throughput`, and print them."""
+    from multi_predict import predict  # heavy, and for this alone
+
+    for name, row in results.rows().items():
+        if name.startswith("throughput/") and not is_failure(row):
+            links = results.rows().get(f"links/{name.split('/')[1]}")
+            row = {key: value for key, value in row.items() if not key.startswith("predicted")}
+            row |= predict(row, results.gpu_of(row), links)
+            results.put(name, row, row["call"])
+            print(line_of(name, row), flush=True)
 
 
-CASES = {
-    "equality": (equality, SMALL),
-    "throughput": (throughput, LARGE),
-    "experts": (experts, MIXTURE),
-    "ddp_variants": (ddp_variants, SMALL),
-}
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(POINTS), help="points in this order, separated by commas")
+    parser.add_argument("--cases", default="", help="of them those whose name has one of these, separated by commas")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds after which the call has ended")
+    parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="default: all that there are; without any, 2 CPUs")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/benchmarks")))
+    parser.add_argument("--known", type=Path, action="append", default=[], help="results of earlier calls")
+    parser.add_argument("--retry", action="store_true", help="run again what has failed")
+    parser.add_argument("--tiny", action="store_true", help="shapes for CPUs")
+    parser.add_argument("--list", action="store_true", help="print the cases and what they are expected to take")
+    parser.add_argument("--check", action="store_true", help="judge the results; exit code 1 if any fails")
+    parser.add_argument("--predict", action="store_true", help="predict the results of throughput anew")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    unknown = set(args.only.split(",")) - set(POINTS)
+    if unknown:
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}. Use {', '.join(POINTS)}.")
+    args.started, found = time.time(), detect()
+    args.gpu = None if found is None else found.device.name
+    args.gpus = args.gpus or (2 if found is None else found.per_node)
+    if found is None and not args.tiny and args.worker is None:
+        args.tiny = not (args.list or args.check or args.predict)
+    return args
 
 
 def main() -> None:
-    """Run the chosen cases until the budget is spent."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="equality,throughput", help="cases, separated by commas")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the Llama-3 tokenizer")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of one run at most")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/benchmarks")))
-    parser.add_argument("--layouts", default=",".join(LAYOUTS), help="of these layouts, separated by commas")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="of the equality runs")
-    parser.add_argument("--tunings", default=",".join(TUNINGS))
-    args = parser.parse_args()
-    PRECISIONS[:] = args.precisions.split(",")
-    TUNINGS[:] = args.tunings.split(",")
-    for name in LAYOUTS.keys() - set(args.layouts.split(",")):
-        del LAYOUTS[name]
-    gpus = torch.cuda.device_count() or 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "multi_gpu.json"
-    merged = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    work = Path(tempfile.mkdtemp(prefix="fourfold-"))
-    write_rows(work / "data")
-    for name in args.only.split(","):
-        case, shape = CASES[name]
-        model = write_model(work / f"model-{name}", args.tokenizer, shape)
-        merged |= case(work, model, work / "data", gpus, args.budget)
-        merged["environment"] = {**environment(), "gpus": gpus}
-        file.write_text(json.dumps(merged, indent=1), encoding="utf-8")
-    shutil.rmtree(work)
+    """Run, list, predict or judge."""
+    args = parse_arguments()
+    if args.worker is not None:
+        from multi_worker import work  # heavy, and for ranks only
+
+        work(args.worker)
+        return
+    if args.list:
+        for point in args.only.split(","):
+            for name in cases_of(point, args.gpus):
+                note = SPEEDS[name.split("/")[2]].note if point == "throughput" else ""
+                print(f"{seconds_of(name, is_tiny=args.tiny):6.0f} s  {name:60} {note}")
+        return
+    results = Results(args.out / FILE)
+    for file in args.known:
+        results.take_in(file)
+    if args.predict:
+        predict_again(results)
+    elif not args.check:
+        run_points(args, results)
+    if args.check:
+        found = list(verdicts(results.rows()))
+        print(*found, sep="\n")
+        failed = sum(not verdict.passed for verdict in found)
+        print(f"{len(found) - failed} of {len(found)} passed")
+        sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""What the planner says of the rows of multi_gpu.py: memory of the most loaded rank, time of a step, bubble.
+
+With the link of the catalogue, and with the one that `links` measured, where it has. Nothing is run, so that rows from
+a machine with GPUs are predicted anew on any other (`multi_gpu.py --predict`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fourfold.base.errors import PlanError
+from fourfold.planning.cost import cut_step, estimate_cost
+from fourfold.planning.device import Device, Link
+from fourfold.planning.hardware import build_cluster, find_device
+from fourfold.planning.memory import estimate_memory
+from rehearsed import GIB, described, point_of
+
+STAND_IN = "h100"
+"""The card that a run without one is predicted for, so that tiny runs try this out as well."""
+
+
+def measured_link(links: dict[str, Any] | None) -> tuple[float, float] | None:
+    """Bytes/s and latency of a hop from a row of `links`."""
+    if not links or "link_gb_s" not in links:
+        return None
+    return links["link_gb_s"] * 1e9, links["latency_us"] * 1e-6
+
+
+def predict(row: dict[str, Any], gpu: str | None, links: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Predictions of a row of `throughput`; an `unpredicted` with the reason where there are none.
+
+    Args:
+        gpu: name of the card; None for none.
+        links: what was measured of the links.
+    """
+    try:
+        card = find_device(gpu or STAND_IN)
+        if row.get("host_op_us"):
+            card = replace(card, host_op_s=row["host_op_us"] * 1e-6)
+        return _predict(row, card, measured_link(links))
+    except PlanError as error:
+        return {"unpredicted": str(error)}
+
+
+def _predict(row: dict[str, Any], card: Device, link: tuple[float, float] | None) -> dict[str, Any]:
+    point = point_of(row["fields"])
+    _, shape, job = described(point)
+    layout, tokens = point.layout, sum(point.sequences)
+    memory = estimate_memory(shape, job, layout, point.recompute, tokens, device=card)
+    cost = estimate_cost(shape, job, layout, build_cluster(card, layout.world_size), point.recompute, job.micro_batch)
+    found = {
+        "predicted_allocated_gib": memory.allocated / GIB,
+        "predicted_reserved_gib": memory.reserved / GIB,
+        "predicted_device_gib": memory.device / GIB,
+        "predicted_step_s": cost.step_s,
+        "predicted_exposed_s": cost.exposed_s,
+    }
+    if layout.pp > 1:
+        found["predicted_bubble"] = cost.bubble
+        found["predicted_micro_batches"] = cut_step(job, layout, job.micro_batch).count
+    if link is not None:
+        rate, latency = link
+        linked = replace(card, link=Link(card.link.kind, rate, latency))
+        cluster = build_cluster(linked, layout.world_size)
+        measured = estimate_cost(shape, job, layout, cluster, point.recompute, job.micro_batch)
+        found["predicted_step_s_by_measured_link"] = measured.step_s
+    return found

@@ -1,0 +1,160 @@
+"""Speed and memory of a rank's share of a job, random weights made on the device, every collective for real.
+
+A step is timed from one wait for the device to the next. What a pipeline idles comes from a second step of half as many
+micro-batches: a micro-batch takes what the two steps differ by, over the number by which they do; what is left of the
+longer step is idle (or happens once a step: the optimizer is not in it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fourfold.dataset.batch import Batch
+from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.whole import everyone
+from fourfold.training.host_speed import host_op_seconds
+from multi_assembly import Ready, assemble, free, made_up, peak_gib, random_model
+from multi_layouts import TINY_WIDTHS
+from multi_speeds import Speed
+from rehearsed import MODELS, Point, described
+
+WARM, TIMED = 2, 4
+_TINY_LAYERS = 8
+"""As many as four ranks of a pipeline have stages."""
+_TINY_TOKENS = 48
+
+
+def point_of(case: Speed, work: Path, rank: int, *, is_tiny: bool) -> Point:
+    """What the planner and the rehearsal call a point; for a CPU with a model that it can train in a second.
+
+    Args:
+        work: where rank 0 writes the tiny model's config while the others wait; every rank must call.
+    """
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(Point) if field.name != "stage"}
+    point = Point(**fields)
+    if not is_tiny:
+        return point
+    folder = work / f"{case.model}-tiny"
+    if rank == 0 and not folder.exists():
+        entries = json.loads((MODELS / case.model / "config.json").read_text(encoding="utf-8"))
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(entries | _tiny_entries(entries)), encoding="utf-8")
+    everyone(None)
+    layout = replace(point.layout, pp_layers=())
+    return replace(point, model=str(folder), layers=0, layout=layout, sequences=(_TINY_TOKENS,) * len(point.sequences))
+
+
+def _tiny_entries(entries: dict[str, Any]) -> dict[str, Any]:
+    found = {**TINY_WIDTHS, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": _TINY_LAYERS}
+    if "num_experts" in entries:
+        found |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return {**found, "tie_word_embeddings": False}
+
+
+def run_case(case: Speed, point: Point, mesh: Mesh) -> dict[str, Any]:
+    """Train a case; every rank of the mesh must call.
+
+    Args:
+        point: as `point_of` gives it.
+    Returns:
+        this rank's figures; memory in GiB.
+    """
+    run, shape, _ = described(point)
+    free(mesh.device)
+    started = time.perf_counter()
+    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute)
+    loaded_s, (loaded_gib, _) = time.perf_counter() - started, peak_gib(mesh.device)
+    batches = _batches(ready, point, shape.vocab, mesh)
+    for _ in range(WARM):
+        ready.train(batches)
+    _wait(mesh.device)
+    if mesh.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds, losses, tokens = [], [], 0
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        result, _norm = ready.train(batches)
+        _wait(mesh.device)
+        seconds.append(time.perf_counter() - began)
+        losses.append(result.loss)
+        tokens = result.num_tokens
+    allocated, reserved = peak_gib(mesh.device)
+    found = {
+        "step_s": median(seconds),
+        "step_seconds": seconds,
+        "tokens_per_step": tokens,
+        "tokens_per_sec_per_gpu": tokens / median(seconds) / mesh.layout.world_size,
+        "losses": losses,
+        "losses_finite": all(map(math.isfinite, losses)),
+        "loaded_s": loaded_s,
+        "loaded_gib": loaded_gib,
+        "allocated_gib": allocated,
+        "reserved_gib": reserved,
+        "packed": ready.policy.packed,
+    }
+    if case.bubble:
+        found |= idle_of(ready, batches, mesh.device)
+    if mesh.device.type == "cuda":
+        found["host_op_us"] = 1e6 * host_op_seconds(mesh.device)
+    return found
+
+
+def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """One row of what the ranks found: times of the slowest, memory of each; None for ranks that had no part."""
+    rows = [row for row in found if row is not None]
+    slowest = max(rows, key=lambda row: row["step_s"])
+    return {
+        **slowest,
+        "ranks": len(rows),
+        "losses": rows[0]["losses"],
+        **{key: [row[key] for row in rows] for key in ("loaded_gib", "allocated_gib", "reserved_gib")},
+    }
+
+
+def idle_of(ready: Ready, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
+    """What a pipeline idles in forward and backward of a step."""
+    many, few = len(batches), len(batches) // 2
+    times = {}
+    for count in (many, few):
+        seconds = []
+        for _ in range(TIMED):
+            ready.optimizer.zero_grad(set_to_none=True)
+            _wait(device)
+            began = time.perf_counter()
+            ready.step.forward_backward(batches[:count])
+            _wait(device)
+            seconds.append(time.perf_counter() - began)
+        times[count] = median(seconds[1:])
+    each = (times[many] - times[few]) / (many - few)
+    return {
+        "micro_batches": many,
+        "micro_batch_s": each,
+        "pass_s": times[many],
+        "bubble": 1 - many * each / times[many],
+    }
+
+
+def _batches(ready: Ready, point: Point, vocabulary: int, mesh: Mesh) -> list[Batch]:
+    """The micro-batches of a step of this data-parallel rank, each of the point's sequences."""
+    source = random.Random(mesh.dp_rank)
+    return [
+        batch
+        for number in range(point.batches)
+        for batch in ready.cut([made_up(source, length, vocabulary, number) for length in point.sequences])
+    ]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
