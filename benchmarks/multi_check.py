@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from multi_faults import END_WITHIN_S, STEPS, TOLERANCE
-from multi_layouts import TOLERANCES, parse
+from multi_faults import END_WITHIN_S, SAVED, STEPS, TOLERANCE
+from multi_layouts import NORM_TOLERANCE, TOLERANCES, parse
 from multi_results import FAILURES, is_failure
 from multi_speeds import SPEEDS
 
@@ -77,8 +77,10 @@ def _equality(name: str, row: dict[str, Any], rows: Rows) -> Iterator[Verdict]:
         yield Verdict(name, all(map(math.isfinite, row["losses"])), "losses are numbers")
         return
     variant, _ = parse(name)
-    key, limit = TOLERANCES[variant.model, variant.precision]
+    key, limit = TOLERANCES[variant.precision]
     yield at_most(f"{name}: {key}", row[key], limit)
+    if variant.precision == "fp32":
+        yield at_most(f"{name}: gradient norms", row["largest_norm_difference"], NORM_TOLERANCE)
 
 
 def _throughput(name: str, row: dict[str, Any], rows: Rows) -> Iterator[Verdict]:
@@ -136,17 +138,16 @@ def _kill(name: str, row: dict[str, Any], rows: Rows) -> Iterator[Verdict]:
     yield Verdict(f"{name}: cause told", told, f"exit code {row['exit_code']}: {row['cause']}")
     yield Verdict(f"{name}: nothing left running", not row["left_running"], str(row["left_running"] or "nothing"))
     yield at_most(f"{name}: losses before", row["largest_difference_before"], TOLERANCE)
-    yield from _resumed(name, row["resumed_steps"], row["largest_resumed_difference"])
+    went_on = row["resumed_at_step"] == SAVED and row["resumed_steps"] == STEPS
+    yield Verdict(f"{name}: went on to the end", went_on, f"from step {row['resumed_at_step']}")
+    yield at_most(f"{name}: losses after resuming", row["largest_resumed_difference"], TOLERANCE)
 
 
 def _resume(name: str, row: dict[str, Any], rows: Rows) -> Iterator[Verdict]:
     for ranks, one in row["resumed"].items():
-        yield from _resumed(f"{name} on {ranks}", one["steps"], one["difference"])
-
-
-def _resumed(name: str, steps: int, difference: float) -> Iterator[Verdict]:
-    yield Verdict(f"{name}: steps after resuming", steps == STEPS, f"{steps} (of {STEPS})")
-    yield at_most(f"{name}: losses after resuming", difference, TOLERANCE)
+        left = STEPS - SAVED
+        yield Verdict(f"{name} on {ranks}: went on to the end", one["steps"] == left, f"{one['steps']} of {left} steps")
+        yield at_most(f"{name} on {ranks}: losses after resuming", one["difference"], TOLERANCE)
 
 
 _OF_KIND = {

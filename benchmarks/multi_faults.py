@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,9 +25,11 @@ from made_up_rows import write_rows
 
 TOLERANCE = 1e-5
 END_WITHIN_S = 30.0
+_MOST_S = 180.0
 STEPS, SAVED, KILLED = 24, 8, 11
 """Steps of a run, between checkpoints, and after which a worker is killed: late enough for one checkpoint, early enough
 that the run cannot have ended."""
+_SAVING = {"save_strategy": "steps", "save_steps": SAVED, "save_sharded": True}
 COMMANDS: dict[str, dict[str, Any]] = {
     "one": {"nproc": 1},
     "auto": {},
@@ -36,7 +39,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "pp": {"strategy": "pp"},
 }
 """Keys by which the command itself is tried."""
-_SHAPE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 8192}
+_SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 8192}
 _TINY_SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512}
 
 
@@ -45,13 +48,18 @@ class Bench:
     """Where runs lie, and how large they are.
 
     Attributes:
-        limit_s: of a run.
+        deadline: seconds since 1970 at which a run is ended; each is after three minutes.
     """
 
     work: Path
     ranks: int
     is_tiny: bool
-    limit_s: float = 180.0
+    deadline: float
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds that a run may take."""
+        return max(min(_MOST_S, self.deadline - time.time()), 0.0)
 
     def config(self, name: str, keys: dict[str, Any]) -> Path:
         """The config file of a run, whose model and data are made where they are not there yet."""
@@ -76,6 +84,7 @@ class Bench:
             "save_strategy": "no",
             "report_to": "none",
             "nproc": self.ranks,
+            "use_cpu": self.is_tiny,
             "output_dir": str(self.folder(name)),
             **keys,
         }
@@ -158,31 +167,31 @@ def command(bench: Bench, name: str) -> dict[str, Any]:
 
 def kill(bench: Bench) -> dict[str, Any]:
     """Kill a worker in the middle of a step, and go on with half as many."""
-    keys = {"strategy": "zero3", "save_strategy": "steps", "save_steps": SAVED, "save_sharded": True}
-    whole = _uninterrupted(bench, "kill-whole", keys)
+    layout = {"strategy": "zero3"}
+    whole = _uninterrupted(bench, "kill-whole", layout)
+    keys = {**layout, **_SAVING}
     process = bench.start("kill", keys)
     _wait_for_step(bench, process, "kill", KILLED)
-    time.sleep(0.005 if bench.is_tiny else 0.05)  # about half a step
-    victim = workers_of(process.pid)[-1]
-    os.kill(victim, signal.SIGKILL)
+    time.sleep(0.005 if bench.is_tiny else 0.03)  # about half a step
+    workers = workers_of(process.pid)
+    os.kill(workers[-1], signal.SIGKILL)
     killed = time.perf_counter()
     code = bench.end_of(process, 2 * END_WITHIN_S)
     ended_after_s = time.perf_counter() - killed
-    said, before = bench.said("kill"), bench.losses("kill")
+    said, before, fewer = bench.said("kill"), bench.losses("kill"), bench.ranks // 2
     if max(before) >= STEPS:
         raise RuntimeError("the run had ended before its worker was killed")
-    fewer = bench.ranks // 2
     resume_s = bench.run("kill", {**keys, "nproc": fewer, "resume_from_checkpoint": True})
     after = bench.losses("kill")
     return {
         "exit_code": code,
         "ended_after_s": ended_after_s,
         "cause": next((line for line in said.splitlines() if "SIGKILL" in line), "not told"),
-        "left_running": [pid for pid in (victim, *workers_of(process.pid)) if Path(f"/proc/{pid}").exists()],
+        "left_running": [pid for pid in workers if Path(f"/proc/{pid}").exists()],
         "killed_after_step": max(before),
         "largest_difference_before": _apart(before, whole),
-        "resumed_at_step": SAVED * (max(before) // SAVED),
         "resumed_ranks": fewer,
+        "resumed_at_step": _continued_at(bench.said("kill")),
         "resumed_steps": len(after),
         "largest_resumed_difference": _apart(after, whole),
         "resume_s": resume_s,
@@ -192,20 +201,16 @@ def kill(bench: Bench) -> dict[str, Any]:
 def resume(bench: Bench) -> dict[str, Any]:
     """A checkpoint of all ranks, on fewer."""
     sizes = {2: {"tp": 2}, 4: {"tp": 2, "dp_shard": 2}, 8: {"tp": 2, "dp_shard": 4}}[bench.ranks]
-    saving = {"save_strategy": "steps", "save_steps": SAVED, "save_sharded": True}
-    whole = _uninterrupted(bench, "resume-whole", {"parallel": sizes, **saving})
+    whole = _uninterrupted(bench, "resume-whole", {"parallel": sizes, **_SAVING})
     found: dict[str, Any] = {"written_by": sizes, "resumed": {}}
     for fewer in sorted({bench.ranks // 2, min(2, bench.ranks // 2)}):
         name = f"resume-{fewer}"
-        shutil.rmtree(bench.folder(name), ignore_errors=True)
-        shutil.copytree(bench.folder("resume-whole"), bench.folder(name))
-        checkpoint = bench.folder(name) / f"checkpoint-{SAVED}"
-        keys = {"nproc": fewer, "strategy": "fsdp", **saving, "resume_from_checkpoint": str(checkpoint)}
+        checkpoint = bench.folder("resume-whole") / f"checkpoint-{SAVED}"
+        keys = {"nproc": fewer, "strategy": "fsdp", "resume_from_checkpoint": str(checkpoint)}
         seconds = bench.run(name, keys)
         after = bench.losses(name)
         found["resumed"][str(fewer)] = {"steps": len(after), "difference": _apart(after, whole), "seconds": seconds}
     found["largest_resumed_difference"] = max(one["difference"] for one in found["resumed"].values())
-    found["fewest_resumed_steps"] = min(one["steps"] for one in found["resumed"].values())
     return found
 
 
@@ -242,6 +247,12 @@ def _wait_for_step(bench: Bench, process: subprocess.Popen[bytes], name: str, st
 
 def _apart(found: dict[int, float], whole: dict[int, float]) -> float:
     return max(abs(loss - whole[step]) for step, loss in found.items())
+
+
+def _continued_at(said: str) -> int:
+    """The step after which a run says that it went on; 0 for none."""
+    found = re.findall(r"Continuing at step (\d+)", said)
+    return int(found[0]) if found else 0
 
 
 def _chosen(said: str) -> str:

@@ -15,12 +15,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from multi_results import Results, line_of
 
+CURRENT = "current.json"
+"""Which case runs, in the folder of a plan; there is none between cases."""
+_LEAST_ALLOWED_S = 90.0
 _GRACE_S = 2.0
 """How long ranks may go on once one has failed, to tell of their own failures."""
 
@@ -50,40 +53,43 @@ def run_job(plan: Plan, ranks: int, script: Path) -> None:
     """Run a plan's cases, in new jobs after failures, until all are done or time is up.
 
     Raises:
-        SystemExit: a job ended before its first case.
+        SystemExit: a job failed outside of its cases.
     """
-    results, left, number = Results(Path(plan.results)), list(plan.cases), 0
+    results, left = Results(Path(plan.results)), list(plan.cases)
     while left and time.time() + plan.seconds[left[0]] < plan.deadline:
-        number += 1
-        failed = _run_once(Plan(**{**asdict(plan), "cases": tuple(left)}), ranks, script)
+        failed = _run_once(replace(plan, cases=tuple(left)), ranks, script)
         if failed is None:
             return
         name, row = failed
         if not name:
-            raise SystemExit(f"the job ended before its first case:\n{row}")
+            raise SystemExit(f"the job failed outside of its cases:\n{row}")
         results.put(name, row, plan.call)
         print(line_of(name, row), flush=True)
         left = left[left.index(name) + 1 :]
 
 
 def _run_once(plan: Plan, ranks: int, script: Path) -> tuple[str, dict[str, Any]] | None:
-    """Run a job; returns the case that it failed in and what is told of it, or None."""
+    """Run a job.
+
+    Returns:
+        the case that it failed in, "" for none, and what is told of it; None if all went well or time was up.
+    """
     folder, logs = Path(plan.work), Path(plan.results).parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    for file in (folder / "current.json", *folder.glob("failed-*.json")):
+    current = folder / CURRENT
+    for file in (current, *folder.glob("failed-*.json")):
         file.unlink(missing_ok=True)
     plan_file = folder / "plan.json"
-    plan_file.write_text(json.dumps(asdict(plan)), encoding="utf-8")
-    command = [sys.executable, str(script), "--worker", str(plan_file)]
-    processes = _start(command, ranks, logs)
+    write(plan_file, asdict(plan))
+    processes = _start([sys.executable, str(script), "--worker", str(plan_file)], ranks, logs)
     try:
-        reason = _watch(processes, plan, folder)
+        reason = _watch(processes, plan, current)
     finally:
         _end(processes)
     failures = sorted((read(file) for file in folder.glob("failed-*.json")), key=lambda found: found["at"])
-    if reason is None and not failures:
+    if time.time() > plan.deadline or (reason is None and not failures):
         return None
-    name = read(folder / "current.json")["case"] if (folder / "current.json").exists() else ""
+    name = read(current)["case"] if current.exists() else ""
     if failures:
         first = failures[0]
         return name, {first["kind"]: first["text"], "rank": first["rank"], "failed_ranks": len(failures)}
@@ -109,7 +115,7 @@ def _start(command: Sequence[str], ranks: int, logs: Path) -> list[subprocess.Po
     return processes
 
 
-def _watch(processes: Sequence[subprocess.Popen[bytes]], plan: Plan, folder: Path) -> str | None:
+def _watch(processes: Sequence[subprocess.Popen[bytes]], plan: Plan, current: Path) -> str | None:
     """Wait until all ranks have ended, or one has failed, or a case takes too long; returns why they must be ended."""
     while True:
         codes = [process.poll() for process in processes]
@@ -119,19 +125,25 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], plan: Plan, folder: Pat
         if bad:
             time.sleep(_GRACE_S)
             return f"rank {bad[0][0]} ended with exit code {bad[0][1]}"
-        current = read(folder / "current.json") if (folder / "current.json").exists() else None
-        late = time.time() > plan.deadline
-        if current is not None:
-            allowed = max(90.0, 4 * plan.seconds[current["case"]])
-            if late or time.time() - current["since"] > allowed:
+        if time.time() > plan.deadline:
+            return "the call's time was up"
+        if (found := _running(current)) is not None:
+            allowed = max(_LEAST_ALLOWED_S, 4 * plan.seconds[found["case"]])
+            if time.time() - found["since"] > allowed:
                 for process in processes:
                     with suppress(ProcessLookupError):
                         process.send_signal(signal.SIGUSR1)  # where each is, for the log
                 time.sleep(1)
-                return "the call's time was up" if late else f"the case had not ended after {allowed:.0f} s"
-        elif late:
-            return "the call's time was up before the first case"
+                return f"the case had not ended after {allowed:.0f} s"
         time.sleep(0.1)
+
+
+def _running(current: Path) -> dict[str, Any] | None:
+    """The case that runs now, and since when."""
+    try:
+        return read(current)
+    except FileNotFoundError:
+        return None
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -22,7 +22,7 @@ from fourfold.parallel.mesh import Mesh, build_mesh, local_device, single, start
 from fourfold.parallel.whole import everyone
 from fourfold.planning.layout import Layout
 from fourfold.training.host_speed import host_op_seconds
-from multi_job import Plan, read, write
+from multi_job import CURRENT, Plan, read, write
 from multi_layouts import LAYOUTS, parse, reference_of
 from multi_predict import predict
 from multi_results import Results, is_failure, line_of
@@ -55,20 +55,21 @@ def work(plan_file: Path) -> None:
     warnings.simplefilter("ignore")
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
-        device = local_device(use_cpu=not torch.cuda.is_available())
+        device = local_device(use_cpu=plan.is_tiny)
         start_process_group(device, _TIMEOUT_S)
         results, meshes = Results(Path(plan.results)), Meshes(device)
         for name in plan.cases:
             if everyone(time.time())[0] + plan.seconds[name] > plan.deadline:
                 continue
             if rank == 0:
-                write(folder / "current.json", {"case": name, "since": time.time()})
+                write(folder / CURRENT, {"case": name, "since": time.time()})
             started = time.perf_counter()
             row = run_case(name, meshes, plan, results)
             row["seconds"] = time.perf_counter() - started
             if rank == 0:
                 results.put(name, row, plan.call)
                 print(line_of(name, row), flush=True)
+                (folder / CURRENT).unlink()
         everyone(None)
         stop_process_group()
     except BaseException as error:
@@ -101,7 +102,7 @@ def _throughput(name: str, meshes: Meshes, folder: Path, results: Results, *, is
         found = multi_throughput.run_case(case, point, mesh)
     row = multi_throughput.merge_ranks(everyone(found))
     row |= {"fields": asdict(point), "note": case.note, "is_tiny": is_tiny}
-    return row | predict(row, gpu_name(), results.rows().get(f"links/{dist.get_world_size()}"))
+    return row | predict(row, _gpu_name(meshes.device), results.rows().get(f"links/{dist.get_world_size()}"))
 
 
 def _reference(name: str, meshes: Meshes, plan: Plan, results: Results) -> dict[str, Any]:
@@ -121,11 +122,11 @@ def _links(device: torch.device, results: Results, *, is_tiny: bool) -> dict[str
     row = multi_links.run_case(device, is_tiny=is_tiny)
     host_op_us = 1e6 * host_op_seconds(device) if device.type == "cuda" else None
     if dist.get_rank() == 0:
-        text = multi_links.hardware_file(row, gpu_name(), host_op_us)
+        text = multi_links.hardware_file(row, _gpu_name(device), host_op_us)
         (results.file.parent / f"hardware-{row['ranks']}.yaml").write_text(text, encoding="utf-8")
     return {**row, "host_op_us": host_op_us}
 
 
-def gpu_name() -> str | None:
+def _gpu_name(device: torch.device) -> str | None:
     """The GPU's name; None without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
