@@ -20,15 +20,16 @@ from fourfold.planning.stages import num_stages
 Precision = Literal["fp32", "bf16"]
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv", "gpipe")
 METHODS = ("allgather", "ulysses", "ring")
+_SHORT = {"dp_shard": "fsdp"}
 
 
 def _pipelines(ranks: int, **sizes: int) -> dict[str, Layout]:
-    beside = "".join(f"{name}{size}-" for name, size in sizes.items())
+    beside = "".join(f"{_SHORT.get(name, name)}{size}-" for name, size in sizes.items())
     return {f"{beside}pp{ranks}-{schedule}": Layout(pp=ranks, pp_schedule=schedule, **sizes) for schedule in SCHEDULES}  # type: ignore[arg-type]
 
 
 def _contexts(ranks: int, **sizes: int) -> dict[str, Layout]:
-    beside = "".join(f"{name}{size}-" for name, size in sizes.items())
+    beside = "".join(f"{_SHORT.get(name, name)}{size}-" for name, size in sizes.items())
     return {f"{beside}cp{ranks}-{method}": Layout(cp=ranks, cp_method=method, **sizes) for method in METHODS}  # type: ignore[arg-type]
 
 

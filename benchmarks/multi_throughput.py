@@ -136,13 +136,18 @@ def idle_of(ready: Ready, batches: Sequence[Batch], device: torch.device) -> dic
             _wait(device)
             seconds.append(time.perf_counter() - began)
         times[count] = median(seconds[1:])
-    each = (times[many] - times[few]) / (many - few)
-    return {
-        "micro_batches": many,
-        "micro_batch_s": each,
-        "pass_s": times[many],
-        "bubble": 1 - many * each / times[many],
-    }
+    each, share = bubble_of(times[many], times[few], many, few)
+    return {"micro_batches": many, "micro_batch_s": each, "pass_s": times[many], "bubble": share}
+
+
+def bubble_of(longer_s: float, shorter_s: float, many: int, few: int) -> tuple[float, float]:
+    """Seconds of a micro-batch, and the share of the longer pass that is not micro-batches.
+
+    Args:
+        longer_s, shorter_s: passes of `many` and of `few` micro-batches.
+    """
+    each = (longer_s - shorter_s) / (many - few)
+    return each, 1 - many * each / longer_s
 
 
 def _batches(ready: Ready, point: Point, vocabulary: int, mesh: Mesh) -> list[Batch]:
