@@ -68,10 +68,11 @@ def run_case(case: Speed, point: Point, mesh: Mesh) -> dict[str, Any]:
     Args:
         point: as `point_of` gives it.
     Returns:
-        this rank's figures; memory in GiB.
+        this rank's figures; memory in GiB, `held_before_gib` what earlier cases have left.
     """
     run, shape, _ = described(point)
     free(mesh.device)
+    held_before_gib = peak_gib(mesh.device)[0]
     started = time.perf_counter()
     ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute)
     loaded_s, (loaded_gib, _) = time.perf_counter() - started, peak_gib(mesh.device)
@@ -97,6 +98,7 @@ def run_case(case: Speed, point: Point, mesh: Mesh) -> dict[str, Any]:
         "tokens_per_sec_per_gpu": tokens / median(seconds) / mesh.layout.world_size,
         "losses": losses,
         "losses_finite": all(map(math.isfinite, losses)),
+        "held_before_gib": held_before_gib,
         "loaded_s": loaded_s,
         "loaded_gib": loaded_gib,
         "allocated_gib": allocated,
