@@ -121,6 +121,29 @@ def test_lora_when_fast_has_the_losses_of_the_plain_step(folder: Path, keys: dic
         assert found == pytest.approx(norms, rel=0.05)
 
 
+@pytest.mark.parametrize("keys", [{"bf16": True}, {"bf16": True, "quantization_bit": 4}])
+def test_lora_when_memory_is_low_has_the_losses_of_the_plain_step_in_less(
+    keys: dict[str, object], tmp_path: Path
+) -> None:
+    tiny_model("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3, vocab_size=65536).save_pretrained(
+        tmp_path
+    )
+    lora = {"finetuning_type": "lora", "lora_rank": 8, **keys}
+    expected, norms = curve(tmp_path, NOTHING_FAST, **lora)
+    peaks: list[int] = []
+    for wishes, memory in ((Fast(), "auto"), (Fast(), "low"), (Fast(compiled=True, graphs=True), "low")):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        losses, found = curve(tmp_path, wishes, **lora, memory=memory)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert mean(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 4e-3
+        assert found == pytest.approx(norms, rel=0.1)
+    table = 65536 * 128 * 2
+    assert peaks[1] < peaks[0] - table
+    assert peaks[2] < peaks[0] - table
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_full_tuning_when_compiled_has_the_losses_of_the_plain_step(folder: Path, recompute: str) -> None:
     keys = {"finetuning_type": "full", "parallel": {"recompute": recompute}}

@@ -6,6 +6,8 @@ from typing import Any
 
 from fourfold.config.schema import Run
 
+_LOW_MEMORY_TOKENS = 1024
+
 
 def derive(run: Run) -> dict[str, Any]:
     """The values to fill in, by key.
@@ -14,6 +16,7 @@ def derive(run: Run) -> dict[str, Any]:
     - neat_packing turns packing on;
     - disable_gradient_checkpointing is gradient_checkpointing: false;
     - eval_strategy: steps evaluates every logging_steps, and any eval_strategy but no means do_eval;
+    - memory: low recomputes whole layers and cuts steps into micro-batches of 1,024 tokens;
     - a file that asks for nothing is meant to train;
     - warmup_steps below 1 is warmup_ratio;
     - clip_high is clip_low, or 0.28 for dapo (arXiv 2503.14476);
@@ -33,6 +36,13 @@ def derive(run: Run) -> dict[str, Any]:
             values["eval_steps"] = run.output.logging_steps
     if not (training.do_train or training.do_eval or training.do_predict) and "do_train" not in run.source:
         values["do_train"] = True
+    if run.parallel.memory == "low":
+        values["micro_batch_tokens"] = training.micro_batch_tokens or _LOW_MEMORY_TOKENS
+        if (
+            run.parallel.recompute == "auto"
+            and values.get("gradient_checkpointing", training.gradient_checkpointing) is None
+        ):
+            values["recompute"] = "full"
     if training.warmup_steps < 1:
         values["warmup_steps"] = 0
         values["warmup_ratio"] = training.warmup_steps or training.warmup_ratio

@@ -32,7 +32,11 @@ class ParallelConfig(Section):
         "CPUs replicas. zero3 and fsdp are the same.",
     )
     nproc: int | None = key(None, "Processes on this machine; default: one per visible GPU.", ge=1)
-    memory: Literal["auto", "low"] = _key("auto", "low trades speed for the least memory.")
+    memory: Literal["auto", "low"] = key(
+        "auto",
+        "low trades speed for the least memory: layers are computed again in the backward pass, micro-batches and "
+        "chunks of logits are small, and a frozen embedding stays in host memory (where one GPU has the whole model).",
+    )
     ddp_timeout: int = key(1800, "Seconds after which a collective that does not end is an error.", ge=1)
 
     dp_replicate: int | None = key(None, "Data-parallel replicas.", ge=1)

@@ -111,6 +111,7 @@ class StepModel:
         fixed: give attention the documents' offsets alone, and no numbers that differ from batch to batch: what is
             compiled or recorded would be made anew for each.
         compiled: the loss is compiled as well.
+        chunk_tokens: positions whose logits exist at one time; None for the device's own number.
     """
 
     module: nn.Module
@@ -124,6 +125,7 @@ class StepModel:
     load: ExpertLoad | None = field(init=False, default=None)
     fixed: bool = field(init=False, default=False)
     compiled: bool = field(init=False, default=False)
+    chunk_tokens: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
@@ -289,6 +291,7 @@ class StepModel:
             value=value_head_of(self._inner),
             scored=batch.scored,
             token_nll=token_nll if self.compiled and torch.is_grad_enabled() else None,
+            chunk_tokens=self.chunk_tokens,
         )
 
     @property

@@ -45,6 +45,7 @@ class Outputs:
         scored: see Batch.
         token_nll: logits [N, vocabulary] as the head gives them, targets [N] -> nll [N] fp32, where there is a faster
             way than PyTorch's own.
+        chunk_tokens: positions whose logits exist at one time; None for the device's own number.
     """
 
     hidden: Tensor
@@ -56,6 +57,7 @@ class Outputs:
     value: Callable[[Tensor], Tensor] | None = None
     scored: Tensor | None = None
     token_nll: Callable[[Tensor, Tensor], Tensor] | None = None
+    chunk_tokens: int | None = None
 
     def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""
@@ -193,7 +195,7 @@ def score_tokens(
     Args:
         targets: [B, S] int64 with IGNORE_INDEX where nothing is trained.
         with_correct: also tell whether each target is the likeliest token.
-        chunk_tokens: None for the device's own.
+        chunk_tokens: None for that of the outputs, or the device's own.
     """
     positions = trained_positions(targets) if outputs.scored is None else outputs.scored
     nll, correct = score_in_chunks(
@@ -201,7 +203,7 @@ def score_tokens(
         at_positions(outputs.hidden, positions),
         targets.reshape(-1).index_select(0, positions),
         head_is_frozen=outputs.head_is_frozen,
-        chunk_tokens=chunk_tokens or default_chunk(targets.device),
+        chunk_tokens=chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device),
         keep_single=True,
     )
     return TokenScores(nll, positions, correct if with_correct else None)

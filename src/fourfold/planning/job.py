@@ -16,6 +16,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 _CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time (parallel/loss.py)."""
+LOW_MEMORY_CHUNK = 256
+"""The same under `memory: low`."""
 _WITHOUT_LOGITS = ("rm",)
 """Stages whose loss reads a value head alone (models/value_head.py)."""
 
@@ -61,6 +63,7 @@ class Job:
         chunk: positions whose logits exist at one time.
         teacher: that is learnt from; None for none.
         engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
+        host_embedding: a frozen embedding that is no head stays in host memory, where one GPU has the whole model.
     """
 
     tuning: Literal["full", "lora", "freeze"] = "lora"
@@ -80,6 +83,7 @@ class Job:
     chunk: int = _CHUNK_TOKENS
     teacher: Teacher | None = None
     engine: Literal["eager", "compiled", "replayed"] = "eager"
+    host_embedding: bool = False
 
     @property
     def compute_bytes(self) -> int:
@@ -152,4 +156,6 @@ class Job:
             sequences_per_step=training.global_batch_size or per_rank * dp,
             packed=run.model.flash_attn in ("auto", "fa2", "fa3"),
             trained_share=0.0 if training.stage in _WITHOUT_LOGITS else 1.0,
+            chunk=LOW_MEMORY_CHUNK if run.parallel.memory == "low" else _CHUNK_TOKENS,
+            host_embedding=run.parallel.memory == "low",
         )

@@ -114,7 +114,10 @@ def layer_part(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, tra
 def outer_part(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> Part:
     """Embedding, last norm and head, as far as a stage has them."""
     found: list[Weight] = []
+    on_host = job.host_embedding and job.tuning != "full" and not shape.tied and not layout.splits_model
     for weight in shape.outer:
+        if weight.kind == "embedding" and on_host:
+            continue
         on_last = weight.kind in ("head", "norm", "other") or (shape.tied and weight.kind == "embedding")
         if (stage.is_first and weight.kind == "embedding") or (stage.is_last and on_last):
             found.append(weight)

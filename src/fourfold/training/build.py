@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.log import get_logger
+from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
 from fourfold.generate.rollout import RolloutEngine
@@ -25,11 +26,13 @@ from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
 from fourfold.parallel.graphs import Graphs
+from fourfold.parallel.host_embedding import keep_on_host
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import LossFunction, Step
+from fourfold.planning.job import LOW_MEMORY_CHUNK
 from fourfold.training.fast import NOTHING_FAST, Fast, what_goes
 from fourfold.training.memory import enable_recompute
 from fourfold.training.precision import Precision, cast_experts, narrow_outputs
@@ -160,6 +163,8 @@ def build(
     if not mesh.layout.splits_model and mesh.layout.offload == "none":
         # Liger's kernel for gated MLPs copies what is a part of a larger tensor
         join_siblings(module, apart=frozenset({"gate_proj"} if run.model.enable_liger_kernel else ()))
+    if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
+        _keep_embedding_on_host(base_model(module))
     noise = NoiseKeys(training.seed)
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
@@ -183,6 +188,8 @@ def build(
     if fast.compiled:
         compile_layers(blocks)
     model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
+    if run.parallel.memory == "low":
+        model.chunk_tokens = LOW_MEMORY_CHUNK
     split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)
     model.take(split)
     if mesh.layout.splits_model:
@@ -190,6 +197,13 @@ def build(
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
     return Built(module, model, mesh, split, noise, precision, num_parameters, fast)
+
+
+def _keep_embedding_on_host(inner: PreTrainedModel) -> None:
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:  # a tied one is an operand of a product
+        spared = keep_on_host(embedding)
+        log.info("memory: low keeps %s of the embedding in host memory", format_bytes(spared))
 
 
 def _free_what_was_cut_away(device: torch.device) -> None:

@@ -247,6 +247,8 @@ def test_load_when_given_its_own_flat_form_gives_the_same_run() -> None:
         ({"neat_packing": True}, "packing", True),
         ({}, "packing", None),
         ({"disable_gradient_checkpointing": True}, "gradient_checkpointing", False),
+        ({"memory": "low"}, "micro_batch_tokens", 1024),
+        ({"memory": "low", "micro_batch_tokens": 300}, "micro_batch_tokens", 300),
         ({"eval_strategy": "steps", "logging_steps": 7}, "eval_steps", 7),
         ({"eval_strategy": "epoch"}, "do_eval", True),
         ({}, "do_train", True),
@@ -261,6 +263,13 @@ def test_load_when_given_its_own_flat_form_gives_the_same_run() -> None:
 )
 def test_load_when_a_default_depends_on_other_keys_fills_it(keys: dict[str, Any], name: str, expected: Any) -> None:
     assert load(keys).flat()[name] == expected
+
+
+def test_load_when_memory_is_low_recomputes_unless_told_not_to() -> None:
+    assert load({"memory": "low"}).parallel.recompute == "full"
+    assert load({"memory": "low", "parallel": {"recompute": "selective"}}).parallel.recompute == "selective"
+    assert load({"memory": "low", "gradient_checkpointing": False}).parallel.recompute == "auto"
+    assert load({}).parallel.recompute == "auto"
 
 
 def test_flat_when_asked_for_secrets_has_them() -> None:

@@ -48,6 +48,19 @@ def test_score_tokens_when_the_head_is_frozen_keeps_no_logits() -> None:
     assert [tuple(kept.shape) for kept in found.nll.grad_fn.saved_tensors] == [(_TOKENS, _HIDDEN)]  # type: ignore[union-attr]
 
 
+def test_score_tokens_when_the_outputs_name_a_chunk_makes_so_many_logits_at_a_time() -> None:
+    seen: list[int] = []
+    weight = torch.randn(_VOCABULARY, _HIDDEN)
+
+    def head(hidden: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return hidden @ weight.T
+
+    outputs = Outputs(torch.randn(1, _TOKENS, _HIDDEN, requires_grad=True), head, head_is_frozen=True, chunk_tokens=5)
+    score_tokens(outputs, torch.ones(1, _TOKENS, dtype=torch.int64))
+    assert seen == [5, 5, 3]
+
+
 def test_score_tokens_when_nothing_is_trained_gives_none() -> None:
     hidden = torch.randn(1, 3, _HIDDEN, requires_grad=True)
     head = nn.Linear(_HIDDEN, _VOCABULARY).requires_grad_(False)
