@@ -56,6 +56,15 @@ def catalogue_figures(rates: dict[str, list[list[float]]], ranks: int) -> dict[s
     return {"link_gb_s": best, "latency_us": 1e6 * small / (ranks - 1)}
 
 
+def table(row: dict[str, Any]) -> str:
+    """Lines with the GB/s of each operation by size, for people."""
+    rates = row["rates"]
+    lines = ["GB/s of a rank" + "".join(f"{name:>16}" for name in rates)]
+    for number, (size, _, _) in enumerate(next(iter(rates.values()))):
+        lines.append(f"{size:>14,}" + "".join(f"{rates[name][number][2]:>16.4g}" for name in rates))
+    return "\n".join(lines)
+
+
 def hardware_file(row: dict[str, Any], gpu: str | None, host_op_us: float | None) -> str:
     """A file for `fourfold plan --hardware` of what was measured."""
     lines = [

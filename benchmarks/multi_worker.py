@@ -122,6 +122,7 @@ def _links(device: torch.device, results: Results, *, is_tiny: bool) -> dict[str
     row = multi_links.run_case(device, is_tiny=is_tiny)
     host_op_us = 1e6 * host_op_seconds(device) if device.type == "cuda" else None
     if dist.get_rank() == 0:
+        print(multi_links.table(row), flush=True)
         text = multi_links.hardware_file(row, _gpu_name(device), host_op_us)
         (results.file.parent / f"hardware-{row['ranks']}.yaml").write_text(text, encoding="utf-8")
     return {**row, "host_op_us": host_op_us}
