@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -183,6 +184,7 @@ def main() -> None:
                 note = SPEEDS[name.split("/")[2]].note if point == "throughput" else ""
                 print(f"{seconds_of(name, is_tiny=args.tiny):6.0f} s  {name:60} {note}")
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that ranks are ended, too
     results = Results(args.out / FILE)
     for file in args.known:
         results.take_in(file)
