@@ -126,6 +126,9 @@ _PAIRS_TUNED = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False)
 WORKLOADS: dict[str, Workload] = {
     "chat_nf4": Workload("Llama-3-8B", CHAT, "chat", 149, LORA, _CHAT_PEERS, unit="samples", nf4=True),
     "chat_bf16": Workload("Llama-3-8B", CHAT, "chat", 149, LORA, _CHAT_PEERS, unit="samples"),
+    "chat_low": Workload(
+        "Llama-3-8B", {**CHAT, "memory": "low"}, "chat", 149, LORA_RECOMPUTED, _CHAT_PEERS, unit="samples", nf4=True
+    ),
     "lora_4k": Workload(
         "Llama-3-8B",
         {**LORA_TEXT, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
@@ -140,6 +143,13 @@ WORKLOADS: dict[str, Workload] = {
             "hf_tuned": Peer((Setting(2, 1, False), Setting(1, 2, False))),
             "hf_liger": Peer((Setting(2, 1, False), Setting(1, 2, False)), needs="liger_kernel"),
         },
+        mfu=True,
+    ),
+    "full_3b_float8": Workload(
+        "Llama-3.2-3B",
+        {**FULL_TEXT, "bf16": True, "fp8": True, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
+        *("text", 4096, FULL),
+        {},
         mfu=True,
     ),
     "full_3b_recompute": Workload(

@@ -47,3 +47,24 @@ def test_run_when_experts_have_wider_masters_computes_as_fsdp_does(data: Path, t
     run(model, data, tmp_path / "one", **SETTINGS)
     run(model, data, tmp_path / "two", nproc=2, strategy="fsdp", **SETTINGS)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def alone_in_float8(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process that multiplies in float8."""
+    output = tmp_path_factory.mktemp("float8")
+    run(model, data, output / "run", **SETTINGS, fp8=True)
+    return losses(output / "run")
+
+
+def test_run_when_in_float8_stays_near_bf16_and_differs(alone: list[float], alone_in_float8: list[float]) -> None:
+    assert alone_in_float8 == pytest.approx(alone, abs=0.05)
+    assert alone_in_float8 != alone
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tp2", "pp2"])
+def test_run_when_split_in_float8_stays_near_one_process(
+    layout: str, alone_in_float8: list[float], model: Path, data: Path, tmp_path: Path
+) -> None:
+    run(model, data, tmp_path / "run", nproc=2, **SETTINGS, **LAYOUTS[layout], fp8=True)
+    assert losses(tmp_path / "run") == pytest.approx(alone_in_float8, abs=0.05)

@@ -58,6 +58,16 @@ def _one_precision(run: Run) -> Iterator[str]:
         )
 
 
+def _float8(run: Run) -> Iterator[str]:
+    training, kind = run.training, run.tuning.finetuning_type
+    if not training.fp8:
+        return
+    if kind == "lora":
+        yield "fp8: true multiplies with trained matrices, but finetuning_type: lora trains none. Remove fp8."
+    if not (training.bf16 or training.pure_bf16):
+        yield "fp8: true computes the rest in bf16. Give bf16: true as well, or remove fp8."
+
+
 def _async_is_sharded(run: Run) -> Iterator[str]:
     if run.output.async_save and run.output.save_sharded is False:
         yield (
@@ -361,6 +371,7 @@ def _later_losses(run: Run) -> Iterator[str]:
 
 _CONTRADICTIONS: tuple[Rule, ...] = (
     _one_precision,
+    _float8,
     _packing_stage,
     _async_is_sharded,
     _prompt_training,

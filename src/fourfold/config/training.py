@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fourfold.config.key import Count, Folder, Options, Section, key, later
+from fourfold.config.key import Count, Folder, Options, Section, key
 
 _ADAMW = (
     "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused", "adamw_anyprecision",
@@ -105,7 +105,12 @@ class TrainingConfig(Section):
     disable_gradient_checkpointing: bool = key(
         False, "The same as gradient_checkpointing: false.", group="Precision and memory"
     )
-    fp8: bool = later(False, "Compute matrix products in float8.", "float8 training", group="Precision and memory")
+    fp8: bool = key(
+        False,
+        "Multiply with trained matrices in float8, twice as fast on GPUs that have it (H100, RTX 4090 and later); "
+        "the rest in bf16.",
+        group="Precision and memory",
+    )
 
     eval_strategy: Literal["no", "steps", "epoch"] = key("no", "When to evaluate while training.", group="Evaluation")
     eval_steps: Count | None = key(

@@ -63,6 +63,7 @@ class Job:
         chunk: positions whose logits exist at one time.
         teacher: that is learnt from; None for none.
         engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
+        float8: trained layers multiply in float8.
         host_embedding: a frozen embedding that is no head stays in host memory, where one GPU has the whole model.
     """
 
@@ -83,6 +84,7 @@ class Job:
     chunk: int = _CHUNK_TOKENS
     teacher: Teacher | None = None
     engine: Literal["eager", "compiled", "replayed"] = "eager"
+    float8: bool = False
     host_embedding: bool = False
 
     @property
@@ -157,5 +159,6 @@ class Job:
             packed=run.model.flash_attn in ("auto", "fa2", "fa3"),
             trained_share=0.0 if training.stage in _WITHOUT_LOGITS else 1.0,
             chunk=LOW_MEMORY_CHUNK if run.parallel.memory == "low" else _CHUNK_TOKENS,
+            float8=training.fp8,
             host_embedding=run.parallel.memory == "low",
         )

@@ -203,7 +203,7 @@ def layer_seconds(
     """
     layer = shape.kinds[kind]
     products = layer_products(shape, kind, job, place.tp, place.ep)
-    linear = engine.linear or job.compute
+    linear = engine.linear or ("fp8" if job.float8 and mode != "frozen" else job.compute)
     product = sum(
         product_seconds(device, each, place.tokens, linear if each.groups == 1 else job.compute, job.compute_bytes)
         for each in products

@@ -160,8 +160,10 @@ def _weight_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, *,
         held = -(-rows // shards) * rest
         each = job.master_bytes if trained else job.compute_bytes
         whole = numel * job.compute_bytes if shards > 1 else 0
-        # autocast copies operands of products; FSDP's own mixed precision gathers in the compute dtype
-        cast = numel if trained and weight.is_matrix and job.is_mixed and layout.shards == 1 else 0
+        # autocast copies operands of products; FSDP's own mixed precision gathers in the compute dtype, and layers
+        # that multiply in float8 cast for themselves
+        copied = trained and weight.is_matrix and not (job.float8 and weight.linear)
+        cast = numel if copied and job.is_mixed and layout.shards == 1 else 0
         part = Part(held * each, 0, held if trained else 0, whole, numel if trained else 0, cast)
     return part + _adapter_part(shape, job, layout, weight, shards)
 

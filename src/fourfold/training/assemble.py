@@ -131,7 +131,7 @@ class Parts:
             packed=self.built.model.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
-            multiple=self.split.multiple,
+            multiple=self.built.multiple,
             min_batches=self.split.min_batches,
             shares_prompts=self._shares_prompts(),
         )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fourfold.base.errors import PlanError
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
@@ -19,6 +20,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.generate.rollout import RolloutEngine
 from fourfold.models.adapters import without_adapters
 from fourfold.models.compiled import compile_layers, recompute_compiled
+from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
@@ -39,6 +41,9 @@ from fourfold.training.precision import Precision, cast_experts, narrow_outputs
 
 log = get_logger(__name__)
 
+_FIRST_WITH_FLOAT8 = (8, 9)
+"""Compute capability."""
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -51,6 +56,7 @@ class Built:
         split: how the model is spread over the mesh.
         num_parameters: of the whole model without its embeddings.
         fast: what its step may do beyond running layer after layer.
+        float8: trained matrices are multiplied in float8.
     """
 
     module: TunedModel
@@ -61,11 +67,17 @@ class Built:
     precision: Precision
     num_parameters: int
     fast: Fast = field(default_factory=Fast)
+    float8: bool = False
 
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]:
         """The context of a forward pass."""
         return self.split.autocast or self.precision.autocast(self.mesh.device)
+
+    @property
+    def multiple(self) -> int:
+        """What the positions of a micro-batch's rows must be a multiple of."""
+        return self.split.multiple * (MULTIPLE if self.float8 else 1)
 
     def step(
         self, objective: LossFunction, filler: Callable[[], Batch], scaler: torch.amp.GradScaler | None = None
@@ -185,6 +197,8 @@ def build(
     fast = what_goes(wishes, model, mesh, precision, run)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
     blocks = list(decoder_blocks(inner)[1])
+    if training.fp8:
+        _use_float8(blocks, mesh)
     if fast.compiled:
         compile_layers(blocks)
     model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
@@ -196,7 +210,20 @@ def build(
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
-    return Built(module, model, mesh, split, noise, precision, num_parameters, fast)
+    return Built(module, model, mesh, split, noise, precision, num_parameters, fast, training.fp8)
+
+
+def _use_float8(blocks: Sequence[nn.Module], mesh: Mesh) -> None:
+    """Multiply in float8 wherever a layer's sizes allow it.
+
+    Raises:
+        PlanError: the GPU has no float8.
+    """
+    device = mesh.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_WITH_FLOAT8:
+        name = torch.cuda.get_device_name(device)
+        raise PlanError(f"fp8: true needs a GPU that multiplies in float8, and {name} does not. Remove fp8.")
+    log.info("%d matrices are multiplied in float8", use_float8(blocks, parts=mesh.layout.tp))
 
 
 def _keep_embedding_on_host(inner: PreTrainedModel) -> None:

@@ -53,6 +53,7 @@ def wished(run: Run, max_steps: int, num_ranks: int) -> Fast:
     """What the config asks for; by default what is worth it in a run of so many steps, compiled on one GPU alone."""
     training = run.training
     pays = max_steps >= _STEPS_TO_PAY and num_ranks == 1
+    pays = pays or training.fp8  # casts to float8 cost more than they save where nothing joins them
     compiled = pays if training.torch_compile is None else training.torch_compile
     return Fast(compiled, training.cuda_graphs is not False)
 

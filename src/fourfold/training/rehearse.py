@@ -149,7 +149,7 @@ def _steps(
     stage = run.training.stage if run.training.stage in _AS_THEY_ARE else "sft"
     objective: Objective = registry.load(_OBJECTIVES, stage, key="stage").build(run)
     longest = max(sum(map(len, samples)) for samples in micro_batches)
-    policy = CutPolicy(packed=built.model.packed, max_tokens=longest, multiple=built.split.multiple)
+    policy = CutPolicy(packed=built.model.packed, max_tokens=longest, multiple=built.multiple)
     step = built.step(objective, partial(_for_real, partial(filler, policy)))
     step = replace(step, teacher=_teacher(run, layout, built, device, fake=trace is not None))
     batches = [batch for samples in micro_batches for batch in _for_real(partial(cut, samples, policy))]

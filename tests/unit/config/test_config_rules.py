@@ -99,6 +99,8 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
             {"gradient_checkpointing": True, "parallel": {"recompute": "none"}},
             "parallel.recompute: none and gradient_checkpointing: true contradict",
         ),
+        ({"fp8": True, "bf16": True}, "fp8: true multiplies with trained matrices, but finetuning_type: lora"),
+        ({"fp8": True, "finetuning_type": "full"}, "fp8: true computes the rest in bf16. Give bf16: true"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: cosine_with_min_lr needs min_lr or"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: reduce_lr_on_plateau follows"),
     ],

@@ -49,7 +49,7 @@ class LlamaFactoryKeys(Section):
     use_eaft_loss: bool = later(False, "Entropy-adaptive loss.", _TOKEN_LOSS, blocks=True)
     eaft_alpha: float = later(1.0, "Exponent of EAFT's weight.", _TOKEN_LOSS)
 
-    fp8_backend: str = later("auto", "Library for float8 products.", "float8 training")
+    fp8_backend: str = settled("auto", "Library for float8 products.", "PyTorch's own kernels are used")
     fp8_enable_fsdp_float8_all_gather: bool = later(False, "Gather FSDP weights in float8.", "float8 training")
     master_addr: str | None = later(None, "Address of the first node.", "layouts over several devices")
     master_port: str | None = later(None, "Port of the first node.", "layouts over several devices")
