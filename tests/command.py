@@ -79,9 +79,9 @@ def run_apart(*words: str | Path, **environment: str) -> Done:
     return _run([sys.executable, "-m", "fourfold", *map(str, words)], environment)
 
 
-def run_light(*words: str | Path) -> Done:
-    """Run a command line in a process of its own that names on standard error the heavy packages it imported."""
-    return _run([sys.executable, "-c", _LIGHT_PROGRAM.format(heavy=_HEAVY), *map(str, words)], {})
+def run_light(*words: str | Path, heavy: tuple[str, ...] = _HEAVY) -> Done:
+    """Run a command line in a process of its own that names on standard error the heavy modules it imported."""
+    return _run([sys.executable, "-c", _LIGHT_PROGRAM.format(heavy=heavy), *map(str, words)], {})
 
 
 def _run(command: list[str], environment: dict[str, str]) -> Done:

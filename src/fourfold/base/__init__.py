@@ -1,1 +1,1 @@
-"""Errors, units, logging and the registry of open folders; imports nothing heavy."""
+"""Errors, units, logging and the registry of open folders; imports nothing heavy, but for `peft`."""

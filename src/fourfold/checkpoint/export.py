@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import CheckpointError, ConfigError, ModelError, first_line
 from fourfold.base.log import get_logger
+from fourfold.base.peft import PeftModel
 from fourfold.base.units import format_bytes, format_count
 from fourfold.checkpoint.compare import Comparison, compare, fixed_prompts, logits_of
 from fourfold.checkpoint.folder import write_folder

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
+from fourfold.base.peft import PeftModel
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
 from fourfold.models.parameters import tied_names

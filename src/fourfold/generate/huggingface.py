@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from fourfold.base.errors import ModelError
+from fourfold.base.peft import PeftModel
 from fourfold.config.schema import Run
 from fourfold.dataset.render import Renderer
 from fourfold.generate.interface import Sampling

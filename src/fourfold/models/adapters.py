@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
+from fourfold.base.peft import BaseTunerLayer, LoraConfig, LoraLayer, PeftModel, TaskType, get_peft_model
 from fourfold.config.model import ModelConfig
 from fourfold.config.tuning import TuningConfig
 from fourfold.models import pissa

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.peft import PeftModel
 from fourfold.config.model import ModelConfig
 from fourfold.config.schema import Run
 from fourfold.models.adapters import attach

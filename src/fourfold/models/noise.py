@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from fourfold.base.peft import LoraLayer
 from fourfold.dataset.batch import Batch
 from fourfold.models.unwrap import base_model
 

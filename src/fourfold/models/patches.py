@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
+
+from fourfold.base.peft import BaseTunerLayer, LoraModel, ParamWrapper
 
 _PEFT_MESSAGES = (
     # PEFT 0.21 reads a property that Transformers 5.24 renamed; ends when PEFT reads `is_activation_checkpointing`.

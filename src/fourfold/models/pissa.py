@@ -12,8 +12,9 @@ import copy
 import math
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
+
+from fourfold.base.peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 ADAPTER = "default"
 START = "pissa_start"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+
+from fourfold.base.peft import PeftModel
 
 TunedModel = PreTrainedModel | PeftModel
 """A model as it is trained and saved."""

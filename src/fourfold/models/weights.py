@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fourfold.base.peft import PeftModel, get_peft_model_state_dict
 from fourfold.models import pissa
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.parameters import tied_names

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from fourfold.base.errors import PlanError
+from fourfold.base.peft import ParamWrapper
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import Cut, Share, Shares
 

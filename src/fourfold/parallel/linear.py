@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from fourfold.base.errors import PlanError
+from fourfold.base.peft import LoraLayer, ParamWrapper
 from fourfold.parallel.packed import cut_packed, is_packed, is_plain
 from fourfold.parallel.shares import Cut
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base import registry
 from fourfold.base.errors import ModelError, PlanError
 from fourfold.base.log import get_logger, told_elsewhere
+from fourfold.base.peft import PeftModel
+from fourfold.base.start_clock import StartClock
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
 from fourfold.dataset.collate import CutPolicy, filler
@@ -67,6 +68,7 @@ class Parts:
         recompute: what the backward pass computes again; settled with `policy`.
         planned: what the planner chose the layout with; None where it did not.
         teacher: the second model of stage kd.
+        clock: tells how long the start took, once the first step is done.
     """
 
     run: Run
@@ -80,6 +82,7 @@ class Parts:
     recompute: Recompute = "none"
     planned: Form | None = None
     teacher: LoadedTeacher | None = None
+    clock: StartClock = field(default_factory=StartClock)
 
     @property
     def module(self) -> TunedModel:
@@ -218,15 +221,22 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_parts(
-    run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False, planned: Form | None = None
+    run: Run,
+    output_dir: Path,
+    mesh: Mesh,
+    clock: StartClock | None = None,
+    *,
+    data_told: bool = False,
+    planned: Form | None = None,
 ) -> Parts:
     """Load tokenizer, then data, then model: what can be wrong with a file is found before the weights are read.
 
     Args:
+        clock: is told when data and model are there; None starts one.
         data_told: the process that started this one has told what there is to tell of tokenizer and data.
         planned: what the planner chose the layout with.
     """
-    training = run.training
+    training, clock = run.training, clock or StartClock()
     seed_everything(training.seed, deterministic=training.full_determinism)
     if training.tf32 is not None:
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
@@ -236,6 +246,7 @@ def load_parts(
         data = prepare(run, tokenizer, renderer)
         taught = teacher_run(run)
         packs = taught is None or check_teacher(run, taught, tokenizer)
+    clock.lap("data")
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module, stream = _load_module(run, precision, mesh, tokenizer)
@@ -250,7 +261,20 @@ def load_parts(
     built = build(run, precision, mesh, module, fill, packs=packs, wishes=wishes)
     teacher = None if taught is None else load_teacher(taught, built, tokenizer)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
-    return Parts(run, output_dir, tokenizer, renderer, data, objective, built, base, planned=planned, teacher=teacher)
+    clock.lap("model")
+    return Parts(
+        run,
+        output_dir,
+        tokenizer,
+        renderer,
+        data,
+        objective,
+        built,
+        base,
+        planned=planned,
+        teacher=teacher,
+        clock=clock,
+    )
 
 
 def _check_context(module: TunedModel, data: Prepared) -> None:

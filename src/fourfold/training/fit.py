@@ -185,6 +185,7 @@ def build_loop(
         evaluator=evaluator,
         clip=parts.split.clip,
         practice=build_practice(parts, step),
+        clock=parts.clock,
     )
     return loop, checkpointer
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fourfold.base.errors import ConfigError, RunInterruptedError
 from fourfold.base.log import get_logger
+from fourfold.base.start_clock import StartClock
 from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.loader import Loader, StepSamples
@@ -91,6 +92,7 @@ class Loop:
         clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
         practice: turns the prompts of a step into what is trained on; None trains on the samples themselves.
         step_times: of this process's steps, without loading data, evaluating and saving.
+        clock: runs since the command was given, and is ended by the first step.
     """
 
     settings: LoopSettings
@@ -109,6 +111,7 @@ class Loop:
     clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
     practice: Practice | None = None
     step_times: StepTimes = field(default_factory=StepTimes)
+    clock: StartClock = field(default_factory=StartClock)
     _figures: dict[str, float] = field(default_factory=dict)
     _table: list[dict[str, Any]] = field(default_factory=list)
     _window: Window = field(default_factory=Window)
@@ -123,8 +126,10 @@ class Loop:
         self.module.train()
         if self.practice is not None:
             self.practice.restore(self.state.practice)
+        self.clock.lap("preparation")
         if self.settings.evaluate_first and self.evaluator is not None and self.state.step == 0:
             self._evaluate(self.evaluator)
+            self.clock.lap("evaluation")
         with StopRequest() as stop:
             reducer = self.step.reducer
             ahead = Ahead(iter(self.loader.steps(self.state.step)), self.policy)
@@ -134,6 +139,7 @@ class Loop:
                 seconds = time.perf_counter() - started  # reading the gradient norm has waited for the device
                 self.state.train_runtime_s += seconds
                 self.step_times.add(seconds)
+                self.clock.end("first step")
                 # A signal may reach ranks at different steps; they leave together, after the same one.
                 self._after_step(reducer.largest(stop.signal_number or 0))
 

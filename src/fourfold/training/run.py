@@ -11,6 +11,7 @@ import torch
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
+from fourfold.base.start_clock import StartClock
 from fourfold.checkpoint.folder import full_disk_told
 from fourfold.config.begin import begin_logging
 from fourfold.config.schema import Run
@@ -45,27 +46,30 @@ from fourfold.training.teacher import check_teacher
 log = get_logger(__name__)
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, clock: StartClock | None = None) -> dict[str, Any]:
     """Train, evaluate and predict as `do_train`, `do_eval` and `do_predict` say.
 
     With several devices, or `nproc`, a worker is started for each; under a launcher such as torchrun this process is
     one of its workers.
 
+    Args:
+        clock: runs since the command was given; None starts one.
     Returns:
         the figures of all_results.json.
     Raises:
         FourfoldError: whatever is the user's to settle.
     """
+    clock = clock or StartClock()
     check_installed(run.output.report_to)
     check_reward_functions(run)
     if is_worker():
-        return _work_in_job(run, None, None)
+        return _work_in_job(run, None, None, clock)
     machines = machines_of(run)
     choice = choose(run, machines.world_size)
     if machines.world_size == 1:
         if run.parallel.strategy not in ("auto", "single"):
             log.info("strategy: %s splits nothing, since there is one process.", run.parallel.strategy)
-        return _work(run, folder.claim(run), single(local_device(run.training.use_cpu)))
+        return _work(run, folder.claim(run), single(local_device(run.training.use_cpu)), clock)
     output_dir = folder.claim(run)
     # Here and not in the workers, so that they find the data tokenised and any fault of it is told once.
     tokenizer, renderer = load_renderer(run)
@@ -73,13 +77,14 @@ def train(run: Run) -> dict[str, Any]:
     teacher = teacher_run(run)
     if teacher is not None:
         check_teacher(run, teacher, tokenizer)
+    clock.lap("data")
     log.info("Starting %d workers: %s", machines.per_node, choice.layout.describe())
     fresh = local_device(run.training.use_cpu).type == "cuda" or torch.get_num_threads() > 1
-    launch(partial(_work_in_job, run, output_dir, choice), machines, fresh=fresh)
+    launch(partial(_work_in_job, run, output_dir, choice, clock), machines, fresh=fresh)
     return read_results(output_dir)
 
 
-def _work_in_job(run: Run, output_dir: Path | None, choice: Choice | None) -> dict[str, Any]:
+def _work_in_job(run: Run, output_dir: Path | None, choice: Choice | None, clock: StartClock) -> dict[str, Any]:
     """The part of one rank.
 
     Args:
@@ -95,22 +100,30 @@ def _work_in_job(run: Run, output_dir: Path | None, choice: Choice | None) -> di
     if output_dir is None and mesh.rank == 0:
         folder.claim(run)
     mesh.wait()
+    clock.lap("workers")
     try:
         folder_of_run = Path(run.output.output_dir or "")
-        return _work(run, folder_of_run, mesh, data_told=output_dir is not None, planned=choice.planned)
+        return _work(run, folder_of_run, mesh, clock, data_told=output_dir is not None, planned=choice.planned)
     finally:
         stop_process_group()
 
 
 def _work(
-    run: Run, output_dir: Path, mesh: Mesh, *, data_told: bool = False, planned: Form | None = None
+    run: Run,
+    output_dir: Path,
+    mesh: Mesh,
+    clock: StartClock,
+    *,
+    data_told: bool = False,
+    planned: Form | None = None,
 ) -> dict[str, Any]:
     """Everything that follows once this rank knows its place."""
     with exhaustion_told(run, mesh, lambda: Place("while the model was loaded")):
-        parts = load_parts(run, output_dir, mesh, data_told=data_told, planned=planned)
+        parts = load_parts(run, output_dir, mesh, clock, data_told=data_told, planned=planned)
     _check_data(parts)
     with exhaustion_told(run, mesh, partial(_place_of_reference, parts)):
         add_reference(parts)
+    clock.lap("reference")
     with full_disk_told(output_dir):
         return _verbs(parts)
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from fourfold.base.log import get_logger
 from fourfold.trackers import jsonl
 
@@ -59,6 +57,8 @@ def _keys_of(rows: Sequence[dict[str, float]]) -> list[str]:
 
 
 def _draw(path: Path, key: str, steps: Sequence[int], values: Sequence[float]) -> None:
+    from matplotlib.figure import Figure  # takes 0.4 s to import, and is needed at the end of a run
+
     # a Figure of its own, not pyplot's: no display is needed and nothing global is left behind
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

@@ -1,0 +1,29 @@
+"""What a training run must not import: each of these takes a part of a second, and the run has no use for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from command import run_light
+
+_NOT_NEEDED = (
+    "datasets",
+    "matplotlib",
+    "mlflow",
+    "scipy",
+    "sklearn",
+    "swanlab",
+    "tensorboard",
+    "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
+    "trl",
+    "wandb",
+)
+
+
+@pytest.mark.parametrize("key", ["finetuning_type=full", "quantization_bit=4"])
+def test_train_when_run_to_its_end_imports_nothing_that_it_does_not_use(words: list[str], key: str) -> None:
+    done = run_light("train", *words, key, "report_to=none", "plot_loss=false", heavy=_NOT_NEEDED)
+    assert done.code == 0, done.err
+    assert "Saved " in done.err
+    assert [line for line in done.err.splitlines() if line.startswith("imported: ")] == []
