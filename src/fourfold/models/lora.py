@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from fourfold.base.peft import Linear as PeftLinear
+from fourfold.base.peft import LoraLayer
 from fourfold.models.low_rank import FrozenWeight, low_rank
 from fourfold.parallel.packed import is_plain, state_of
 

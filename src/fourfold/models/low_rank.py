@@ -82,6 +82,12 @@ def unpacked(weight: FrozenWeight, dtype: torch.dtype) -> Iterator[tuple[slice, 
         first, start = last, start + rows
 
 
+def whole(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
+    """All of a packed weight in `dtype`."""
+    parts = list(_parts(weight))
+    return _joined(parts, sum(part.sizes[0] for part in parts), dtype)
+
+
 def _parts(weight: FrozenWeight) -> Iterator[FrozenWeight]:
     start = 0
     for at in range(0, len(weight.sizes), 4):

@@ -101,6 +101,7 @@ class Estimate:
     Attributes:
         micro_batch: positions of a micro-batch on a data-parallel rank.
         reason: why it is what it is, one line.
+        unpacked: 4-bit weights are unpacked once and kept, since there is room.
     """
 
     layout: Layout
@@ -109,6 +110,7 @@ class Estimate:
     memory: Memory
     cost: Cost
     reason: str = ""
+    unpacked: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `layouts` of `fourfold plan --json`."""
@@ -121,6 +123,7 @@ class Estimate:
                 "offload": layout.offload,
                 "recompute": self.recompute,
                 "micro_batch": self.micro_batch,
+                "unpacked": self.unpacked,
             },
             "memory_gib": {name: self.memory.terms.get(name, 0) / GIB for name in TERMS},
             "allocated_gib": self.memory.allocated / GIB,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fourfold.base.errors import ConfigError
 from fourfold.config.schema import Run
+from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
@@ -162,3 +163,11 @@ class Job:
             float8=training.fp8,
             host_embedding=run.parallel.memory == "low",
         )
+
+
+def unpacks(job: Job, layout: Layout) -> bool:
+    """Whether 4-bit weights may be unpacked once and kept, if there is room (models/unpacked.py).
+
+    Not where ranks split the model, whose parts are cut packed, nor where the least memory is asked for.
+    """
+    return job.bits == 4 and not layout.splits_model and layout.offload == "none" and not job.host_embedding

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.estimate import Cost, Memory
@@ -17,11 +17,16 @@ from fourfold.planning.wishes import Wishes
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A layout with the choices that change no result: what one prediction is made for."""
+    """A layout with the choices that change no result: what one prediction is made for.
+
+    Attributes:
+        unpacked: 4-bit weights are unpacked once and kept.
+    """
 
     layout: Layout
     recompute: Recompute
     micro_batch: int
+    unpacked: bool = False
 
 
 @dataclass(slots=True)
@@ -35,10 +40,15 @@ class Predictor:
     _memories: dict[Form, Memory] = field(default_factory=dict)
     _costs: dict[Form, Cost] = field(default_factory=dict)
 
+    def job_of(self, form: Form) -> Job:
+        """The job as a form runs it."""
+        job = self.wishes.job_of(self.job, form.layout)
+        return replace(job, bits=None) if form.unpacked else job
+
     def memory(self, form: Form) -> Memory:
         """Of the most loaded rank."""
         if form not in self._memories:
-            job, device = self.wishes.job_of(self.job, form.layout), self.cluster.device
+            job, device = self.job_of(form), self.cluster.device
             arguments = (form.layout, form.recompute, form.micro_batch)
             self._memories[form] = estimate_memory(self.shape, job, *arguments, device=device)
         return self._memories[form]
@@ -46,7 +56,7 @@ class Predictor:
     def cost(self, form: Form) -> Cost:
         """Of a step."""
         if form not in self._costs:
-            job = self.wishes.job_of(self.job, form.layout)
+            job = self.job_of(form)
             arguments = (form.layout, self.cluster, form.recompute, form.micro_batch)
             self._costs[form] = estimate_cost(self.shape, job, *arguments)
         return self._costs[form]

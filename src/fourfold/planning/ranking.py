@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from fourfold.planning.candidates import simplicity
 from fourfold.planning.hardware import Cluster
+from fourfold.planning.job import unpacks
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form, Predictor
 from fourfold.planning.traffic import strides
@@ -27,6 +28,9 @@ FEW_SHARDS, MANY_SHARDS = 64, 256
 """More ranks than these that meet for every layer are a burden, and another one: all wait for the slowest."""
 
 _MOST_LOOKED_AT = 5
+
+_UNPACKED_SHARE = 0.9
+"""Of what a layout may take, what it may with 4-bit weights unpacked: speed alone is no reason to fill a device."""
 
 
 def burdens(layout: Layout, cluster: Cluster) -> int:
@@ -87,7 +91,7 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
         for kind in predictor.recomputes(variant):
             fits = [size for size in sizes if predictor.memory(Form(variant, kind, size)).device <= limit]
             kept = fits if layout.pp > 1 or layout.world_size == 1 else fits[:1]
-            found += [Form(variant, kind, size) for size in kept]
+            found += [_unpacked_if_it_fits(predictor, Form(variant, kind, size), limit) for size in kept]
             if fits and fits[0] == sizes[0]:
                 break
         else:
@@ -95,6 +99,14 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
         if kind == predictor.recomputes(variant)[0]:
             break  # nothing is left to gain by more sharding
     return ranked(predictor, found or [predictor.leanest(layout)])
+
+
+def _unpacked_if_it_fits(predictor: Predictor, form: Form, limit: int) -> Form:
+    """A form with its 4-bit weights unpacked once, where there is ample room beside what it takes anyway."""
+    if not unpacks(predictor.job, form.layout):
+        return form
+    unpacked = replace(form, unpacked=True)
+    return unpacked if predictor.memory(unpacked).device <= _UNPACKED_SHARE * limit else form
 
 
 def best_without(

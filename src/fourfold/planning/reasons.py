@@ -74,6 +74,8 @@ def _parts(
         yield f"the whole needs {whole.device / GIB:.1f} GiB and a GPU has {room:.1f}"
     else:
         yield f"the whole fits one GPU ({need} at least), but is faster when shared"
+    if found.unpacked:
+        yield "4-bit weights are unpacked once and kept, since there is room (memory: low leaves them packed)"
     told: set[str | None] = {None}
     for axis, what in _axes(found, shape, job, cluster):
         other = instead(found, axis, without)

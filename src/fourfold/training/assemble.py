@@ -14,6 +14,7 @@ from fourfold.base.errors import ModelError, PlanError
 from fourfold.base.log import get_logger, told_elsewhere
 from fourfold.base.peft import PeftModel
 from fourfold.base.start_clock import StartClock
+from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
 from fourfold.dataset.collate import CutPolicy, filler
@@ -28,6 +29,7 @@ from fourfold.models.load import load_model, load_streamed
 from fourfold.models.parameters import describe_parameters
 from fourfold.models.renderer import load_renderer
 from fourfold.models.stream import Stream
+from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.models.value_head import add_value_head, learns_level, reads_logits, reads_values
 from fourfold.objectives.interface import Objective
@@ -150,7 +152,22 @@ class Parts:
         # Ranks that share micro-batches must cut and recompute alike, whatever each has free.
         largest = self.split.reducer.largest
         self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))])
+        if fit.unpacks:
+            self._keep_unpacked()
         return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
+
+    def _keep_unpacked(self) -> None:
+        """Unpack the model's 4-bit weights for good; what is expected of the run changes with it."""
+        assert self.outlook is not None
+        before = self.outlook.loaded()
+        self.outlook = self.outlook.unpacked()
+        log.info(
+            "The %d matrices of 4 bits are unpacked once and kept, %s more, since there is room: their numbers are the "
+            "same, and steps are faster (memory: low leaves them packed)",
+            keep_unpacked(self.module),
+            format_bytes(self.outlook.loaded() - before),
+        )
+        torch.cuda.empty_cache()  # what the packed ones leave is in pieces too small for anything else
 
     def _shares_prompts(self) -> int:
         """From how many tokens on the answers of a pair see one prompt, 0 for never: rows must be whole, and nothing

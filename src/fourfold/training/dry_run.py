@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,16 +114,19 @@ def _rehearse_rank(
     run: Run, plan: Plan, best: Estimate, rank: int, device: torch.device | None, steps: int
 ) -> Rehearsed:
     layout, job = best.layout, plan.wishes.job_of(plan.job, best.layout)
+    if best.unpacked:
+        job = replace(job, bits=None)
     in_batch = max(best.micro_batch // job.sequence, 1)
     of_step = max(-(-job.sequences_per_step // (layout.dp * in_batch)), _fewest(layout))
     batches = min(of_step, max(_MOST_BATCHES, _fewest(layout)))
     stage = rank // (layout.world_size // layout.pp)
     workload = Workload((min(job.sequence, best.micro_batch),) * in_batch, batches, job.trained_share)
-    found = rehearse(run, layout, workload, rank=rank, recompute=best.recompute, device=device, steps=steps)
+    settings = {"rank": rank, "recompute": best.recompute, "device": device, "unpacked": best.unpacked}
+    found = rehearse(run, layout, workload, **settings, steps=steps)
     worst = None
     if layout.ep > 1:
         loaded = Workload(workload.sequences, batches, job.trained_share, _WORST_LOAD)
-        worst = rehearse(run, layout, loaded, rank=rank, recompute=best.recompute, device=device)
+        worst = rehearse(run, layout, loaded, **settings)
     card = None if device is None else plan.cluster.device
     memory = estimate_memory(plan.shape, job, layout, best.recompute, best.micro_batch, rank=stage, device=card)
     part = held_part(plan.shape, job, layout, stage)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 
 from fourfold.base.log import get_logger
+from fourfold.base.peft import ParamWrapper
 from fourfold.config.schema import Run
 from fourfold.models.attention import takes_offsets
 from fourfold.models.forward import StepModel

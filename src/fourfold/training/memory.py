@@ -51,10 +51,12 @@ class Fit:
     Attributes:
         policy: with a limit on tokens that is expected to fit.
         recompute: what the backward pass computes again.
+        unpacks: there is room to keep 4-bit weights unpacked beside it.
     """
 
     policy: CutPolicy
     recompute: Recompute
+    unpacks: bool = False
 
 
 def choose_fit(
@@ -101,14 +103,29 @@ def fit_to_memory(
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free -= outlook.not_seen(sum(local(p).nbytes for p in module.parameters() if p.requires_grad))
     fit = fit_to_bytes(policy, sizes, recompute, free=free, need=outlook.to_come, planned=planned)
+    largest = sizes.largest_micro_batch(fit.policy.max_tokens)
+    fit = replace(fit, unpacks=unpacking_fits(outlook, fit.recompute, largest, free))
     log.info(
         "Activations are %s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
         format_count(fit.policy.max_tokens),
         format_bytes(free),
-        format_bytes(outlook.to_come(fit.recompute, sizes.largest_micro_batch(fit.policy.max_tokens))),
+        format_bytes(outlook.to_come(fit.recompute, largest)),
     )
     return fit
+
+
+def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
+    """Whether 4-bit weights may stay unpacked beside a step.
+
+    Args:
+        largest: tokens of its largest micro-batch.
+        free: bytes of the device, beside the loaded model.
+    """
+    if not outlook.may_unpack:
+        return False
+    after = outlook.unpacked()
+    return after.loaded() - outlook.loaded() + after.to_come(recompute, largest) <= int(free * _SHARE)
 
 
 def fit_to_bytes(

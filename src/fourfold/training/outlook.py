@@ -20,7 +20,7 @@ from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import Job, Recompute, Teacher
+from fourfold.planning.job import Job, Recompute, Teacher, unpacks
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -142,6 +142,20 @@ class Outlook:
             device=self.cluster.device,
         )
         return sum(size for name, size in found.terms.items() if name not in _LOADED)
+
+    def unpacked(self) -> Outlook:
+        """The same with 4-bit weights that are unpacked once and kept."""
+        return replace(self, job=replace(self.job, bits=None), heaviest=replace(self.heaviest, bits=None))
+
+    @property
+    def may_unpack(self) -> bool:
+        """Whether keeping 4-bit weights unpacked is a question of memory alone."""
+        return unpacks(self.job, self.layout)
+
+    def loaded(self) -> int:
+        """Bytes of the loaded model on this rank."""
+        found = self.memory("none", 1)
+        return sum(size for name, size in found.terms.items() if name in _LOADED)
 
     def not_seen(self, trained_bytes: int) -> int:
         """Bytes of gradients and optimizer state of what is trained on this rank beyond what the planner knows of.

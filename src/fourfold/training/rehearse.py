@@ -35,6 +35,7 @@ from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.blank import blank_model
 from fourfold.models.groups import parameter_groups
+from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import base_model
 from fourfold.objectives.interface import Objective
 from fourfold.parallel import context, expert, loss
@@ -105,6 +106,7 @@ def rehearse(
     recompute: Recompute = "none",
     device: torch.device | None = None,
     steps: int = 2,
+    unpacked: bool = False,
 ) -> Rehearsal:
     """Run one rank of a job; collectives do nothing.
 
@@ -112,6 +114,7 @@ def rehearse(
         rank: of the job.
         device: None for fake tensors.
         steps: at least 2: the first one also makes the optimizer's state.
+        unpacked: 4-bit weights are unpacked once and kept.
     """
     with ExitStack() as stack:
         if layout.world_size > 1:
@@ -124,8 +127,8 @@ def rehearse(
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(_Assumptions())
             trace = stack.enter_context(MemoryTrace())
-            return _steps(run, layout, micro_batches, recompute, torch.device("cpu"), trace, steps)
-        return _steps(run, layout, micro_batches, recompute, device, None, steps)
+            return _steps(run, layout, micro_batches, recompute, torch.device("cpu"), trace, steps, unpacked)
+        return _steps(run, layout, micro_batches, recompute, device, None, steps, unpacked)
 
 
 def _steps(
@@ -136,8 +139,11 @@ def _steps(
     device: torch.device,
     trace: MemoryTrace | None,
     steps: int,
+    unpacked: bool,
 ) -> Rehearsal:
     built = _build(run, layout, device, fake=trace is not None)
+    if unpacked:
+        keep_unpacked(built.module)
     built.recompute(recompute)
     built.module.train()
     parameters = [p for p in built.module.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from fourfold.planning.activations import kept
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.job import Recompute
 from fourfold.planning.layout import Layout
+from fourfold.training.memory import unpacking_fits
 from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.step_sizes import StepSizes
 from tiny_models import FAMILIES, tiny_config, tiny_model
@@ -67,6 +69,19 @@ def test_bytes_not_seen_when_more_is_trained_than_known_count_its_state(look: Lo
     known = 2 * 4 * 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert outlook.not_seen(known) == 0
     assert outlook.not_seen(known + 1000) == 3000
+
+
+def test_unpacking_when_there_is_room_is_chosen_and_not_otherwise(look: Look) -> None:
+    outlook = look(quantization_bit=4)
+    outlook = replace(outlook, job=replace(outlook.job, bits=4), heaviest=replace(outlook.heaviest, bits=4))
+    more = outlook.unpacked().loaded() - outlook.loaded()
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of two layers
+    assert 1.4 * linear < more < 1.5 * linear  # two bytes instead of a half and a scale
+    step = outlook.unpacked().to_come("none", 300)
+    assert unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.9) + 10)
+    assert not unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.9) - 10)
+    for other in (look(), look(quantization_bit=4, memory="low"), look(layout=Layout(dp_shard=2))):
+        assert not unpacking_fits(other, "none", 300, free=2**40)
 
 
 def test_bytes_when_the_family_is_any_can_be_told(look: Look) -> None:

@@ -1,0 +1,36 @@
+"""4-bit weights that stay unpacked where there is room: faster, and part of what a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from conftest import ShapeOf
+from fourfold.planning.hardware import build_cluster
+from fourfold.planning.job import Job
+from fourfold.planning.search import search
+
+_JOB = Job(bits=4, sequence=512, micro_batch=1024, sequences_per_step=4)
+
+
+def test_plan_when_there_is_room_unpacks_once_and_says_so(shape_of: ShapeOf) -> None:
+    shape = shape_of("Llama-3-8B")
+    best = search(shape, _JOB, build_cluster("h100")).best
+    plain = search(shape, replace(_JOB, bits=None), build_cluster("h100")).best
+    assert best is not None
+    assert plain is not None
+    assert best.unpacked
+    assert "unpacked once" in best.reason
+    assert best.as_json()["layout"]["unpacked"] is True
+    assert (best.memory, best.cost) == (plain.memory, plain.cost)  # LoRA's speed
+
+
+def test_plan_when_there_is_no_room_or_ranks_split_the_model_leaves_weights_packed(shape_of: ShapeOf) -> None:
+    shape = shape_of("Llama-3-8B")
+    large = search(shape_of("Llama-3-70B"), _JOB, build_cluster("h100")).best
+    assert large is not None
+    assert not large.unpacked
+    low = search(shape, replace(_JOB, host_embedding=True), build_cluster("h100")).best
+    assert low is not None
+    assert not low.unpacked
+    several = search(shape, _JOB, build_cluster("h100", 8))
+    assert {found.unpacked for found in several.layouts if found.layout.splits_model} <= {False}
