@@ -167,15 +167,18 @@ def test_compiled_layers_when_only_the_backward_pass_cannot_be_compiled_run(capl
     assert [message for message in caplog.messages if "are not compiled" in message]
 
 
-def test_compiled_layers_when_the_adapters_are_dora_say_so_and_run(caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_layers_when_the_adapters_are_dora_run_and_say_so_if_they_are_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
     plain, model = adapted(use_dora=True), adapted(use_dora=True)
     torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_layers([module for module in model.modules() if isinstance(module, _Layer)], backend="aot_eager")
     compiled.log.propagate = True
     for tokens in (4, 6):
         for one, other in zip(gradients(plain, tokens), gradients(model, tokens), strict=True):
             assert torch.equal(one, other)
-    assert [message for message in caplog.messages if "are not compiled" in message]
+    told = [message for message in caplog.messages if "are not compiled" in message]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert bool(told) != bool(graphs)  # PEFT's variants can be compiled with some versions of torch, not with others
 
 
 def test_token_nll_when_compared_with_cross_entropy_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
