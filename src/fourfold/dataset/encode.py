@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fourfold.base.errors import ConfigError, DataError
-from fourfold.dataset.encoded import ROLES, EncodedRow, Tokens
+from fourfold.dataset.encoded import ROLES, EncodedRow, TokenIds, Tokens, token_ids
 from fourfold.dataset.formats.interface import RowKind
 from fourfold.dataset.pack import pack_lengths
 from fourfold.dataset.render import Renderer, Segment
@@ -59,8 +59,8 @@ def share_length(prompt_len: int, response_len: int, limit: int) -> tuple[int, i
 class _Pair:
     """Token ids of a prompt and its response."""
 
-    prompt: list[int]
-    response: list[int]
+    prompt: TokenIds
+    response: TokenIds
     prompt_label: int | None = None
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Encoder:
     def __init__(self, renderer: Renderer, settings: EncodeSettings) -> None:
         self.renderer, self.settings = renderer, settings
         self._texts = TextTokenizer(renderer.tokenizer)
-        self._closing = renderer.closing_ids
+        self._closing = token_ids(renderer.closing_ids)
         eos = renderer.tokenizer.eos_token_id
         self._eos = eos if isinstance(eos, int) else None
         if settings.train_on_prompt and renderer.efficient_eos:
@@ -136,19 +136,19 @@ class Encoder:
         settings = self.settings
         closing = self._closing
         used = len(closing)
-        kept: list[_Pair] = []
+        kept: list[tuple[_Pair, int, int]] = []
         for pair in reversed(pairs) if settings.mask_history else pairs:
             if used >= settings.cutoff_len:
                 break
             prompt_len, response_len = share_length(len(pair.prompt), len(pair.response), settings.cutoff_len - used)
             used += prompt_len + response_len
-            kept.append(_Pair(pair.prompt[:prompt_len], pair.response[:response_len], pair.prompt_label))
+            kept.append((pair, prompt_len, response_len))
         tokens = Tokens()
         in_order = kept[::-1] if settings.mask_history else kept
-        for number, pair in enumerate(in_order):
+        for number, (pair, prompt_len, response_len) in enumerate(in_order):
             masked = settings.mask_history and number < len(in_order) - 1
-            tokens.append(pair.prompt, trained=settings.train_on_prompt, first_label=pair.prompt_label)
-            tokens.append(pair.response, trained=not masked)
+            tokens.append(pair.prompt[:prompt_len], trained=settings.train_on_prompt, first_label=pair.prompt_label)
+            tokens.append(pair.response[:response_len], trained=not masked)
         tokens.append(closing, trained=True)
         return tokens
 
@@ -164,7 +164,7 @@ class Encoder:
         encoded = []
         for number, ((prompt, chosen), (_, rejected)) in enumerate(rendered):
             prompt_ids = ids(prompt)
-            answers = [[*ids(answer), *self._closing] for answer in (chosen, rejected)]
+            answers = [ids(answer) + self._closing for answer in (chosen, rejected)]
             longest = max(len(answer) for answer in answers)
             kept_prompt, kept = share_length(len(prompt_ids), longest, self.settings.cutoff_len)
             sequences = {
@@ -189,7 +189,7 @@ class Encoder:
         for number, turns in enumerate(rendered):
             sequences, full = {}, 0
             for role, (prompt, response) in zip(ROLES["kto"], turns, strict=True):
-                prompt_ids, response_ids = ids(prompt), [*ids(response), *self._closing]
+                prompt_ids, response_ids = ids(prompt), ids(response) + self._closing
                 kept_prompt, kept = share_length(len(prompt_ids), len(response_ids), self.settings.cutoff_len)
                 sequences[role] = _prompted(prompt_ids[:kept_prompt], response_ids[:kept])
                 full += len(prompt_ids) + len(response_ids)
@@ -209,7 +209,7 @@ class Encoder:
         encoded = []
         for number, (prompt, reference) in enumerate(rendered):
             prompt_ids = ids(prompt)
-            reference_ids = [] if reference is None else [*ids(reference), *self._closing]
+            reference_ids = token_ids() if reference is None else ids(reference) + self._closing
             kept_prompt, kept = share_length(len(prompt_ids), len(reference_ids), self.settings.cutoff_len)
             sequences = {"prompt": Tokens(prompt_ids[:kept_prompt]), "reference": Tokens()}
             sequences["reference"].append(reference_ids[:kept], trained=True)
@@ -219,13 +219,13 @@ class Encoder:
     def _encode_texts(self, rows: Sequence[Row]) -> list[EncodedRow]:
         texts = [row.text or "" for row in rows]
         table = self._texts.encode(texts)
-        end = self._end_of_text()
+        end = token_ids([self._end_of_text()])
         encoded = []
         for number, text in enumerate(texts):
-            ids = [*table[text], end]
+            ids = table[text] + end
             tokens = Tokens()
             if not self.settings.packing:
-                ids = [*self._texts.bos_ids, *ids]
+                ids = token_ids(self._texts.bos_ids) + ids
             tokens.append(ids if self.settings.packing else ids[: self.settings.cutoff_len], trained=True)
             encoded.append(EncodedRow({"": tokens}, number, len(ids)))
         return encoded
@@ -240,7 +240,10 @@ class Encoder:
     def _blocks(self, encoded: Sequence[EncodedRow]) -> list[EncodedRow]:
         """Texts end to end, cut every `cutoff_len` tokens; a last block that is not full is left out."""
         size = self.settings.cutoff_len
-        joined = [token for item in encoded for token in item.sequences[""].ids]
+        bos_ids = token_ids(self._texts.bos_ids)
+        joined = token_ids()
+        for item in encoded:
+            joined += item.sequences[""].ids
         ends, at = [], 0
         for item in encoded:
             at += item.length
@@ -248,9 +251,7 @@ class Encoder:
         blocks, document = [], 0
         for start in range(0, len(joined) - size + 1, size):
             tokens = Tokens()
-            tokens.append(
-                [*self._texts.bos_ids, *joined[start + len(self._texts.bos_ids) : start + size]], trained=True
-            )
+            tokens.append(bos_ids + joined[start + len(bos_ids) : start + size], trained=True)
             first, at = document, start
             while at < start + size:
                 stop = min(ends[document], start + size)
@@ -270,11 +271,14 @@ class Encoder:
 class _SegmentIds:
     """Looks up the token ids of segments."""
 
-    def __init__(self, table: Mapping[str, list[int]]) -> None:
+    def __init__(self, table: Mapping[str, TokenIds]) -> None:
         self._table = table
 
-    def __call__(self, segments: Sequence[Segment]) -> list[int]:
-        ids: list[int] = []
+    def __call__(self, segments: Sequence[Segment]) -> TokenIds:
+        """The ids of all segments; not to be written to."""
+        if len(segments) == 1 and segments[0].token_id is None:
+            return self._table[segments[0].text]
+        ids = token_ids()
         for segment in segments:
             if segment.token_id is None:
                 ids += self._table[segment.text]
@@ -283,7 +287,7 @@ class _SegmentIds:
         return ids
 
 
-def _prompted(prompt: Sequence[int], response: Sequence[int]) -> Tokens:
+def _prompted(prompt: TokenIds, response: TokenIds) -> Tokens:
     tokens = Tokens()
     tokens.append(prompt, trained=False)
     tokens.append(response, trained=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TypeAlias
 
 from fourfold.dataset.formats.interface import RowKind
 
@@ -17,6 +19,18 @@ ROLES: Mapping[RowKind, tuple[str, ...]] = {
     "prompt": ("prompt", "reference"),
 }
 """The sequences of a sample, by what the stage trains on."""
+
+_UNTRAINED = ("kl", "reference")
+"""Sequences that need not have anything to train."""
+
+
+TokenIds: TypeAlias = "array[int]"
+"""Token ids as 4-byte integers, `array("i")`: cut, joined and stored without a step for each of them."""
+
+
+def token_ids(ids: Iterable[int] = ()) -> TokenIds:
+    """Some token ids."""
+    return array("i", ids)
 
 
 @dataclass(slots=True)
@@ -30,12 +44,12 @@ class Tokens:
         documents: lengths of the documents; empty for a single one.
     """
 
-    ids: list[int] = field(default_factory=list)
+    ids: TokenIds = field(default_factory=token_ids)
     spans: list[int] = field(default_factory=list)
     overrides: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
 
-    def append(self, ids: Sequence[int], *, trained: bool, first_label: int | None = None) -> None:
+    def append(self, ids: TokenIds, *, trained: bool, first_label: int | None = None) -> None:
         """Add tokens at the end.
 
         Args:
@@ -58,7 +72,7 @@ class Tokens:
     def num_targets(self) -> int:
         """Trained positions; the first of a document predicts nothing before it."""
         trained = sum(self.spans[1::2]) - sum(self.spans[::2]) + len(self.overrides) // 2
-        return trained - sum(self._is_trained(start) for start in accumulate(self.documents[:-1], initial=0))
+        return trained - sum(map(self._is_trained, accumulate(self.documents[:-1], initial=0)))
 
     def _is_trained(self, position: int) -> bool:
         # An odd number of span edges at or before a position means that it lies within a span.
@@ -88,10 +102,13 @@ class EncodedRow:
     trains: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        targets = {role: tokens.num_targets for role, tokens in self.sequences.items()}
-        self.num_targets = sum(targets.values())
-        self.length = sum(len(tokens.ids) for tokens in self.sequences.values())
-        if "prompt" in targets:
-            self.trains = bool(self.sequences["prompt"].ids)
-        else:
-            self.trains = all(number > 0 for role, number in targets.items() if role != "kl")
+        self.length = self.num_targets = 0
+        self.trains = True
+        for role, tokens in self.sequences.items():
+            targets = tokens.num_targets
+            self.length += len(tokens.ids)
+            self.num_targets += targets
+            if role == "prompt":
+                self.trains = self.trains and bool(tokens.ids)
+            elif role not in _UNTRAINED:
+                self.trains = self.trains and targets > 0

@@ -29,7 +29,7 @@ class Piece:
 
     def fill(self, contents: Sequence[str]) -> Segment:
         """The segment of a conversation with these contents."""
-        text = "".join(text if isinstance(text, str) else contents[text] for text in self.texts)
+        text = "".join([text if isinstance(text, str) else contents[text] for text in self.texts])
         return Segment(text, self.trained)
 
 
@@ -41,7 +41,7 @@ class Layout:
 
     def fill(self, contents: Sequence[str]) -> list[list[Segment]]:
         """The segments of a conversation with these contents; those without text are left out."""
-        filled = ((p if isinstance(p, Segment) else p.fill(contents) for p in block) for block in self.blocks)
+        filled = ([p if isinstance(p, Segment) else p.fill(contents) for p in block] for block in self.blocks)
         return [[segment for segment in block if segment.text] for block in filled]
 
 

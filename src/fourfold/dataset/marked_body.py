@@ -84,10 +84,12 @@ class MarkedBody:
         full_system = system + self._tools.describe(tools) if tools else system or None
         if self._layouts is None:
             return self._render_blocks(shown, full_system, add_generation_prompt=add_generation_prompt)
-        key = (tuple(entry["role"] for entry in shown), full_system, add_generation_prompt)
-        layout = self._layouts.get(key) or self._lay_out(*key)
-        if len(self._layouts) < _MOST_LAYOUTS:
-            self._layouts[key] = layout
+        key = (tuple([entry["role"] for entry in shown]), full_system, add_generation_prompt)
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._lay_out(*key)
+            if len(self._layouts) < _MOST_LAYOUTS:
+                self._layouts[key] = layout
         return layout.fill([entry["content"] for entry in shown])
 
     def _lay_out(self, roles: tuple[str, ...], system: str | None, add_generation_prompt: bool) -> Layout:

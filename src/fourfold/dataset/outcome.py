@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.encode import EncodeSettings
-from fourfold.dataset.storage import SetStats
+from fourfold.dataset.set_stats import SetStats
 from fourfold.dataset.tokenise import BROKEN_TURNS, NOTHING_TRAINED, SAME_ANSWERS, ChunkResult
 
 log = get_logger(__name__)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ from fourfold.base.errors import DataError
 from fourfold.dataset.json_scan import scan_rows
 
 _STREAM_ROWS = 1000
+_SCANNED_BYTES = 1 << 24
+"""Bytes of a file of lines that are looked through at a time."""
 
 
 class RowReader(Protocol):
@@ -72,7 +75,10 @@ class JsonReader:
     def read(self, rows: Sequence[int]) -> list[Any]:
         """See RowReader."""
         data = self._bytes()
-        return [self._parse(data, int(start), int(stop)) for start, stop in self._spans[np.asarray(rows, dtype=int)]]
+        found = [self._parse(data, *span) for span in self._spans[np.asarray(rows, dtype=int)].tolist()]
+        if sys.platform == "linux":
+            data.madvise(mmap.MADV_DONTNEED)  # else all that was ever read counts as memory of this process
+        return found
 
     def _parse(self, data: mmap.mmap, start: int, stop: int) -> Any:
         try:
@@ -94,18 +100,26 @@ def _line_spans(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if size == 0:
         return np.empty((0, 2), dtype=np.int64)
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    step = 1 << 26
-    breaks = [np.flatnonzero(data[at : at + step] == ord("\n")) + at for at in range(0, size, step)]
-    ends = np.concatenate([*breaks, [size]])
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    if bytes(data[:3]) == b"\xef\xbb\xbf":
-        starts[0] = 3
-    spans = np.stack([starts, ends], axis=1)
-    spans = spans[spans[:, 0] < spans[:, 1]]
-    short = np.flatnonzero(spans[:, 1] - spans[:, 0] <= 2)  # "\r", or a few blanks
-    blank = [i for i in short if not bytes(data[spans[i, 0] : spans[i, 1]]).strip()]
+    with path.open("rb") as file:
+        breaks = [
+            np.flatnonzero(np.frombuffer(file.read(_SCANNED_BYTES), dtype=np.uint8) == ord("\n")) + at
+            for at in range(0, size, _SCANNED_BYTES)
+        ]
+        ends = np.concatenate([*breaks, [size]])
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        file.seek(0)
+        if file.read(3) == b"\xef\xbb\xbf":
+            starts[0] = 3
+        spans = np.stack([starts, ends], axis=1)
+        spans = spans[spans[:, 0] < spans[:, 1]]
+        short = np.flatnonzero(spans[:, 1] - spans[:, 0] <= 2)  # "\r", or a few blanks
+        blank = [i for i in short.tolist() if not _read_span(file, *spans[i].tolist()).strip()]
     return np.delete(spans, blank, axis=0)
+
+
+def _read_span(file: BinaryIO, start: int, stop: int) -> bytes:
+    file.seek(start)
+    return file.read(stop - start)
 
 
 class TextReader:

@@ -12,7 +12,8 @@ from fourfold.config.schema import Run
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
 from fourfold.dataset.prepare import Prepared, prepare
 from fourfold.dataset.render import Renderer
-from fourfold.dataset.storage import SetStats, TokenisedDataset
+from fourfold.dataset.set_stats import SetStats
+from fourfold.dataset.storage import TokenisedDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -33,7 +33,7 @@ class Message:
     @property
     def text(self) -> str:
         """All text parts joined."""
-        return "".join(part.text for part in self.parts)
+        return self.parts[0].text if len(self.parts) == 1 else "".join(part.text for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,12 @@
-"""Tokenised samples on disk: Arrow columns, memory-mapped, one record batch for each chunk of rows.
-
-Columns of a role (`""` for pt and sft, else with the role and a dot before the name):
-
-    input_ids   list<int32>   token ids
-    spans       list<int32>   start, stop, ... of the stretches whose labels are the tokens themselves
-    overrides   list<int32>   position, label, ... where the label is another token
-    documents   list<int32>   lengths of the packed documents; empty for a single one
-
-and of the sample: `length` (int32, tokens of all roles), `targets` (int32, trained positions), `set` (int16, which
-data set; -1 for a pack), and `extras.<name>` (float64). Labels take little room this way, and reading one sample is
-a few slices.
-"""
+"""Tokenised samples on disk: Arrow columns, memory-mapped, one record batch for each chunk of rows. See columns."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,85 +17,11 @@ import pyarrow.ipc
 
 from fourfold.base.errors import DataError
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
-from fourfold.dataset.encoded import EncodedRow
+from fourfold.dataset.columns import EXTRAS, TOKEN_COLUMNS, column_name
+from fourfold.dataset.set_stats import SetStats
 
 DATA_FILE, META_FILE = "samples.arrow", "meta.json"
 STORAGE_VERSION = 1
-
-_TOKEN_COLUMNS = ("input_ids", "spans", "overrides", "documents")
-_EXTRAS = "extras."
-
-
-@dataclass(slots=True)
-class SetStats:
-    """What became of the rows of one data set.
-
-    Attributes:
-        rows: rows read.
-        samples: of them, those that can be trained.
-        tokens: tokens of these samples.
-        targets: trained positions of these samples.
-        truncated: samples that were cut to fit the cutoff.
-        dropped: rows left out, by reason.
-    """
-
-    rows: int = 0
-    samples: int = 0
-    tokens: int = 0
-    targets: int = 0
-    truncated: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    def drop(self, reason: str, number: int = 1) -> None:
-        """Count rows that are left out."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + number
-
-    def add(self, other: SetStats) -> None:
-        """Add what `other` counted."""
-        self.rows += other.rows
-        self.samples += other.samples
-        self.tokens += other.tokens
-        self.targets += other.targets
-        self.truncated += other.truncated
-        for reason, number in other.dropped.items():
-            self.drop(reason, number)
-
-
-def to_record_batch(samples: Sequence[EncodedRow], sets: Sequence[int], roles: Sequence[str]) -> pa.RecordBatch:
-    """The columns of some samples.
-
-    Args:
-        sets: number of each sample's data set, -1 for a pack of several.
-        roles: the roles that each sample has, in order.
-    """
-    columns: dict[str, pa.Array] = {}
-    for role in roles:
-        sequences = [sample.sequences[role] for sample in samples]
-        lists = (
-            [tokens.ids for tokens in sequences],
-            [tokens.spans for tokens in sequences],
-            [tokens.overrides for tokens in sequences],
-            [tokens.documents for tokens in sequences],
-        )
-        for name, values in zip(_TOKEN_COLUMNS, lists, strict=True):
-            columns[_column(role, name)] = _list_array(values)
-    columns["length"] = pa.array([sample.length for sample in samples], pa.int32())
-    columns["targets"] = pa.array([sample.num_targets for sample in samples], pa.int32())
-    columns["set"] = pa.array(sets, pa.int16())
-    for name in samples[0].extras if samples else ():
-        columns[_EXTRAS + name] = pa.array([sample.extras[name] for sample in samples], pa.float64())
-    return pa.RecordBatch.from_pydict(columns)
-
-
-def _column(role: str, name: str) -> str:
-    return f"{role}.{name}" if role else name
-
-
-def _list_array(lists: Sequence[Sequence[int]]) -> pa.ListArray:
-    offsets = np.zeros(len(lists) + 1, dtype=np.int32)
-    np.cumsum([len(entry) for entry in lists], out=offsets[1:])
-    values = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 class SampleWriter:
@@ -161,11 +74,13 @@ class SampleColumns:
     """The samples of one record batch, as numpy views of its columns."""
 
     def __init__(self, batch: pa.RecordBatch, roles: Sequence[str]) -> None:
-        self._lists = {role: [_views(batch.column(_column(role, name))) for name in _TOKEN_COLUMNS] for role in roles}
+        self._lists = {
+            role: [_views(batch.column(column_name(role, name))) for name in TOKEN_COLUMNS] for role in roles
+        }
         self._extras = {
-            name.removeprefix(_EXTRAS): batch.column(name).to_numpy()
+            name.removeprefix(EXTRAS): batch.column(name).to_numpy()
             for name in batch.schema.names
-            if name.startswith(_EXTRAS)
+            if name.startswith(EXTRAS)
         }
 
     def sample(self, row: int, index: int) -> Sample:
@@ -286,8 +201,8 @@ class TokenisedDataset:
         for number in range(self._reader.num_record_batches):
             batch = self._reader.get_batch(number)
             for role in self._roles:
-                documents, starts = _views(batch.column(_column(role, "documents")))
-                _, offsets = _views(batch.column(_column(role, "input_ids")))
+                documents, starts = _views(batch.column(column_name(role, "documents")))
+                _, offsets = _views(batch.column(column_name(role, "input_ids")))
                 single = np.diff(starts) == 0
                 found += (np.diff(offsets)[single], documents)
         return np.concatenate(found) if found else np.empty(0, dtype=np.int32)

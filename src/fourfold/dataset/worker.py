@@ -1,12 +1,11 @@
 """A process of the pool in workers.py: `python -m fourfold.dataset.worker HANDLE`.
 
-Receives the data sets and the tokeniser, then spans of rows, and answers each with its result or the error it met,
-until the connection closes.
+Receives the data sets and the tokeniser and says None when it has them; then receives spans of rows, and answers each
+with its result or the error it met, until the connection closes.
 """
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 import traceback
@@ -23,6 +22,7 @@ def serve(connection: Connection) -> None:
     tokeniser: ChunkTokeniser
     try:
         mix, tokeniser = connection.recv()
+        connection.send(None)
         while True:
             start, stop = connection.recv()
             try:
@@ -36,6 +36,5 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    gc.set_threshold(100_000, 50, 1000)  # millions of lists that are no garbage need not be looked through often
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     serve(Connection(int(sys.argv[1])))

@@ -1,8 +1,9 @@
 """Running the chunks of a data set: in this process, or in a bounded pool of others.
 
 The pool consists of fresh interpreters, not forks: a fork of a process with threads (torch, tokenizers) may hang, and
-`multiprocessing`'s other ways import the user's main script again. A worker that dies, for example for want of
-memory, is noticed at once; the parent takes all of them with it when it leaves.
+`multiprocessing`'s other ways import the user's main script again. While they start, which takes a second or more, the
+parent tokenises, so that a small data set need not wait for them. A worker that dies, for example for want of memory,
+is noticed at once; the parent takes all of them with it when it leaves.
 """
 
 from __future__ import annotations
@@ -78,10 +79,17 @@ def run_chunks(mix: RawRows, tokeniser: ChunkTokeniser, *, chunk_rows: int, work
 
 @dataclass(slots=True)
 class _Worker:
-    """A process, the connection to it, and the numbers of the chunks that it has before it."""
+    """A process.
+
+    Attributes:
+        connection: to it.
+        started: whether it has said that it is ready.
+        waiting: the numbers of the chunks that it has before it.
+    """
 
     process: subprocess.Popen[bytes]
     connection: Connection
+    started: bool = False
     waiting: deque[int] = field(default_factory=deque)
 
     @classmethod
@@ -107,17 +115,27 @@ class _Worker:
 
 class _Pool:
     def __init__(self, mix: RawRows, tokeniser: ChunkTokeniser, size: int) -> None:
+        self._mix, self._tokeniser = mix, tokeniser
         self._workers = [_Worker.start() for _ in range(size)]
-        for worker in self._workers:
-            self._send(worker, (mix, tokeniser))
 
     def run(self, spans: Sequence[_Span]) -> Iterator[ChunkResult]:
+        for worker in self._workers:
+            self._send(worker, (self._mix, self._tokeniser))
         finished: dict[int, ChunkResult] = {}
         upcoming, given = 0, 0
         while upcoming < len(spans):
-            given = self._give(spans, given, upcoming + _AHEAD * len(self._workers))
-            for worker in self._ready():
-                finished[worker.waiting.popleft()] = self._receive(worker)
+            limit = min(len(spans), upcoming + _AHEAD * len(self._workers))
+            given = self._give(spans, given, limit)
+            starting = not all(worker.started for worker in self._workers)
+            for worker in self._ready(wait_for_one=not (starting and given < limit)):
+                result = self._receive(worker)
+                if result is None:
+                    worker.started = True
+                else:
+                    finished[worker.waiting.popleft()] = result
+            if starting and given < limit:
+                finished[given] = self._tokeniser.run(self._mix.read(*spans[given]))
+                given += 1
             while upcoming in finished:
                 yield finished.pop(upcoming)
                 upcoming += 1
@@ -126,15 +144,17 @@ class _Pool:
         """Hand out chunks, one to each worker in turn, while there is room; returns how many are given in all."""
         for depth in range(_QUEUED):
             for worker in self._workers:
-                if len(worker.waiting) == depth and given < min(len(spans), limit):
+                if worker.started and len(worker.waiting) == depth and given < limit:
                     self._send(worker, spans[given])
                     worker.waiting.append(given)
                     given += 1
         return given
 
-    def _ready(self) -> list[_Worker]:
-        busy = {worker.connection: worker for worker in self._workers if worker.waiting}
-        return [busy[connection] for connection in wait(list(busy)) if isinstance(connection, Connection)]
+    def _ready(self, *, wait_for_one: bool) -> list[_Worker]:
+        """The workers that have something to say."""
+        busy = {worker.connection: worker for worker in self._workers if worker.waiting or not worker.started}
+        told = wait(list(busy), None if wait_for_one else 0)
+        return [busy[connection] for connection in told if isinstance(connection, Connection)]
 
     @staticmethod
     def _send(worker: _Worker, message: object) -> None:
@@ -144,7 +164,8 @@ class _Pool:
             raise worker.death() from None
 
     @staticmethod
-    def _receive(worker: _Worker) -> ChunkResult:
+    def _receive(worker: _Worker) -> ChunkResult | None:
+        """A result; None if the worker says that it is ready for the first chunk."""
         try:
             result = worker.connection.recv()
         except (EOFError, ConnectionResetError):

@@ -26,11 +26,12 @@ def test_script_when_run_on_a_few_rows_finds_the_same_packs_on_both_sides(tmp_pa
     assert ours["packs"] == theirs["packs"] > 10
     for one in (ours, theirs):
         assert one["rows_per_sec"] > 0
+        assert one["processor_s"] > 0.1
         assert one["peak_resident_gib"] >= one["peak_gib"] > 0.05
 
 
 def test_compare_when_the_packs_differ_is_false(capsys: pytest.CaptureFixture[str]) -> None:
-    found = {"rows_per_sec": 2.0, "peak_gib": 1.0, "packs": 3, "targets": 100}
+    found = {"rows_per_sec": 2.0, "processor_s": 4.0, "peak_gib": 1.0, "packs": 3, "targets": 100}
     assert compare({"fourfold": found, "datasets_map": found})
     assert not compare({"fourfold": found, "datasets_map": {**found, "packs": 4}})
     assert "packs: 3 and 4 differ" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import pytest
 
 from data_folder import alpaca_rows, write_rows
 from fourfold.base.errors import ConfigError, DataError
+from fourfold.dataset import readers
 from fourfold.dataset.info import DatasetEntry, parse_entry
 from fourfold.dataset.json_scan import scan_rows
 from fourfold.dataset.readers import open_file, stream_file
@@ -87,6 +88,17 @@ def test_scan_rows_when_json_is_bad_names_the_line(tmp_path: Path, text: str, me
     with pytest.raises(DataError) as caught:
         list(scan_rows(path, chunk_bytes=chunk_bytes))
     assert str(caught.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("scanned_bytes", [1, 7, 64])
+def test_open_file_whatever_is_scanned_at_a_time_finds_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned_bytes: int
+) -> None:
+    monkeypatch.setattr(readers, "_SCANNED_BYTES", scanned_bytes)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n{"a": 2}\r\n\r\n  \n{"a": 3}')
+    reader = open_file(path)
+    assert reader.read(range(len(reader))) == [{"a": 1}, {"a": 2}, {"a": 3}]
 
 
 def test_open_file_when_a_line_is_bad_names_it_as_blank_lines_count(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fourfold.dataset import text_tokens
 from fourfold.dataset.text_tokens import TextTokenizer, splits_at_blanks
 
 WORDS = [
@@ -98,7 +99,47 @@ def test_encode_when_cut_into_parts_equals_whole_texts(kind: str) -> None:
     texts = random_texts(2000)
     for _ in range(2):  # the second time with all parts known
         found = by_parts.encode(texts)
-        assert [text for text in texts if found[text] != tokenizer.encode(text, add_special_tokens=False)] == []
+        assert [text for text in texts if list(found[text]) != tokenizer.encode(text, add_special_tokens=False)] == []
+
+
+def differing(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[str]:
+    """The texts for which tokenising by parts gives other ids; each is encoded twice."""
+    by_parts = TextTokenizer(tokenizer)
+    by_parts.encode(texts)
+    found = by_parts.encode(texts)
+    return [text for text in texts if list(found[text]) != tokenizer.encode(text, add_special_tokens=False)]
+
+
+ADDED = ["<|a", "<|a|>", "<|a|>\n", "|>", "the", "\n\n", "Ω", *(f"<|r{number}|>" for number in range(300))]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_encode_when_added_tokens_are_in_the_text_equals_whole_texts(as_text: bool) -> None:
+    tokenizer = make_tokenizer(BYTE_LEVEL)
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in ADDED], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("é", normalized=True), AddedToken("<|a|>b", normalized=True)])
+    tokenizer.split_special_tokens = as_text
+    random = np.random.default_rng(6)
+    words = [*WORDS, *ADDED, "b", *" " * 200]
+    texts = ["".join(random.choice(words, size=random.integers(1, 30))) for _ in range(2000)]
+    ids = {number for text in texts for number in tokenizer.encode(text, add_special_tokens=False)}
+    assert (max(ids) >= tokenizer.convert_tokens_to_ids("<|r0|>")) is not as_text
+    assert splits_at_blanks(json.loads(tokenizer.backend_tokenizer.to_str()))
+    assert differing(tokenizer, texts) == []
+
+
+def test_encode_when_too_many_parts_were_seen_forgets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_tokens, "_MOST_PARTS", 20)
+    tokenizer = make_tokenizer(BYTE_LEVEL)
+    by_parts = TextTokenizer(tokenizer)
+    texts = random_texts(500)
+    for text in texts:
+        assert list(by_parts.encode([text])[text]) == tokenizer.encode(text, add_special_tokens=False)
+    assert by_parts.num_remembered <= 2 * 20
+
+
+def test_encode_when_there_are_no_texts_gives_nothing() -> None:
+    assert TextTokenizer(make_tokenizer(BYTE_LEVEL)).encode([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +156,7 @@ def test_splits_at_blanks_when_the_splitting_is_not_known_says_no(pre_tokenizer:
     assert not splits_at_blanks(json.loads(tokenizer.backend_tokenizer.to_str()))
     texts = random_texts(50)
     found = TextTokenizer(tokenizer).encode(texts)
-    assert all(found[text] == tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    assert all(list(found[text]) == tokenizer.encode(text, add_special_tokens=False) for text in texts)
 
 
 @pytest.mark.parametrize("token", [AddedToken("<a b>"), AddedToken("<a>", lstrip=True), AddedToken("<a>", rstrip=True)])
