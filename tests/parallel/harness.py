@@ -32,7 +32,7 @@ from fourfold.losses.teacher import KdSettings
 from fourfold.losses.token import TokenLoss
 from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel
-from fourfold.models.lora import use_short_forward
+from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.targets import decoder_blocks, lora_targets
@@ -285,6 +285,8 @@ def train(
     module = make_model(case)
     if not mesh.layout.splits_backward:
         use_short_forward(module)
+    if mesh.layout.world_size == 1:  # so that what runs alone on a GPU is compared with every layout
+        join_siblings(module)
     noise = NoiseKeys(seed=3)
     key_dropout(module, noise)
     model = StepModel(module, packed=case.packed, balance_experts=case.router > 0, noise=noise)

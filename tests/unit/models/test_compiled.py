@@ -167,7 +167,9 @@ def test_compiled_layers_when_only_the_backward_pass_cannot_be_compiled_run(capl
     assert [message for message in caplog.messages if "are not compiled" in message]
 
 
-def test_compiled_layers_when_the_adapters_are_dora_run_and_say_so_if_they_are_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
+def test_compiled_layers_when_the_adapters_are_dora_run_and_say_so_if_they_are_not_compiled(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     plain, model = adapted(use_dora=True), adapted(use_dora=True)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
