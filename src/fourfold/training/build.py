@@ -173,7 +173,7 @@ def build(
     if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
         use_short_forward(module)
     if mesh.device.type == "cuda" and not mesh.layout.splits_model and mesh.layout.offload == "none":
-        # On a CPU it is no faster, and takes memory (docs/lab-notes.md); Liger's kernel copies what is a part of a tensor.
+        # on a CPU it is no faster, and takes memory (docs/lab-notes.md); Liger's kernel copies what is part of a tensor
         join_siblings(module, apart=frozenset({"gate_proj"} if run.model.enable_liger_kernel else ()))
     if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
         _keep_embedding_on_host(base_model(module))
