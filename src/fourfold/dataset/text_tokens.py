@@ -57,21 +57,30 @@ class TextTokenizer:
         self._backend = None
         self._added: re.Pattern[str] | None = None
         self._firsts, self._others = None, None
+        self._is_known = False
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             tokenizer.encode("", add_special_tokens=False)  # settles truncation, padding and special-token splitting
             self._backend = tokenizer.backend_tokenizer
-            facts = json.loads(self._backend.to_str())
-            if not self._backend.encode_special_tokens:
-                self._added = tokens_cut_out(facts)
-            if splits_at_blanks(facts):
-                # The first part of a text is tokenised as it is, the others with the blank before them.
-                self._firsts, self._others = _PartTable(self._encode_whole, ""), _PartTable(self._encode_whole, " ")
+
+    def _get_to_know(self) -> None:
+        """Find out how the tokenizer cuts texts; half a second for a large one, so only where there is a text."""
+        self._is_known = True
+        if self._backend is None:
+            return
+        facts = json.loads(self._backend.to_str())
+        if not self._backend.encode_special_tokens:
+            self._added = tokens_cut_out(facts)
+        if splits_at_blanks(facts):
+            # The first part of a text is tokenised as it is, the others with the blank before them.
+            self._firsts, self._others = _PartTable(self._encode_whole, ""), _PartTable(self._encode_whole, " ")
 
     def encode(self, texts: Iterable[str]) -> dict[str, TokenIds]:
         """The token ids of each different text."""
         unique = list(dict.fromkeys(texts))
         if not unique:
             return {}
+        if not self._is_known:
+            self._get_to_know()
         if self._firsts is None or self._others is None:
             ids = [array("i", found) for found in self._encode_whole(unique)]
         else:
