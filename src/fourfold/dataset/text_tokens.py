@@ -25,11 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerFast
 
+from fourfold.base.errors import DataError
 from fourfold.dataset.encoded import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _PART_START = re.compile(r" (?<!\s )(?=\S)")
 _SPACE = r"[\t-\r\x1c-\x20\x{85}\p{Z}]"
 _UNEVEN = f"{_SPACE} | {_SPACE}| $"
@@ -75,12 +77,26 @@ class TextTokenizer:
             self._firsts, self._others = _PartTable(self._encode_whole, ""), _PartTable(self._encode_whole, " ")
 
     def encode(self, texts: Iterable[str]) -> dict[str, TokenIds]:
-        """The token ids of each different text."""
+        """The token ids of each different text.
+
+        Raises:
+            DataError: a text holds half of a character, as JSON may, and so has no bytes.
+        """
         unique = list(dict.fromkeys(texts))
         if not unique:
             return {}
         if not self._is_known:
             self._get_to_know()
+        try:
+            return self._encode_all(unique)
+        except (UnicodeEncodeError, TypeError) as error:
+            for text in unique:
+                if (found := _LONE_SURROGATE.search(text)) is not None:
+                    half, near = f"\\u{ord(found[0]):04x}", text[max(found.start() - 12, 0) : found.start()]
+                    raise DataError(f"a text holds half of a character ({half} after {near!r})") from error
+            raise
+
+    def _encode_all(self, unique: list[str]) -> dict[str, TokenIds]:
         if self._firsts is None or self._others is None:
             ids = [array("i", found) for found in self._encode_whole(unique)]
         else:

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fourfold.base.errors import DataError
 from fourfold.dataset import text_tokens
 from fourfold.dataset.text_tokens import TextTokenizer, splits_at_blanks
 
@@ -164,3 +165,15 @@ def test_splits_at_blanks_when_an_added_token_reaches_over_blanks_says_no(token:
     tokenizer = make_tokenizer(BYTE_LEVEL)
     tokenizer.add_tokens([token])
     assert not splits_at_blanks(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_encode_when_a_text_holds_half_of_a_character_says_which(
+    by_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not by_parts:
+        monkeypatch.setattr(text_tokens, "splits_at_blanks", lambda facts: False)
+    texts = TextTokenizer(make_tokenizer(split(MODERN)))
+    assert len(texts.encode(["well then"])) == 1
+    with pytest.raises(DataError, match=r"half of a character \(\\ud83d after 'his is fine '\)"):
+        texts.encode(["well then", "this is fine \ud83d."])
