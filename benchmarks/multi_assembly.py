@@ -32,6 +32,7 @@ from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import Step, StepResult
 from fourfold.training.build import Built, build
+from fourfold.training.fast import Fast
 from fourfold.training.precision import resolve
 
 Model = tuple[TunedModel, Callable[[Shares], None]]
@@ -102,7 +103,7 @@ def assemble(run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Rec
     Args:
         max_tokens: positions of a micro-batch on a data-parallel rank.
     """
-    built = build(run, resolve(run), mesh, *model)
+    built = build(run, resolve(run), mesh, *model, wishes=Fast(compiled=bool(run.training.torch_compile)))
     built.recompute(recompute)
     built.module.train()
     groups = parameter_groups(built.module, run.training, run.tuning)
@@ -111,7 +112,7 @@ def assemble(run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Rec
     policy = CutPolicy(
         packed=built.model.packed,
         max_tokens=max_tokens,
-        multiple=built.split.multiple,
+        multiple=built.multiple,
         min_batches=built.split.min_batches,
     )
     return Ready(

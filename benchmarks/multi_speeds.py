@@ -22,7 +22,8 @@ class Speed:
 
     Attributes:
         model: folder of examples/models; layers: cut to so many, 0 for all.
-        tuning: a name of rehearsed.py's TUNINGS; `pure` is full with bf16 masters.
+        tuning: a name of rehearsed.py's TUNINGS; `pure` is full with bf16 masters. Layers run as they are, as by
+            default with several GPUs, unless it says `compiled` or `float8`.
         sequences: lengths of a micro-batch's documents on a data-parallel rank.
         batches: micro-batches of a step.
         note: how it is cut down from what it stands for.
@@ -32,7 +33,7 @@ class Speed:
     """
 
     model: str
-    tuning: Literal["full", "pure", "lora", "qlora"]
+    tuning: Literal["full", "pure", "lora", "qlora", "full compiled", "full float8", "lora compiled"]
     layout: Layout
     recompute: Literal["none", "selective", "full"]
     sequences: tuple[int, ...]
@@ -80,6 +81,13 @@ _TWO: dict[str, Speed] = {
     "8b-16layers-full-fsdp2": Speed(
         _8B, "full", Layout(dp_shard=2), "none", _ROW, layers=16, note="fp32 masters, 16 of 32 layers"
     ),
+    "8b-16layers-full-fsdp2-compiled": Speed(
+        _8B, "full compiled", Layout(dp_shard=2), "none", _ROW, layers=16, note="16 of 32 layers", seconds=40
+    ),
+    "8b-16layers-full-fsdp2-float8": Speed(
+        _8B, "full float8", Layout(dp_shard=2), "none", _ROW, layers=16, note="16 of 32 layers", seconds=40
+    ),
+    "8b-lora-ddp2-compiled": Speed(_8B, "lora compiled", Layout(dp_replicate=2), "none", _ROW, seconds=40),
     **_bubbles(
         32, {"1f1b": (17, 15), "zbv": (7, 9, 8, 8), "interleaved_1f1b": (9, 8, 8, 7), "gpipe": (17, 15)}, ranks=2
     ),
@@ -166,6 +174,8 @@ _FOUR: dict[str, Speed] = {
 }
 _EIGHT: dict[str, Speed] = {
     "8b-full-fsdp8": Speed(_8B, "full", Layout(dp_shard=8), "selective", _ROW, target=9000),
+    "8b-full-fsdp8-compiled": Speed(_8B, "full compiled", Layout(dp_shard=8), "none", _ROW, target=9000, seconds=50),
+    "8b-full-fsdp8-float8": Speed(_8B, "full float8", Layout(dp_shard=8), "none", _ROW, target=11000, seconds=50),
     "8b-full-fsdp8-4k": Speed(_8B, "full", Layout(dp_shard=8), "none", (4096,), note="sequences of 4,096", target=9000),
     "8b-full-fsdp4-tp2": Speed(_8B, "full", Layout(dp_shard=4, tp=2), "none", _ROW),
     "8b-full-pp2-fsdp4": Speed(_8B, "full", Layout(pp=2, dp_shard=4), "selective", _ROW, 4),

@@ -46,6 +46,9 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "pure": {"finetuning_type": "full", "pure_bf16": True},
     "lora": {"finetuning_type": "lora", "bf16": True},
     "qlora": {"finetuning_type": "lora", "bf16": True, "quantization_bit": 4},
+    "full compiled": {"finetuning_type": "full", "bf16": True, "torch_compile": True},
+    "full float8": {"finetuning_type": "full", "bf16": True, "torch_compile": True, "fp8": True},
+    "lora compiled": {"finetuning_type": "lora", "bf16": True, "torch_compile": True},
 }
 
 
@@ -114,6 +117,7 @@ def described(point: Point) -> tuple[Run, ModelShape, Job]:
         sequence=point.sequences[0],
         micro_batch=sum(point.sequences),
         sequences_per_step=len(point.sequences) * point.batches * point.layout.dp,
+        engine="compiled" if run.training.torch_compile else "eager",
     )
     return run, _shape(folder), job
 
