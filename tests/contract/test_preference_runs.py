@@ -112,19 +112,25 @@ def test_dpo_when_another_model_is_the_reference_compares_with_that(
     assert losses(tmp_path / "same", "rewards/chosen")[0] == pytest.approx(0, abs=1e-6)
 
 
+def _held() -> list[torch.Tensor]:
+    """Every tensor of numbers that there is in this process."""
+    gc.collect()
+    return [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.is_floating_point()]
+
+
 @pytest.mark.parametrize("tuning", [{}, _FULL])
 def test_memory_when_a_stage_needs_a_reference_holds_one_base(
     tuning: dict[str, Any], tiny_llama: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
+    before = _held()  # of other tests; kept, so that nothing new takes their place
     parts = _parts(tiny_llama, tiny_data, tmp_path, **{**_DPO, **tuning})
     assert parts.data.train is not None
     parts.policy  # noqa: B018 - settled once
-    gc.collect()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*parts.module.parameters(), *parts.module.buffers())}
     largest = max(p.nbytes for p in parts.module.parameters())
-    others = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.is_floating_point()]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in others}
-    beside = [size for pointer, size in held.items() if pointer not in own]
+    known = own | {tensor.untyped_storage().data_ptr() for tensor in before}
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _held()}
+    beside = [size for pointer, size in held.items() if pointer not in known]
     assert sum(size for size in beside if size >= largest) == 0
 
 
