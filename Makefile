@@ -46,7 +46,7 @@ test: check $(MODEL)
 grid: $(INSTALLED) $(MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/parallel/grid.py
 	$(BIN)/python tests/parallel/grid.py --render docs/parallel-grid.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/unit/planning -m "grid or not grid"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel tests/unit/planning tests/unit/benchmarks -m "grid or not grid"
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest tests/unit

@@ -337,6 +337,7 @@ def test_script_when_run_tiny_on_two_ranks_measures_and_goes_on_where_it_was(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.grid  # the kills of tests/parallel/test_train_layouts.py are in every run
 def test_script_when_a_worker_is_killed_finds_the_same_losses_on_fewer(tmp_path: Path) -> None:
     done = run_script("--tiny", "--gpus", "2", "--only", "kill", "--budget", "170", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
