@@ -70,6 +70,8 @@ def _scaled(
     Args:
         fast: sum up in the tensor cores' own registers, which is less exact; usual for the forward pass alone.
     """
+    if left.device.type == "cpu":  # whose own kernel for float8 is a loop; autocast leaves fp64 alone
+        return (torch.mm(left.double(), right.double()) * (of_left * of_right)).to(dtype)
     product: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - the public one is newer than 2.9
     return product(left, right, scale_a=of_left, scale_b=of_right, out_dtype=dtype, use_fast_accum=fast)
 
