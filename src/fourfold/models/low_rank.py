@@ -98,6 +98,8 @@ def _parts(weight: FrozenWeight) -> Iterator[FrozenWeight]:
 
 
 def _joined(parts: Sequence[FrozenWeight], rows: int, dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1 and not _has_kernel(parts[0]):
+        return _unpacked_by_library(parts[0]).to(dtype)
     data = parts[0].tensors[0]
     out = torch.empty(rows, parts[0].sizes[1], dtype=parts[0].dtype, device=data.device)
     start = 0
@@ -109,18 +111,31 @@ def _joined(parts: Sequence[FrozenWeight], rows: int, dtype: torch.dtype) -> Ten
 
 def _unpack(packed: FrozenWeight, out: Tensor) -> None:
     """Write one packed weight to out [rows, columns], in the dtype it had."""
+    if _has_kernel(packed):
+        from fourfold.parallel.unpack_kernel import unpack_nf4
+
+        data, codes, scales, table, offset, own_table = packed.tensors
+        unpack_nf4(data, codes, scales, table, offset, own_table, packed.sizes, out)
+    else:
+        out.copy_(_unpacked_by_library(packed))
+
+
+def _has_kernel(packed: FrozenWeight) -> bool:
+    """Whether the kernel of our own takes a packed weight where it lies."""
+    rows, columns, block, second = packed.sizes
+    data = packed.tensors[0]
+    in_one = bool(second) and packed.kind == "nf4" and rows * columns % block == 0
+    return in_one and data.is_cuda and is_ampere_or_later(data.device.index)
+
+
+def _unpacked_by_library(packed: FrozenWeight) -> Tensor:
+    """One packed weight [rows, columns] by bitsandbytes, in the dtype it had."""
     rows, columns, block, second = packed.sizes
     data, absmax, *others = packed.tensors
     if second:
-        scales, table, offset, own_table = others
-        in_one = packed.kind == "nf4" and rows * columns % block == 0
-        if in_one and data.is_cuda and is_ampere_or_later(data.device.index):
-            from fourfold.parallel.unpack_kernel import unpack_nf4
-
-            unpack_nf4(data, absmax, scales, table, offset, own_table, packed.sizes, out)
-            return
+        scales, table, offset, _ = others
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, table, second, torch.float32) + offset
-    out.copy_(torch.ops.bitsandbytes.dequantize_4bit(data, absmax, block, packed.kind, [rows, columns], packed.dtype))
+    return torch.ops.bitsandbytes.dequantize_4bit(data, absmax, block, packed.kind, [rows, columns], packed.dtype)
 
 
 _OPERATORS = torch.library.Library("fourfold", "DEF")

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from fourfold.base.peft import Linear, LoraLayer
-from fourfold.models.lora import join_siblings, use_short_forward
+from fourfold.models.lora import use_short_forward
 from fourfold.models.low_rank import FrozenWeight, whole
-from fourfold.parallel.packed import state_of
+from fourfold.parallel.packed import is_packed
 
 
 def keep_unpacked(model: nn.Module) -> int:
@@ -29,7 +29,7 @@ def keep_unpacked(model: nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if type(layer).__name__ != "Linear4bit" or isinstance(layer, LoraLayer) or state_of(layer) is None:
+            if not isinstance(layer, nn.Linear) or not is_packed(layer):
                 continue
             setattr(parent, name, _plain(layer))
             count += 1
@@ -37,7 +37,6 @@ def keep_unpacked(model: nn.Module) -> int:
                 _adapt_plain(parent)
     if count:
         use_short_forward(model)
-        join_siblings(model)
     return count
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.estimate import Cost, Memory
@@ -42,8 +42,7 @@ class Predictor:
 
     def job_of(self, form: Form) -> Job:
         """The job as a form runs it."""
-        job = self.wishes.job_of(self.job, form.layout)
-        return replace(job, bits=None) if form.unpacked else job
+        return self.wishes.job_of(self.job, form.layout, unpacked=form.unpacked)
 
     def memory(self, form: Form) -> Memory:
         """Of the most loaded rank."""

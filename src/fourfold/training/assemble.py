@@ -29,7 +29,6 @@ from fourfold.models.load import load_model, load_streamed
 from fourfold.models.parameters import describe_parameters
 from fourfold.models.renderer import load_renderer
 from fourfold.models.stream import Stream
-from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.models.value_head import add_value_head, learns_level, reads_logits, reads_values
 from fourfold.objectives.interface import Objective
@@ -164,7 +163,7 @@ class Parts:
         log.info(
             "The %d matrices of 4 bits are unpacked once and kept, %s more, since there is room: their numbers are the "
             "same, and steps are faster (memory: low leaves them packed)",
-            keep_unpacked(self.module),
+            self.built.keep_unpacked(self.run),
             format_bytes(self.outlook.loaded() - before),
         )
         torch.cuda.empty_cache()  # what the packed ones leave is in pieces too small for anything else

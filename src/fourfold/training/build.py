@@ -25,6 +25,7 @@ from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
+from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
 from fourfold.parallel.graphs import Graphs
@@ -104,6 +105,12 @@ class Built:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         return replace(step, graphs=Graphs(self.mesh.device, trained, step.work))
 
+    def keep_unpacked(self, run: Run) -> int:
+        """Unpack the model's 4-bit weights for good; returns how many were packed."""
+        count = keep_unpacked(self.module)
+        _join_layers(run, self.mesh, self.module)
+        return count
+
     def rollouts(self, *, stop_token_ids: Sequence[int], pad_token_id: int, batch_tokens: int) -> RolloutEngine:
         """The engine that answers prompts with the model as it is; every rank of the job must call.
 
@@ -172,9 +179,7 @@ def build(
     training = run.training
     if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
         use_short_forward(module)
-    if mesh.device.type == "cuda" and not mesh.layout.splits_model and mesh.layout.offload == "none":
-        # on a CPU it is no faster, and takes memory (docs/lab-notes.md); Liger's kernel copies what is part of a tensor
-        join_siblings(module, apart=frozenset({"gate_proj"} if run.model.enable_liger_kernel else ()))
+    _join_layers(run, mesh, module)
     if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
         _keep_embedding_on_host(base_model(module))
     noise = NoiseKeys(training.seed)
@@ -211,6 +216,13 @@ def build(
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
     return Built(module, model, mesh, split, noise, precision, num_parameters, fast, training.fp8)
+
+
+def _join_layers(run: Run, mesh: Mesh, module: nn.Module) -> None:
+    """Let layers of one input be one product, on a GPU that has the whole model."""
+    if mesh.device.type == "cuda" and not mesh.layout.splits_model and mesh.layout.offload == "none":
+        # on a CPU it is no faster, and takes memory (docs/lab-notes.md); Liger's kernel copies what is part of a tensor
+        join_siblings(module, apart=frozenset({"gate_proj"} if run.model.enable_liger_kernel else ()))
 
 
 def _use_float8(blocks: Sequence[nn.Module], mesh: Mesh) -> None:

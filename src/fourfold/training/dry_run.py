@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,9 +113,7 @@ def _numbers(ranks: Sequence[str], best: Estimate) -> list[int]:
 def _rehearse_rank(
     run: Run, plan: Plan, best: Estimate, rank: int, device: torch.device | None, steps: int
 ) -> Rehearsed:
-    layout, job = best.layout, plan.wishes.job_of(plan.job, best.layout)
-    if best.unpacked:
-        job = replace(job, bits=None)
+    layout, job = best.layout, plan.wishes.job_of(plan.job, best.layout, unpacked=best.unpacked)
     in_batch = max(best.micro_batch // job.sequence, 1)
     of_step = max(-(-job.sequences_per_step // (layout.dp * in_batch)), _fewest(layout))
     batches = min(of_step, max(_MOST_BATCHES, _fewest(layout)))

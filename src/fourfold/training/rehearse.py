@@ -35,7 +35,6 @@ from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.blank import blank_model
 from fourfold.models.groups import parameter_groups
-from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import base_model
 from fourfold.objectives.interface import Objective
 from fourfold.parallel import context, expert, loss
@@ -143,7 +142,7 @@ def _steps(
 ) -> Rehearsal:
     built = _build(run, layout, device, fake=trace is not None)
     if unpacked:
-        keep_unpacked(built.module)
+        built.keep_unpacked(run)
     built.recompute(recompute)
     built.module.train()
     parameters = [p for p in built.module.parameters() if p.requires_grad]
