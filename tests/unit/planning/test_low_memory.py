@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from conftest import ShapeOf
 from fourfold.config.load import load
 from fourfold.planning.estimate import Memory
 from fourfold.planning.hardware import build_cluster
@@ -22,7 +22,7 @@ def _memory(shape: ModelShape, layout: Layout | None = None, **keys: Any) -> Mem
     return estimate_memory(shape, job, layout or Layout(), "full", 1024, device=_DEVICE)
 
 
-def test_memory_when_low_is_without_the_embedding_and_with_small_logits(shape_of: ShapeOf) -> None:
+def test_memory_when_low_is_without_the_embedding_and_with_small_logits(shape_of: Callable[[str], ModelShape]) -> None:
     shape = shape_of("Llama-3-8B")
     keys = {"finetuning_type": "lora", "quantization_bit": 4}
     plain, low = _memory(shape, **keys), _memory(shape, **keys, memory="low")
@@ -31,7 +31,7 @@ def test_memory_when_low_is_without_the_embedding_and_with_small_logits(shape_of
     assert low.allocated < 5.5 * 2**30  # 6.1 GiB is the least that another tool was measured to need
 
 
-def test_memory_when_the_embedding_is_trained_tied_or_split_keeps_it(shape_of: ShapeOf) -> None:
+def test_memory_when_the_embedding_is_trained_tied_or_split_keeps_it(shape_of: Callable[[str], ModelShape]) -> None:
     untied, tied = shape_of("Llama-3-8B"), shape_of("Llama-3.2-1B")
     lora: dict[str, Any] = {"finetuning_type": "lora"}
     cases: list[tuple[ModelShape, Layout, dict[str, Any]]] = [

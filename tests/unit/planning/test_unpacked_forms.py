@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from conftest import ShapeOf
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.job import Job
 from fourfold.planning.search import search
+from fourfold.planning.shape import ModelShape
 
 _JOB = Job(bits=4, sequence=512, micro_batch=1024, sequences_per_step=4)
 
 
-def test_plan_when_there_is_room_unpacks_once_and_says_so(shape_of: ShapeOf) -> None:
+def test_plan_when_there_is_room_unpacks_once_and_says_so(shape_of: Callable[[str], ModelShape]) -> None:
     shape = shape_of("Llama-3-8B")
     best = search(shape, _JOB, build_cluster("h100")).best
     plain = search(shape, replace(_JOB, bits=None), build_cluster("h100")).best
@@ -24,7 +25,9 @@ def test_plan_when_there_is_room_unpacks_once_and_says_so(shape_of: ShapeOf) -> 
     assert (best.memory, best.cost) == (plain.memory, plain.cost)  # LoRA's speed
 
 
-def test_plan_when_there_is_no_room_or_ranks_split_the_model_leaves_weights_packed(shape_of: ShapeOf) -> None:
+def test_plan_when_there_is_no_room_or_ranks_split_the_model_leaves_weights_packed(
+    shape_of: Callable[[str], ModelShape],
+) -> None:
     shape = shape_of("Llama-3-8B")
     large = search(shape_of("Llama-3-70B"), _JOB, build_cluster("h100")).best
     assert large is not None
