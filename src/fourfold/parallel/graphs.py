@@ -9,6 +9,7 @@ nothing. All recordings share their memory, which is what the largest one needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,8 @@ _STEPS = ((1024, 64), (2048, 128), (4096, 256))
 """Up to so many positions, rows are a multiple of so many."""
 _MOST_RECORDED = 48
 _DOCUMENTS = 16
+_NOT_COMPILED = "fail_on_recompile"
+"""The stance of torch.compile in which a function that would have to be compiled is an error, which names it."""
 
 Work = Callable[[Batch, dict[str, Tensor]], LossTerms]
 """Forward pass, loss and backward pass of a micro-batch on the device, given the step's denominators as scalars; adds
@@ -72,14 +75,18 @@ class Graphs:
     Args:
         parameters: what is trained; their gradients stay where they are from the first micro-batch on.
         work: see Work.
+        compiled: whether it runs compiled functions.
     """
 
-    def __init__(self, device: torch.device, parameters: Sequence[nn.Parameter], work: Work) -> None:
-        self._device, self._parameters, self._work = device, parameters, work
+    def __init__(
+        self, device: torch.device, parameters: Sequence[nn.Parameter], work: Work, *, compiled: bool = False
+    ) -> None:
+        self._device, self._parameters, self._work, self._compiled = device, parameters, work, compiled
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._is_warm = False
+        self._put_off: set[tuple[int, ...]] = set()
         self._failure: str | None = None
 
     def takes(self, batch: Batch) -> bool:
@@ -108,6 +115,9 @@ class Graphs:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                if _NOT_COMPILED in str(error) and key not in self._put_off:
+                    self._put_off.add(key)
+                    return self._directly(batch, denominators)
                 self._failure = str(error).strip().splitlines()[0]
                 log.warning("The step is not recorded as a CUDA graph, and runs as it is (%s)", self._failure)
                 torch.cuda.synchronize(self._device)
@@ -134,7 +144,9 @@ class Graphs:
         scalars = self._scalars(denominators)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # a compiler tries its kernels out, which ends a recording
+        stance = torch.compiler.set_stance(_NOT_COMPILED) if self._compiled else nullcontext()
+        with stance, torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             found = self._work(fixed, scalars)
         return _Recording(graph, fixed, scalars, found)
 

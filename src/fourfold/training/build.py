@@ -103,7 +103,7 @@ class Built:
         if not (self.fast.graphs and getattr(objective, "is_fixed", False)):
             return step
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return replace(step, graphs=Graphs(self.mesh.device, trained, step.work))
+        return replace(step, graphs=Graphs(self.mesh.device, trained, step.work, compiled=self.fast.compiled))
 
     def keep_unpacked(self, run: Run) -> int:
         """Unpack the model's 4-bit weights for good; returns how many were packed."""
@@ -211,6 +211,7 @@ def build(
         model.chunk_tokens = LOW_MEMORY_CHUNK
     split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)
     model.take(split)
+    del blocks  # other ranks' too: of a packed model they had memory
     if mesh.layout.splits_model:
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fourfold.training.rehearse as rehearsing
 from fourfold.config.load import load
+from fourfold.models.unwrap import base_model
 from fourfold.planning.layout import Layout
+from fourfold.training.build import Built
 from fourfold.training.rehearse import Workload, rehearse
 from tiny_models import save_tiny_model
 
@@ -74,3 +79,27 @@ def test_rehearse_when_experts_are_chosen_more_often_takes_more(folders: dict[st
     layout = Layout(dp_shard=4, ep=4)
     even, twice = (rehearse(run, layout, Workload((512,), expert_load=load)).peak.total for load in (1.0, 2.0))
     assert even < twice
+
+
+def test_build_when_a_pipeline_cuts_packed_layers_away_lets_go_of_them(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers: list[weakref.ref[torch.nn.Module]] = []
+    build = rehearsing.build
+
+    def watched(run: Any, precision: Any, mesh: Any, module: Any, fill: Any) -> Built:
+        names = [f"layers.{index}.mlp.down_proj.base_layer" for index in (0, 1)]  # in a cycle with their weights
+        inner = base_model(module).get_submodule("model")
+        layers.extend(weakref.ref(inner.get_submodule(name)) for name in names)
+        built = build(run, precision, mesh, module, fill)
+        gc.disable()  # what is not freed by now stays
+        return built
+
+    monkeypatch.setattr(rehearsing, "build", watched)
+    run = load({"model_name_or_path": str(folders["llama"]), **_TUNINGS["qlora"]})
+    try:
+        rehearse(run, Layout(pp=2), Workload((64,), 2), device=torch.device("cpu"))
+        alive = [layer() is not None for layer in layers]
+    finally:
+        gc.enable()
+    assert alive == [True, False]
