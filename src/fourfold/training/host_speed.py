@@ -10,12 +10,13 @@ import torch
 
 from fourfold.planning.hardware import Cluster
 
-_OPERATORS, _ROUNDS = 2000, 3
+_OPERATORS, _ROUNDS = 1000, 12
+"""Short rounds, and many: what disturbs a host lasts longer than one, and passes."""
 
 
 @lru_cache(maxsize=8)
 def host_op_seconds(device: torch.device) -> float:
-    """Time of one small operator in eager mode, seconds: the best of a few rounds, some 60 ms in all."""
+    """Time of one small operator in eager mode, seconds: the best of a dozen rounds, 40 to 150 ms in all."""
     number = torch.ones(8, device=device)
     best = float("inf")
     for _ in range(_ROUNDS):
