@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from fourfold.dataset.batch import Keys
 from fourfold.families.shared_positions import position_obstacles
+from fourfold.models.equal_documents import equal_documents, takes
 from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
 from fourfold.parallel.ring import ring_attention
@@ -81,6 +82,7 @@ def packed_attention(
     lengths: tuple[int, ...] = (),
     cu_seqlens: Tensor | None = None,
     longest: int = 0,
+    documents: int = 0,
     keys: Keys | None = None,
     context_rows: ContextRows | None = None,
     dropout: float = 0.0,
@@ -101,6 +103,7 @@ def packed_attention(
         cu_seqlens: [D + 1] int32, the same as offsets.
         longest: at least the length of the longest document, for the kernel that takes `cu_seqlens` alone
             (`takes_offsets`); 0 where `lengths` are given.
+        documents: how many equally long documents fill the row, if a kernel for such rows is to be tried; 0 otherwise.
         keys: what documents see, where it is not just themselves.
         context_rows: the whole rows that the S positions are a part of.
         dropout, scaling, sliding_window, softcap: see Scores.
@@ -119,6 +122,8 @@ def packed_attention(
     if keys is not None:
         key, value = (tensor.index_select(2, keys.index) for tensor in (key, value))
         key_offsets = keys.offsets
+    if documents and sliding_window is None and takes(query, value):
+        return equal_documents(query, key, value, documents, scaling), None
     if longest:
         assert cu_seqlens is not None
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -126,8 +131,8 @@ def packed_attention(
         out = _kernel(query, key, value, cu_seqlens, longest, scores, key_offsets, most_keys, grouped=True)
         return out[None], None
     offsets = None if cu_seqlens is None or key_offsets is None else (cu_seqlens, key_offsets)
-    documents = tuple(zip(lengths, lengths if keys is None else keys.lengths, strict=True))
-    return attend(query, key, value, Stretch(((0, key.shape[2]),), (documents,), offsets), scores), None
+    pairs = tuple(zip(lengths, lengths if keys is None else keys.lengths, strict=True))
+    return attend(query, key, value, Stretch(((0, key.shape[2]),), (pairs,), offsets), scores), None
 
 
 def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:

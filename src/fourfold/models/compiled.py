@@ -101,7 +101,8 @@ class _TokenNll(torch.autograd.Function):
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihoods in fp32, compiled: logits [N, V], targets [N] -> [N], 0 for IGNORE_INDEX."""
-    return _TokenNll.apply(logits, targets)  # type: ignore[return-value]
+    # a part of a longer tensor would be compiled for its length relative to the whole, and then for others
+    return _TokenNll.apply(logits, targets.clone())  # type: ignore[return-value]
 
 
 def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -22,6 +22,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models import attention
 from fourfold.models.compiled import token_nll
+from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
 from fourfold.models.router import balance, balance_sums
@@ -111,6 +112,7 @@ class StepModel:
         fixed: give attention the documents' offsets alone, and no numbers that differ from batch to batch: what is
             compiled or recorded would be made anew for each.
         compiled: the loss is compiled as well.
+        equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
     """
 
@@ -125,6 +127,7 @@ class StepModel:
     load: ExpertLoad | None = field(init=False, default=None)
     fixed: bool = field(init=False, default=False)
     compiled: bool = field(init=False, default=False)
+    equal: EqualDocuments | None = field(init=False, default=None)
     chunk_tokens: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -189,7 +192,9 @@ class StepModel:
             return {}
         keys = {} if batch.keys is None else {"keys": batch.keys}
         if self.fixed and batch.cu_seqlens is not None:
-            return {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1], **keys}
+            found = {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1], **keys}
+            equal = 0 if keys or self.equal is None or not batch.lengths else self.equal.of(batch.lengths)
+            return found if self.equal is None else {**found, "documents": equal}
         return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens, **keys}
 
     def __call__(self, batch: Batch) -> Outputs:

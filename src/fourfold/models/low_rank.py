@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.parallel.mesh import is_ampere_or_later
@@ -156,19 +155,19 @@ def _low_rank(
     b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, out] and the thin l = x A^T [T, r], for x [T, in] and what is in its dtype."""
+    """y [T, out] and the thin l = x A^T [T, r], for x [T, in] and what is in its dtype.
+
+    The low-rank term is written first and the large product added to it, which hides in that product.
+    """
     low = x @ a.T
-    out: Tensor | None = None
+    out = x.new_empty(x.shape[0], b.shape[0])
+    if bias is None:
+        torch.mm(low, (scale * b).T, out=out)
+    else:
+        torch.addmm(bias, low, (scale * b).T, out=out)
     for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), x.dtype):
-        part = None if bias is None else bias[rows]
-        if weight.shape[0] == b.shape[0]:
-            out = F.linear(x, weight, part)
-        else:
-            out = x.new_empty(x.shape[0], b.shape[0]) if out is None else out
-            here = out[:, rows]
-            torch.mm(x, weight.T, out=here) if part is None else torch.addmm(part, x, weight.T, out=here)
-    assert out is not None
-    return out.addmm_(low, b.T, alpha=scale), low
+        out[:, rows].addmm_(x, weight.T)
+    return out, low
 
 
 @torch.library.impl(_OPERATORS, "low_rank_back", "CompositeExplicitAutograd")
@@ -183,11 +182,10 @@ def _low_rank_back(
     scale: float,
 ) -> Tensor:
     """dL/dx = G W + s l' A [T, in], for G = dL/dy [T, out] and l' = G B [T, r]."""
-    out: Tensor | None = None
+    out = torch.mm(low_grad, scale * a)
     for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), grad.dtype):
-        out = torch.mm(grad[:, rows], weight) if out is None else out.addmm_(grad[:, rows], weight)
-    assert out is not None
-    return out.addmm_(low_grad, a, alpha=scale)
+        out.addmm_(grad[:, rows], weight)
+    return out
 
 
 class _LowRank(torch.autograd.Function):

@@ -20,6 +20,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.generate.rollout import RolloutEngine
 from fourfold.models.adapters import without_adapters
 from fourfold.models.compiled import compile_layers, recompute_compiled
+from fourfold.models.equal_documents import EqualDocuments, has_kernel
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, use_short_forward
@@ -207,6 +208,7 @@ def build(
     if fast.compiled:
         compile_layers(blocks)
     model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
+    model.equal = EqualDocuments() if fast.compiled and has_kernel(mesh.device) else None
     if run.parallel.memory == "low":
         model.chunk_tokens = LOW_MEMORY_CHUNK
     split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)

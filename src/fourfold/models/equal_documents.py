@@ -1,0 +1,129 @@
+"""Attention of documents that are equally long, as full rows of a pretraining text are: a plain batch of them.
+
+cuDNN's kernels for Hopper and later take two thirds of the time of torch's kernel for documents of any lengths, but
+make a plan for each shape, which takes a tenth of a second; so only shapes that come back are given to them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEAST_POSITIONS = 1024
+"""Of a document: shorter ones take little of a layer's time."""
+_TIMES_BEFORE = 2
+"""How often a shape was seen before it is taken."""
+_MOST_SHAPES = 8
+_WIDEST_HEAD = 128
+
+
+class EqualDocuments:
+    """Says of each row whether its documents are equally long, in a shape that came before."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[tuple[int, int]] = Counter()
+
+    def of(self, lengths: Sequence[int]) -> int:
+        """How many documents fill a row; 0 where they are not to be taken as equal.
+
+        Args:
+            lengths: of the documents of one packed row.
+        """
+        if len(set(lengths)) != 1 or lengths[0] < _LEAST_POSITIONS:
+            return 0
+        shape = (len(lengths), lengths[0])
+        if shape not in self._seen and len(self._seen) == _MOST_SHAPES:
+            return 0
+        self._seen[shape] += 1
+        return len(lengths) if self._seen[shape] > _TIMES_BEFORE else 0
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether a device's kernel for equal documents is the faster one."""
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes heads of such widths in such a dtype; of queries and values [..., d]."""
+    width = query.shape[-1]
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and width == value.shape[-1] and width % 8 == 0 and width <= _WIDEST_HEAD
+
+
+_OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
+_OPERATORS.define("equal_documents(Tensor query, Tensor key, Tensor value, float? scale) -> (Tensor, Tensor)")
+_OPERATORS.define(
+    "equal_documents_back(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, float? scale) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_OPERATORS, "equal_documents", "CUDA")
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=True, scale=scale
+    )
+    return out.transpose(1, 2).contiguous(), sums
+
+
+@torch.library.register_fake("fourfold::equal_documents", lib=_OPERATORS)
+def _forward_of_fakes(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    count, length, heads, _ = query.shape
+    return query.new_empty(query.shape), query.new_empty((count, heads, length, 1), dtype=torch.float32)
+
+
+@torch.library.impl(_OPERATORS, "equal_documents_back", "CUDA")
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    length, no_dropout = query.shape[1], torch.empty((), dtype=torch.int64, device=query.device)
+    heads_first = (tensor.transpose(1, 2) for tensor in (grad, query, key, value, out))
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *heads_first, sums, no_dropout, no_dropout, None, None, None, length, length, 0.0, True, scale=scale
+    )
+    query_grad, key_grad, value_grad = (tensor.transpose(1, 2).contiguous() for tensor in found)
+    return query_grad, key_grad, value_grad
+
+
+@torch.library.register_fake("fourfold::equal_documents_back", lib=_OPERATORS)
+def _backward_of_fakes(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+class _EqualDocuments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, sums = torch.ops.fourfold.equal_documents(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *torch.ops.fourfold.equal_documents_back(grad.contiguous(), *ctx.saved_tensors, ctx.scale), None
+
+
+def equal_documents(query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None) -> Tensor:
+    """Causal attention within each of the equally long documents of a row.
+
+    Args:
+        query: [1, heads, S, d] in 16 bits; `takes` says which.
+        key, value: [1, KV heads, S, d].
+        documents: how many there are.
+        scale: factor on the scores; None for d ** -0.5.
+    Returns:
+        [1, S, heads, d].
+    """
+    parts = (tensor[0].transpose(0, 1).unflatten(0, (documents, -1)) for tensor in (query, key, value))
+    out = _EqualDocuments.apply(*parts, scale)
+    assert isinstance(out, Tensor)
+    return out.flatten(0, 1)[None]
