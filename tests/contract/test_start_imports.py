@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from command import run_light
@@ -19,6 +22,15 @@ _NOT_NEEDED = (
     "trl",
     "wandb",
 )
+
+
+@pytest.fixture(autouse=True)
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages that Transformers imports where it finds them."""
+    for name in ("scipy", "sklearn"):
+        (tmp_path / "installed" / name).mkdir(parents=True)
+        (tmp_path / "installed" / name / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "installed"), prepend=os.pathsep)
 
 
 @pytest.mark.parametrize("key", ["finetuning_type=full", "quantization_bit=4"])

@@ -12,6 +12,8 @@ import importlib.util
 import os
 from unittest import mock
 
+import fourfold.base.light_imports  # noqa: F401 - before PEFT imports Transformers
+
 if importlib.util.find_spec("bitsandbytes") is not None:
     # read by `torch.compile` at each call; ends when bitsandbytes 0.50 compiles a fallback at its first use
     with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):

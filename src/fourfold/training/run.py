@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import fourfold.base.light_imports  # noqa: F401 - before anything imports Transformers
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.base.start_clock import StartClock
