@@ -99,6 +99,8 @@ def run_points(args: argparse.Namespace, results: Results) -> None:
                 if time.time() + seconds[name] < deadline:
                     row = run_command(name, bench)
                     print(line_of(name, row), flush=True)
+                    if is_failure(row):
+                        print(row["error"], file=sys.stderr, flush=True)
                     if not is_failure(row) or time.time() < deadline:  # else it was cut short
                         results.put(name, row, call)
 
