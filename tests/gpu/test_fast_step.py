@@ -273,21 +273,3 @@ def test_unpacking_when_compared_with_bitsandbytes_gives_the_same_numbers() -> N
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
         else:
             assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
-def test_cast_to_float8_gives_both_layouts(source: torch.dtype, dtype: torch.dtype) -> None:
-    from fourfold.parallel.float8_kernel import cast
-
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs a GPU with float8")
-    torch.manual_seed(0)
-    for shape in ((300, 208), (2048, 1024), (16, 1000)):
-        values = torch.randn(shape[0], shape[1] + 32, device="cuda").to(source)[:, : shape[1]]
-        amax, limit = values.abs().amax().float(), torch.finfo(dtype).max
-        rows, columns = (torch.empty(size, dtype=dtype, device="cuda") for size in (shape, shape[::-1]))
-        cast(values, amax, rows, columns)
-        expected = (values.float() * (limit / amax)).clamp(-limit, limit).to(dtype).float()
-        assert float((rows.float() != expected).float().mean()) < 1e-3  # a division's last digit moves a tie
-        assert torch.equal(rows.float(), columns.float().t())

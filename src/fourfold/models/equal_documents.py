@@ -1,7 +1,9 @@
 """Attention of documents that are equally long, as full rows of a pretraining text are: a plain batch of them.
 
 cuDNN's kernels for Hopper and later take two thirds of the time of torch's kernel for documents of any lengths, but
-make a plan for each shape, which takes a tenth of a second; so only shapes that come back are given to them.
+make a plan for each shape, which takes a tenth of a second; so only shapes that come back are given to them: full rows,
+and others from their third time on. (H100, 32 and 8 heads of 128, forward and backward: 2.39 ms against 3.76 for 2
+rows of 4,096, 14.9 against 24.0 for 16,384, 1.19 against 1.48 for 8 of 1,024.)
 """
 
 from __future__ import annotations
@@ -22,9 +24,14 @@ _WIDEST_HEAD = 128
 
 
 class EqualDocuments:
-    """Says of each row whether its documents are equally long, in a shape that came before."""
+    """Says of each row whether its documents are equally long, in a shape that comes back.
 
-    def __init__(self) -> None:
+    Args:
+        full: length of a document that fills its row, as most of a cut text do.
+    """
+
+    def __init__(self, full: int) -> None:
+        self._full = full
         self._seen: Counter[tuple[int, int]] = Counter()
 
     def of(self, lengths: Sequence[int]) -> int:
@@ -39,7 +46,8 @@ class EqualDocuments:
         if shape not in self._seen and len(self._seen) == _MOST_SHAPES:
             return 0
         self._seen[shape] += 1
-        return len(lengths) if self._seen[shape] > _TIMES_BEFORE else 0
+        comes_back = lengths[0] == self._full or self._seen[shape] > _TIMES_BEFORE
+        return len(lengths) if comes_back else 0
 
 
 def has_kernel(device: torch.device) -> bool:

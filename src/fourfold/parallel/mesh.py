@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fourfold.base.errors import MemoryExhaustedError
 from fourfold.planning.axes import AXES
 from fourfold.planning.layout import Layout
 
@@ -109,9 +110,21 @@ def build_mesh(layout: Layout, device: torch.device) -> Mesh:
 
 
 def start_process_group(device: torch.device, timeout_s: int) -> None:
-    """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    Raises:
+        MemoryExhaustedError: the device is full before anything has begun.
+    """
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise MemoryExhaustedError(
+                f"{device} has no memory left to begin with: other processes hold it (nvidia-smi shows which). End "
+                "them, or choose other GPUs with CUDA_VISIBLE_DEVICES."
+            ) from error
     else:
         # Processes share the cores; a forked one must also not go on with the thread pool of its parent.
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

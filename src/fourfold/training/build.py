@@ -208,7 +208,7 @@ def build(
     if fast.compiled:
         compile_layers(blocks)
     model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
-    model.equal = EqualDocuments() if fast.compiled and has_kernel(mesh.device) else None
+    model.equal = EqualDocuments(run.data.cutoff_len) if fast.compiled and has_kernel(mesh.device) else None
     if run.parallel.memory == "low":
         model.chunk_tokens = LOW_MEMORY_CHUNK
     split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)

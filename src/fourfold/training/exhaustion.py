@@ -20,6 +20,8 @@ _SIGNS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 """What PyTorch's errors say that are not a torch.OutOfMemoryError: of the CPU's allocator, cuBLAS, NCCL and drivers."""
 _MUCH_UNUSED = 0.1
 """Share of the device that is reserved and not used, above which the allocator's gaps are worth closing."""
+_CONTEXT, _MUCH_BY_OTHERS = GIB, 2 * GIB
+"""What this process takes of a GPU beside what PyTorch reserves, and what others take that is worth telling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,12 @@ def _peak(device: torch.device) -> str:
 def _advice(run: Run, mesh: Mesh, place: Place) -> Iterator[str]:
     """What to change: first what costs nothing, then what costs time, then what changes what is learnt."""
     training, tuning = run.training, run.tuning
+    others = _held_by_others(mesh.device) if mesh.device.type == "cuda" else 0
+    if others > _MUCH_BY_OTHERS:
+        yield (
+            f"{format_bytes(others)} of {mesh.device} are held by other processes (nvidia-smi shows which): end them, "
+            "or choose another GPU with CUDA_VISIBLE_DEVICES."
+        )
     grows = "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", "")
     if mesh.device.type == "cuda" and not grows and _unused_share(mesh.device) > _MUCH_UNUSED:
         yield "Set PYTORCH_ALLOC_CONF=expandable_segments:True: memory is reserved in pieces too small to use."
@@ -116,3 +124,9 @@ def _advice(run: Run, mesh: Mesh, place: Place) -> Iterator[str]:
 def _unused_share(device: torch.device) -> float:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return unused / torch.cuda.mem_get_info(device)[1]
+
+
+def _held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU that are neither free nor this process's."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) - _CONTEXT

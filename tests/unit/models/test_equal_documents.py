@@ -95,20 +95,24 @@ def test_document_when_another_changes_stays_the_same() -> None:
 
 
 def test_documents_when_a_shape_comes_back_are_taken_as_equal() -> None:
-    equal = EqualDocuments()
+    equal = EqualDocuments(4096)
     assert [equal.of((2048, 2048)) for _ in range(4)] == [0, 0, 2, 2]
-    assert [equal.of((4096,)) for _ in range(3)] == [0, 0, 1]
+    assert [equal.of((3000,)) for _ in range(3)] == [0, 0, 1]
     assert equal.of((2048, 2048)) == 2
+
+
+def test_documents_when_they_fill_their_rows_are_taken_at_once() -> None:
+    assert EqualDocuments(4096).of((4096, 4096)) == 2
 
 
 @pytest.mark.parametrize("lengths", [(2048, 2000), (512, 512), (2048, 2048, 16)])
 def test_documents_when_unequal_or_short_are_not_taken(lengths: tuple[int, ...]) -> None:
-    equal = EqualDocuments()
+    equal = EqualDocuments(4096)
     assert [equal.of(lengths) for _ in range(5)] == [0] * 5
 
 
 def test_documents_when_shapes_are_many_are_taken_of_the_first_alone() -> None:
-    equal = EqualDocuments()
+    equal = EqualDocuments(4096)
     for length in range(1024, 1024 + 20):
         equal.of((length,))
     assert [equal.of((1024,)) for _ in range(2)] == [0, 1]
