@@ -217,11 +217,12 @@ def note_tied(shares: Shares, root: PreTrainedModel, cut: StageCut) -> None:
 
 def _tie_group(mesh: Mesh) -> dist.ProcessGroup | None:
     """The first and the last rank of this rank's pipeline; every rank of the job makes the groups of all pipelines."""
-    assert mesh.device_mesh is not None
     mine = None
-    for row in mesh.device_mesh.mesh.flatten(1).T.tolist():  # pp is the first axis
-        group = dist.new_group([row[0], row[-1]])
-        if mesh.rank in (row[0], row[-1]):
+    apart = mesh.layout.world_size // mesh.layout.pp  # pp is the first axis
+    for first in range(apart):
+        last = first + (mesh.layout.pp - 1) * apart
+        group = dist.new_group([first, last])
+        if mesh.rank in (first, last):
             assert isinstance(group, dist.ProcessGroup)
             mine = group
     return mine

@@ -41,6 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
         "llama": save_tiny_model(root / "llama", "llama", **_SIZES),
+        "tied": save_tiny_model(root / "tied", "llama", **_SIZES, tie_word_embeddings=True),
         "experts": save_tiny_model(root / "experts", "qwen3_moe", **_SIZES, **_EXPERTS),
     }
 
@@ -52,6 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("llama", "qlora", Layout(tp=2), 1),
         ("llama", "full", Layout(cp=2, cp_shards=True), 0),
         ("llama", "full", Layout(pp=2), 0),
+        ("tied", "full", Layout(dp_replicate=2, pp=2), 3),
         ("llama", "full", Layout(dp_shard=2, tp=2, pp=2), 5),
         ("experts", "lora", Layout(dp_shard=4, ep=4), 0),
         ("llama", "reward", Layout(dp_shard=2), 0),
