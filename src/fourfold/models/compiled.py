@@ -121,6 +121,7 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., 
     ):
         if hasattr(functorch, setting):
             setattr(functorch, setting, True)
+    torch._dynamo.config.optimize_ddp = False  # it cuts a function at DDP's buckets; a layer's gradients come together
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
     off: list[str] = []
     for layer in layers:

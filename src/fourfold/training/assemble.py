@@ -273,7 +273,7 @@ def load_parts(
     num_samples = 0 if data.train is None else len(data.train)
     wishes = NOTHING_FAST
     if training.do_train:
-        wishes = wished(run, plan_steps(training, num_samples, mesh.layout.dp).max_steps, mesh.layout.world_size)
+        wishes = wished(run, plan_steps(training, num_samples, mesh.layout.dp).max_steps)
     built = build(run, precision, mesh, module, fill, packs=packs, wishes=wishes)
     teacher = None if taught is None else load_teacher(taught, built, tokenizer)
     base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None

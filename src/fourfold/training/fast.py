@@ -49,11 +49,11 @@ class Fast:
 NOTHING_FAST = Fast()
 
 
-def wished(run: Run, max_steps: int, num_ranks: int) -> Fast:
-    """What the config asks for; by default what is worth it in a run of so many steps, compiled on one GPU alone."""
+def wished(run: Run, max_steps: int) -> Fast:
+    """What the config asks for; by default what is worth it in a run of so many steps."""
     training = run.training
-    pays = max_steps >= _STEPS_TO_PAY and num_ranks == 1
-    pays = pays or training.fp8  # casts to float8 cost more than they save where nothing joins them
+    # casts to float8 cost more than they save where nothing joins them
+    pays = max_steps >= _STEPS_TO_PAY or training.fp8
     compiled = pays if training.torch_compile is None else training.torch_compile
     return Fast(compiled, training.cuda_graphs is not False)
 

@@ -13,7 +13,7 @@ from fourfold.models.adapters import attach
 from fourfold.models.forward import StepModel
 from fourfold.parallel.mesh import single
 from fourfold.training import fast
-from fourfold.training.fast import Fast, what_goes
+from fourfold.training.fast import Fast, what_goes, wished
 from fourfold.training.precision import resolve
 from tiny_models import tiny_model
 
@@ -54,3 +54,20 @@ def test_choice_when_experts_have_adapters_or_their_balance_counts_is_neither(ca
     reasons = [message for message in caplog.messages if message.startswith("Layers are not compiled")]
     assert "adapters" in reasons[0]
     assert "balance" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "keys", "compiled"),
+    [
+        (60, {}, True),
+        (59, {}, False),
+        (59, {"torch_compile": True}, True),
+        (600, {"torch_compile": False}, False),
+        (5, {"fp8": True, "finetuning_type": "full", "bf16": True}, True),
+    ],
+)
+def test_wish_when_a_run_is_long_enough_or_asked_to_is_compiled(
+    steps: int, keys: dict[str, object], compiled: bool
+) -> None:
+    run = load({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", **keys}, verb="train")
+    assert wished(run, steps) == Fast(compiled=compiled, graphs=True)
