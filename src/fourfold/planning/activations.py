@@ -67,7 +67,7 @@ def kept(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: 
     kv = max(shape.kv_heads / tp, 1) * (shape.head_dim + shape.value_dim)
     factor = 4 if shape.family in NORMS_IN_FP32 else c
     between = _norms(layer, hidden, trained, factor) * positions
-    low = _low_rank(job, layer)
+    low = _low_rank(job, layer) + (_copied_inputs(job, layout, layer, hidden) if layout.splits_backward else 0.0)
     mlp_inputs = 1 if _dense_width(layer) or trained else 0
     inputs = c * hidden * (1 + mlp_inputs)
     same = shape.value_dim == shape.head_dim
@@ -109,6 +109,22 @@ def _low_rank(job: Job, layer: Layer) -> float:
     """The thin results of adapters' inner matrices; whole positions on every tensor-parallel rank."""
     linear = sum(1 for weight in layer.weights if gets_adapter(job, weight) and len(weight.shape) == 2)
     return float(linear * job.lora_rank * job.compute_bytes)
+
+
+def _copied_inputs(job: Job, layout: Layout, layer: Layer, hidden: int) -> float:
+    """Where a backward pass has two parts, adapters run as PEFT has them: masters in fp32 have the input cast up, and
+    autocast casts it down again, so each keeps a copy of its own. What `kept` counts once as the input of products is
+    that copy; where attention keeps its result for itself as well, it is one more."""
+    if not job.is_mixed or layout.shards > 1:  # FSDP gathers adapters in the compute dtype
+        return 0.0
+    adapted = [w for w in layer.weights if w.kind != "experts" and gets_adapter(job, w) and len(w.shape) == 2]
+    copies = [w.shape[1] / (layout.tp if w.cut == 1 else 1) for w in adapted]
+    counted = 0.0
+    for kind in ("attention", "mlp"):
+        takes_hidden = any(w.kind == kind and w.shape[1] == hidden and w.cut != 1 for w in adapted)
+        counted += hidden if takes_hidden else 0
+    counted += sum(size for w, size in zip(adapted, copies, strict=True) if _is_down(w))
+    return job.compute_bytes * (sum(copies) - counted) + _low_rank(job, layer)
 
 
 def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> tuple[float, float, float]:

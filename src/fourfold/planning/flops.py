@@ -121,6 +121,15 @@ def layer_products(shape: ModelShape, kind: int, job: Job, tp: int = 1, ep: int 
     return tuple(_product(weight, shape, job, layout) for weight in shape.kinds[kind].weights if _multiplies(weight))
 
 
+def weight_groups(layer: Layer, job: Job, mode: Mode) -> int:
+    """Groups of a layer's weights that get their gradients one by one where a backward pass has two parts: what is
+    computed again is so for each of them (torch.distributed.pipelining's stage_backward_weight). An adapter has two.
+    """
+    if mode == "adapted":
+        return 2 * sum(is_adapted(weight, job) for weight in layer.weights)
+    return sum(_multiplies(weight) or weight.kind == "norm" for weight in layer.weights) if mode == "trained" else 0
+
+
 def _multiplies(weight: Weight) -> bool:
     return weight.is_matrix and weight.kind != "norm"
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fourfold.planning.device import Device
-from fourfold.planning.flops import FLASH_BACKWARD, NEEDED_BACKWARD, Mode, Product, attention_flops, layer_products
+from fourfold.planning.flops import (
+    FLASH_BACKWARD,
+    NEEDED_BACKWARD,
+    Mode,
+    Product,
+    attention_flops,
+    layer_products,
+    weight_groups,
+)
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import Layer, ModelShape, Weight
@@ -146,7 +154,7 @@ class Place:
         tokens: positions of a micro-batch on a rank: of the micro-batch, divided by cp.
         tp, ep: ranks.
         sequence_parallel: whether positions are shared between regions.
-        splits_backward: whether what is recomputed is so twice (zbv).
+        splits_backward: whether what is recomputed is so for each group of weights as well (zbv).
     """
 
     tokens: float
@@ -235,7 +243,7 @@ def layer_seconds(
         again, launch_again = forward, launch + HOST_CHECKPOINT * engine.launch_ops * device.host_op_s
     elif recompute == "selective":
         again, launch_again = around[0] + ends, launch + HOST_SELECTIVE * engine.launch_ops * device.host_op_s
-    times = 2 if place.splits_backward else 1
+    times = 1 + weight_groups(layer, job, mode) if place.splits_backward else 1
     return Seconds(max(forward, launch), max(backward + times * again, 2 * launch + times * launch_again), weight_grad)
 
 

@@ -16,18 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
-from fourfold.planning.activations import Kept, kept
 from fourfold.planning.device import Device
 from fourfold.planning.estimate import Memory
+from fourfold.planning.in_flight import Flight, flights
 from fourfold.planning.job import Job, Recompute
+from fourfold.planning.layer_sums import LayerSums, sum_layers
 from fourfold.planning.layout import Layout
 from fourfold.planning.reserved import Pools
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches
-from fourfold.planning.states import Part, Stage, cut_numel, layer_part, optimizer_bytes, outer_part, stage_of
+from fourfold.planning.states import Part, Stage, cut_numel, optimizer_bytes, outer_part, stage_of
 from fourfold.planning.teacher import teacher_memory
 
 _FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
@@ -51,27 +51,6 @@ _LASTING_ROOT = 1.5
 large block finds room. From the same runs as `planning/reserved.py`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Layers:
-    """Sums over the layers of a rank.
-
-    Attributes:
-        part: what is held of them.
-        kept: bytes a position of all layers, under the recompute that was asked for.
-        replayed: bytes a position that a layer keeps while it is computed again.
-        working: bytes a position that a layer's backward pass needs besides.
-        largest: of FSDP's units.
-        entry: bytes a position of one layer's kept input.
-    """
-
-    part: Part
-    kept: float
-    replayed: float
-    working: float
-    largest: Part
-    entry: float
-
-
 def estimate_memory(
     shape: ModelShape,
     job: Job,
@@ -90,8 +69,9 @@ def estimate_memory(
         device: what its context and kernels take; None for none of it (CPU).
     """
     ranks = range(layout.pp) if rank is None else (rank,)
-    # the first rank has most micro-batches in flight, the last one the logits; those between are alike
-    if rank is None and layout.pp > 3:
+    # the first rank has most micro-batches in flight, the last one the logits; those between are alike, unless a user
+    # has dealt the layers out
+    if rank is None and layout.pp > 3 and not layout.pp_layers:
         ranks = (0, 1, layout.pp - 1)
     found = [_of_rank(shape, job, layout, recompute, micro_batch, pp_rank, device) for pp_rank in ranks]
     return max(found, key=lambda memory: (memory.device, memory.allocated))
@@ -107,7 +87,7 @@ def _of_rank(
     device: Device | None,
 ) -> Memory:
     stage = stage_of(shape, job, layout, pp_rank)
-    layers = _sum_layers(shape, job, layout, stage, recompute)
+    layers = sum_layers(shape, job, layout, stage, recompute)
     outer = outer_part(shape, job, layout, stage)
     held = layers.part + outer
     positions = -(-micro_batch // layout.cp)
@@ -151,7 +131,7 @@ def _pools(
     shape: ModelShape,
     job: Job,
     layout: Layout,
-    layers: _Layers,
+    layers: LayerSums,
     outer: Part,
     positions: int,
     moments: Sequence[_Moment],
@@ -206,7 +186,7 @@ def _moments(
     job: Job,
     layout: Layout,
     stage: Stage,
-    layers: _Layers,
+    layers: LayerSums,
     outer: Part,
     positions: int,
     batches: int,
@@ -251,7 +231,7 @@ def _waiting_moments(
     job: Job,
     layout: Layout,
     stage: Stage,
-    layers: _Layers,
+    layers: LayerSums,
     outer: Part,
     sharded: _Sharded,
     positions: int,
@@ -265,7 +245,6 @@ def _waiting_moments(
         layer: bytes that the backward pass of a layer takes.
     """
     c, hidden = job.compute_bytes, shape.hidden
-    flying = in_flight(layout, pp_rank, batches)
     replays = layers.replayed > 0
     shared = layout.tp > 1 and layout.loss_parallel
     scored = min(job.chunk, _scored(job, stage, positions))
@@ -281,24 +260,56 @@ def _waiting_moments(
         forward_logits = logits
     whole_head = job.tuning == "full" and stage.is_last and layout.shards == 1
     head_gradient = shape.vocab * hidden // layout.tp * c if whole_head else 0
+    head_at_loss = head_gradient if _head_beside_logits(job, layout, stage, positions) else 0
     hidden_copies = int(c * hidden * positions * (4 if stage.is_last else 1))
     casts = (layers.part.cast + outer.cast) * c  # that autocast makes in a forward pass
-    merged = layers.part.merged * c if not replays else 0
-    sent = 0 if stage.is_last else c * hidden * positions  # what a stage has sent, until it is differentiated
-    # once before there are gradients, with all that fly; once with them, where forward passes are still to come
-    for gradients, waiting in ((0, flying), (sharded.accumulated, min(flying, batches - 1))):
-        if waiting <= 0:
-            continue
+    for flight in flights(layout, pp_rank, batches):
+        gradients = int(sharded.accumulated * _begun(flight, layers))
         more = sharded.waiting if gradients else 0
-        kept_all = int((layers.kept * positions + merged + sent) * waiting) + hidden_copies
-        kept_casts = int(casts * waiting) if not replays else outer.cast * c
-        if not gradients or batches > flying:
+        kept_all = _kept_in_flight(job, shape, layout, stage, layers, flight, positions) + hidden_copies
+        kept_casts = _casts_in_flight(layers, outer, flight) * c if not replays else outer.cast * c
+        if flight.forward and flight.ended:
             gathered = sharded.forward + more + (max(kept_casts, casts) if casts else 0)
             yield _Moment(gradients, gathered, kept_all, forward_logits)
         beside = more + kept_casts
-        head_at_loss = head_gradient if _head_beside_logits(job, layout, stage, positions) else 0
-        yield _Moment(gradients, sharded.loss + beside + head_at_loss, kept_all, logits)
-        yield _Moment(gradients, sharded.backward + beside + head_gradient, kept_all + layer)
+        if flight.ended:
+            yield _Moment(gradients, sharded.loss + beside + head_at_loss, kept_all, logits)
+        working = layer
+        if replays and flight.is_split:
+            again = max(own.replayed for own, split in zip(layers.stages, flight.split, strict=True) if split)
+            working = max(layer, int(again * positions))
+        yield _Moment(gradients, sharded.backward + beside + head_gradient, kept_all + working)
+
+
+def _begun(flight: Flight, layers: LayerSums) -> float:
+    """Of a rank's layers, the share whose weights have gradients."""
+    numbers = [each.layers for each in layers.stages]
+    there = sum(number for number, begun in zip(numbers, flight.begun, strict=True) if begun)
+    return there / sum(numbers)
+
+
+def _kept_in_flight(
+    job: Job, shape: ModelShape, layout: Layout, stage: Stage, layers: LayerSums, flight: Flight, positions: int
+) -> int:
+    """Bytes of all micro-batches that a rank keeps: activations, what stages have sent, and gradients that wait."""
+    wire = job.compute_bytes * shape.hidden * positions
+    replays = layers.replayed > 0
+    total = float(wire * flight.handed)
+    for number, (own, held, split) in enumerate(zip(layers.stages, flight.held, flight.split, strict=True)):
+        ends = stage.is_last and number == len(layers.stages) - 1
+        sent = 0 if ends else wire  # until it is differentiated
+        merged = own.merged * job.compute_bytes if not replays else 0
+        total += (own.kept * positions + merged + sent) * held
+        # of layers that are trained in full, the last result's gradient is what has been received
+        received = 0 if ends or job.tuning != "full" else wire
+        total += (own.split * positions - received) * split
+    return int(total)
+
+
+def _casts_in_flight(layers: LayerSums, outer: Part, flight: Flight) -> int:
+    """Numbers of the copies that autocast has made of trained matrices, for every micro-batch anew."""
+    of_layers = sum(own.cast * held for own, held in zip(layers.stages, flight.held, strict=True))
+    return of_layers + outer.cast * flight.held[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +339,7 @@ class _Sharded:
         cls,
         job: Job,
         layout: Layout,
-        layers: _Layers,
+        layers: LayerSums,
         root: Part,
         head: int,
         head_at_loss: int,
@@ -381,45 +392,7 @@ def _received(shape: ModelShape, job: Job, layout: Layout, stage: Stage, positio
     return received * batches * job.compute_bytes * shape.hidden * positions
 
 
-def in_flight(layout: Layout, pp_rank: int, batches: int) -> float:
-    """Micro-batches whose activations a rank of the pipeline keeps at a time, in units of its whole layers."""
-    if layout.pp == 1:
-        return 1
-    ahead = layout.pp - pp_rank
-    if layout.pp_schedule == "gpipe":
-        return batches
-    if layout.pp_schedule == "interleaved_1f1b":
-        return min(2 * (ahead - 1) + layout.pp + 1, 2 * batches) / 2
-    if layout.pp_schedule == "zbv":
-        return min(layout.pp, batches)
-    return min(ahead, batches)
-
-
 def _micro_batches(job: Job, layout: Layout, micro_batch: int) -> int:
     """Of a step, on one data-parallel rank."""
     count = max(-(-job.tokens_per_step // (layout.dp * micro_batch)), 1)
     return max(count, min_microbatches(layout)) if layout.pp > 1 else count
-
-
-@lru_cache(maxsize=4096)
-def _sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recompute: Recompute) -> _Layers:
-    if layout.splits_backward:  # what is computed again is kept until the weights' gradients are made, later
-        recompute = "none"
-    part, largest = Part(), Part()
-    kept_bytes = replayed = working = entry = 0.0
-    for layer, total, full_count in zip(shape.kinds, stage.layers(), stage.trained_layers(), strict=True):
-        for trained, number in ((True, full_count), (False, total - full_count)):
-            if not number:
-                continue
-            one = layer_part(shape, job, layout, layer, trained=trained)
-            part = part + one.times(number)
-            found: Kept = kept(shape, job, layout, layer, trained=trained)
-            if trained or job.tuning == "lora":
-                own = found.of(recompute) if job.engine == "eager" or recompute == "full" else found.compiled
-                kept_bytes += number * own
-                replayed = max(replayed, found.none - found.of(recompute))
-                working = max(working, found.working)
-                entry = max(entry, own)
-            if one.weights >= largest.weights:
-                largest = one
-    return _Layers(part, kept_bytes, replayed, working, largest, entry)

@@ -76,9 +76,12 @@ class Predictor:
         return Form(layout, self._lean_recompute(layout), self.micro_batches(layout)[-1])
 
     def recomputes(self, layout: Layout) -> tuple[Recompute, ...]:
-        """The kinds that may be used, least work first; zbv computes layers again twice, which selective cannot."""
+        """The kinds that may be used, least work first. Under zbv a layer would be computed again for every group of
+        its weights, and all of that kept: nothing is, unless it is asked for."""
         kinds = self.wishes.recomputes
-        return tuple(kind for kind in kinds if not (layout.splits_backward and kind == "selective")) or ("full",)
+        if not layout.splits_backward:
+            return kinds
+        return ("none",) if "none" in kinds else ("full",)
 
     def _lean_recompute(self, layout: Layout) -> Recompute:
         return self.recomputes(layout)[-1]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fourfold.planning.axes import AXES
-from fourfold.planning.flops import Mode, layer_products, local_numel
+from fourfold.planning.flops import Mode, layer_products, local_numel, weight_groups
 from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
@@ -204,7 +204,9 @@ def layer_sent(
     if mode == "frozen":
         return forward, Sent()
     back = _region_sent(shape, layer, job, layout, groups, cluster, tokens, backward=True)
-    times = 0 if recompute == "none" else 2 if layout.splits_backward else 1
+    times = 0
+    if recompute != "none":
+        times = 1 + weight_groups(layer, job, mode) if layout.splits_backward else 1
     return forward, Sent(*(getattr(back, name) + times * getattr(forward, name) for name in Sent.__slots__))
 
 

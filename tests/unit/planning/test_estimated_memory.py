@@ -53,6 +53,9 @@ _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "lora", Layout(pp=4), "none", 1, 8),
     ("llama", "full", Layout(pp=4), "none", 3, 4),
     ("llama", "full", Layout(dp_shard=2, tp=2, pp=2), "selective", 1, 2),
+    ("llama", "full", Layout(pp=4, pp_schedule="interleaved_1f1b"), "none", 0, 8),
+    ("llama", "lora", Layout(pp=4, pp_schedule="zbv"), "none", 2, 8),
+    ("llama", "full", Layout(pp=2, pp_schedule="zbv"), "none", 1, 3),
     ("tied", "full", Layout(dp_shard=4), "full", 0, 1),
     ("gemma", "full", Layout(), "none", 0, 1),
     ("experts", "full", Layout(dp_shard=8, ep=8), "none", 0, 1),
@@ -66,6 +69,8 @@ _MORE: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "qlora", Layout(), "none", 0, 1),
     ("llama", "full", Layout(dp_shard=4, tp=2), "none", 0, 1),
     ("llama", "full", Layout(pp=4), "none", 0, 4),
+    ("llama", "full", Layout(pp=2, pp_schedule="zbv"), "none", 0, 4),
+    ("llama", "lora", Layout(dp_shard=2, pp=2, pp_schedule="zbv"), "none", 1, 4),
     ("tied", "full", Layout(), "none", 0, 1),
     ("experts", "lora", Layout(), "none", 0, 1),
 ]
