@@ -125,6 +125,9 @@ HOST_CHECKPOINT = 120
 """Of a layer that is computed again: saving and restoring, once in the backward pass."""
 HOST_SELECTIVE = 270
 """Of a layer under selective recompute, where Python sees every operator, once in all."""
+HOST_PACKED_AGAIN = 10
+"""Of a packed weight in a layer that is computed again, once in the backward pass: the tensors that it consists of pass
+the hooks of checkpointing; 29 small operators, as found on a CPU beside plain weights."""
 HOST_EXPERTS = 57
 """Of a layer's experts: choosing, sorting and merging."""
 HOST_HEAD = 85
@@ -239,10 +242,11 @@ def layer_seconds(
         + adapters * ADAPTER_TOKEN_S[1]
     )
     again, launch_again = 0.0, 0.0
-    if recompute == "full":
-        again, launch_again = forward, launch + HOST_CHECKPOINT * engine.launch_ops * device.host_op_s
-    elif recompute == "selective":
-        again, launch_again = around[0] + ends, launch + HOST_SELECTIVE * engine.launch_ops * device.host_op_s
+    if recompute != "none":
+        host = HOST_CHECKPOINT if recompute == "full" else HOST_SELECTIVE
+        host += HOST_PACKED_AGAIN * sum(each.packed for each in products)
+        again = forward if recompute == "full" else around[0] + ends
+        launch_again = launch + host * engine.launch_ops * device.host_op_s
     times = 1 + weight_groups(layer, job, mode) if place.splits_backward else 1
     return Seconds(max(forward, launch), max(backward + times * again, 2 * launch + times * launch_again), weight_grad)
 

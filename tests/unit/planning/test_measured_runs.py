@@ -75,9 +75,7 @@ def test_verdict_when_compared_with_runs_near_the_limit_is_right(name: str, jobs
     assert right >= jobs - wrong
 
 
-# One pair is wrong: QLoRA of Llama-3-8B, one row of 4,096, `selective` against `full`: 1.037 measured, 0.976 predicted.
-# There the host sets the pace of `selective`, and no constant of its share made the errors of both files smaller.
-@pytest.mark.parametrize(("name", "least", "pairs", "wrong"), [("time_grid", 36, 40, 1), ("time_check", 22, 24, 0)])
+@pytest.mark.parametrize(("name", "least", "pairs", "wrong"), [("time_grid", 36, 41, 0), ("time_check", 22, 24, 0)])
 def test_step_time_when_compared_with_measured_runs_is_within_a_tenth_and_ranks_right(
     name: str, least: int, pairs: int, wrong: int
 ) -> None:
