@@ -177,21 +177,7 @@ def build(
         vocabulary: see `parallelize`.
         wishes: what the step is to do beyond running layer after layer, where it can.
     """
-    training = run.training
-    if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
-        use_short_forward(module)
-    _join_layers(run, mesh, module)
-    if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
-        _keep_embedding_on_host(base_model(module))
-    noise = NoiseKeys(training.seed)
-    key_dropout(module, noise)
-    if training.neftune_noise_alpha:
-        add_neftune(module, noise, training.neftune_noise_alpha)
-    mixed = precision.compute if precision.master is not None and precision.compute != torch.float32 else None
-    if mixed == torch.bfloat16:  # fp16 would overflow between layers
-        narrow_outputs(module, torch.bfloat16)
-    if mixed is not None:
-        cast_experts(module, mixed)
+    noise = _prepare_layers(run, precision, mesh, module)
     with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
         model = StepModel(
             module,
@@ -202,23 +188,49 @@ def build(
     inner = base_model(module)
     fast = what_goes(wishes, model, mesh, precision, run)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
-    blocks = list(decoder_blocks(inner)[1])
-    if training.fp8:
-        _use_float8(blocks, mesh)
-    if fast.compiled:
-        compile_layers(blocks)
-    model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
-    model.equal = EqualDocuments(run.data.cutoff_len) if fast.compiled and has_kernel(mesh.device) else None
-    if run.parallel.memory == "low":
-        model.chunk_tokens = LOW_MEMORY_CHUNK
-    split = parallelize(inner, blocks, mesh, compute=mixed, fill=fill, vocabulary=vocabulary)
+    _make_fast(run, mesh, model, fast)
+    # no name is given to the list of layers, which would hold those that this rank is not left with
+    split = parallelize(
+        inner, list(decoder_blocks(inner)[1]), mesh, compute=precision.narrow, fill=fill, vocabulary=vocabulary
+    )
     model.take(split)
-    del blocks  # other ranks' too: of a packed model they had memory
     if mesh.layout.splits_model:
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)
-    return Built(module, model, mesh, split, noise, precision, num_parameters, fast, training.fp8)
+    return Built(module, model, mesh, split, noise, precision, num_parameters, fast, run.training.fp8)
+
+
+def _prepare_layers(run: Run, precision: Precision, mesh: Mesh, module: TunedModel) -> NoiseKeys:
+    """Give layers the forward passes, the noise and the dtypes that they train with; returns the keys of the noise."""
+    training = run.training
+    if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
+        use_short_forward(module)
+    _join_layers(run, mesh, module)
+    if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
+        _keep_embedding_on_host(base_model(module))
+    noise = NoiseKeys(training.seed)
+    key_dropout(module, noise)
+    if training.neftune_noise_alpha:
+        add_neftune(module, noise, training.neftune_noise_alpha)
+    if precision.narrow == torch.bfloat16:  # fp16 would overflow between layers
+        narrow_outputs(module, torch.bfloat16)
+    if precision.narrow is not None:
+        cast_experts(module, precision.narrow)
+    return noise
+
+
+def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast) -> None:
+    """Have layers run as was chosen: in float8, compiled, on batches of fixed form, in little memory."""
+    blocks = list(decoder_blocks(base_model(model.module))[1])
+    if run.training.fp8:
+        _use_float8(blocks, mesh)
+    if fast.compiled:
+        compile_layers(blocks)
+        model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
+    model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
+    if run.parallel.memory == "low":
+        model.chunk_tokens = LOW_MEMORY_CHUNK
 
 
 def _join_layers(run: Run, mesh: Mesh, module: nn.Module) -> None:
@@ -238,7 +250,9 @@ def _use_float8(blocks: Sequence[nn.Module], mesh: Mesh) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_WITH_FLOAT8:
         name = torch.cuda.get_device_name(device)
         raise PlanError(f"fp8: true needs a GPU that multiplies in float8, and {name} does not. Remove fp8.")
-    log.info("%d matrices are multiplied in float8", use_float8(blocks, parts=mesh.layout.tp))
+    count = use_float8(blocks, parts=mesh.layout.tp)
+    if any(parameter.requires_grad for block in blocks for parameter in block.parameters()):  # a teacher's are not
+        log.info("%d matrices are multiplied in float8", count)
 
 
 def _keep_embedding_on_host(inner: PreTrainedModel) -> None:

@@ -33,11 +33,14 @@ class Precision:
     master: torch.dtype | None
     loss_scaling: bool
 
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """The compute dtype where masters are wider; None where they are not."""
+        return None if self.compute == torch.float32 or self.master is None else self.compute
+
     def autocast(self, device: torch.device) -> Callable[[], AbstractContextManager[object]]:
         """The context of a forward pass: casts to the compute dtype where masters are wider."""
-        if self.compute == torch.float32 or self.master is None:
-            return nullcontext
-        return lambda: torch.autocast(device.type, self.compute)
+        return nullcontext if self.narrow is None else lambda: torch.autocast(device.type, self.compute)
 
 
 def resolve(run: Run) -> Precision:
