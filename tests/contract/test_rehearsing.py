@@ -74,3 +74,12 @@ def test_rehearse_when_staged_runs_the_ranks_asked_for(rehearse: RehearseIt) -> 
 )
 def test_rehearse_when_it_cannot_says_why(words: tuple[str, ...], told: str, rehearse: RehearseIt) -> None:
     assert told in refusal(rehearse(*_HARDWARE, *words))
+
+
+def test_rehearse_when_it_differs_from_the_run_says_in_what(rehearse: RehearseIt) -> None:
+    words = ("stage=dpo", "dataset=pairs", "finetuning_type=lora")
+    done = rehearse(*words, "--gpu", "h100", "--fake")
+    assert "Of stage dpo the training pass is rehearsed, as sft" in " ".join(done.out.split())
+    found = json.loads(rehearse(*words, "--gpu", "h100", "--fake", "--json").out)
+    assert len(found["notes"]) == 1
+    assert json.loads(rehearse("--gpu", "h100", "--fake", "--json").out)["notes"] == []

@@ -36,11 +36,13 @@ def rehearse(
         cluster = cluster_of(gpu, gpus, nodes, hardware, nproc=run.parallel.nproc)
         plan = plan_run(run, cluster)
         from fourfold.training.dry_run import as_text, rehearse_plan
+        from fourfold.training.rehearse import left_out
 
         wanted = [*([str(rank)] if rank is not None else []), *(ranks.split(",") if ranks else [])]
         found = rehearse_plan(run, plan, wanted, fake=fake, steps=steps)
         if as_json:
             assert plan.best is not None
-            print(json.dumps({"best": plan.best.as_json(), "ranks": [one.as_json() for one in found]}, indent=2))
+            ranks_found = [one.as_json() for one in found]
+            print(json.dumps({"best": plan.best.as_json(), "notes": [*left_out(run)], "ranks": ranks_found}, indent=2))
         else:
-            print(as_text(plan, found, fake=fake))
+            print(as_text(run, plan, found, fake=fake))

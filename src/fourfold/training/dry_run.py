@@ -21,7 +21,7 @@ from fourfold.planning.search import Plan
 from fourfold.planning.stages import min_microbatches
 from fourfold.planning.states import held_part, optimizer_bytes
 from fourfold.training.host_speed import with_this_host
-from fourfold.training.rehearse import Rehearsal, Workload, rehearse
+from fourfold.training.rehearse import Rehearsal, Workload, left_out, rehearse
 
 _MOST_BATCHES = 2
 """Micro-batches of a rehearsed step: memory does not change after the second, but in a pipeline."""
@@ -144,7 +144,7 @@ def _fewest(layout: Layout) -> int:
     return min_microbatches(layout) if layout.pp > 1 else 1
 
 
-def as_text(plan: Plan, found: Sequence[Rehearsed], *, fake: bool) -> str:
+def as_text(run: Run, plan: Plan, found: Sequence[Rehearsed], *, fake: bool) -> str:
     """What was found, for a terminal of 80 columns."""
     best = plan.best
     assert best is not None
@@ -154,6 +154,7 @@ def as_text(plan: Plan, found: Sequence[Rehearsed], *, fake: bool) -> str:
         "Fake tensors: what an allocator would count, operator by operator."
         if fake
         else f"On this machine's GPU; the plan is for {plan.cluster.describe()}.",
+        *(line for note in left_out(run) for line in _wrapped(note)),
     ]
     for one in found:
         lines += ["", f"Rank {one.rank} of {best.layout.world_size}{'':24}predicted   measured  difference"]

@@ -96,6 +96,17 @@ class Rehearsal:
     tokens: int
 
 
+def left_out(run: Run) -> Iterator[str]:
+    """What of a run its rehearsal does otherwise, a sentence each."""
+    stage = run.training.stage
+    if stage not in _AS_THEY_ARE:
+        yield f"Of stage {stage} the training pass is rehearsed, as sft: no answers are made and no reference is asked."
+    if run.model.quantization_bit == 8:
+        yield "Weights of 8 bits are rehearsed as 4."
+    if run.parallel.offload != "none":
+        yield f"parallel.offload: {run.parallel.offload} is not rehearsed: all stays on the device."
+
+
 def rehearse(
     run: Run,
     layout: Layout,
