@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fourfold.planning.device import LINK_SHARE
+
 OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 SIZES = tuple(4**power for power in range(5, 16))
 """Bytes of the whole: 1 KiB to 1 GiB."""
@@ -70,8 +72,8 @@ def hardware_file(row: dict[str, Any], gpu: str | None, host_op_us: float | None
     lines = [
         f"gpu: {gpu or 'h100  # a stand-in, measured without a GPU'}",
         f"gpus: {row['ranks']}",
-        f"link_gb_s: {row['link_gb_s']:.4g}  # of a GPU, in one direction",
-        f"# latency of a hop: {row['latency_us']:.1f} us (catalogue.py: _LATENCY_S)",
+        f"link_gb_s: {row['link_gb_s'] / LINK_SHARE:.4g}  # {row['link_gb_s']:.4g} arrive, of which a file says more",
+        f"# of a small collective, for each rank but one: {row['latency_us']:.1f} us, which is mostly the host's call",
     ]
     if host_op_us is not None:
         lines.append(f"host_op_us: {host_op_us:.1f}")

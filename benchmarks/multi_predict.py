@@ -20,11 +20,11 @@ STAND_IN = "h100"
 """The card that a run without one is predicted for, so that tiny runs try this out as well."""
 
 
-def measured_link(links: dict[str, Any] | None) -> tuple[float, float] | None:
-    """Bytes/s and latency of a hop from a row of `links`."""
+def measured_link(links: dict[str, Any] | None) -> float | None:
+    """Bytes/s that arrive, from a row of `links`; its latency is mostly that of calls, which are counted apart."""
     if not links or "link_gb_s" not in links:
         return None
-    return links["link_gb_s"] * 1e9, links["latency_us"] * 1e-6
+    return links["link_gb_s"] * 1e9
 
 
 def predict(row: dict[str, Any], gpu: str | None, links: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def predict(row: dict[str, Any], gpu: str | None, links: dict[str, Any] | None =
         return {"unpredicted": str(error)}
 
 
-def _predict(row: dict[str, Any], card: Device, link: tuple[float, float] | None) -> dict[str, Any]:
+def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str, Any]:
     point = point_of(row["fields"])
     _, shape, job = described(point)
     layout, tokens = point.layout, sum(point.sequences)
@@ -60,8 +60,7 @@ def _predict(row: dict[str, Any], card: Device, link: tuple[float, float] | None
         found["predicted_bubble"] = cost.bubble
         found["predicted_micro_batches"] = cut_step(job, layout, job.micro_batch).count
     if link is not None:
-        rate, latency = link
-        linked = replace(card, link=Link(card.link.kind, rate, latency))
+        linked = replace(card, link=Link(card.link.kind, link, card.link.latency_s, share=1.0))
         cluster = build_cluster(linked, layout.world_size)
         measured = estimate_cost(shape, job, layout, cluster, point.recompute, job.micro_batch)
         found["predicted_step_s_by_measured_link"] = measured.step_s

@@ -24,6 +24,15 @@ _LAUNCH_S = 5e-6  # of a 256^3 product in the OpenXLA table: 5.2 us on an H100, 
 _LATENCY_S = {"nvlink": 3.4e-6, "xgmi": 3.4e-6, "pcie": 5.7e-6, "network": 9.6e-6}
 """Of a ring's hop, "Simple" protocol: NCCL's own model, src/graph/tuning.cc, hwLat."""
 
+_HOPPER_LINK_SHARE = 320.4 / 450
+"""Of NVLink 4, without its multicast: 320 GB/s a rank in an all-gather of 1 GiB, 317 in a reduce-scatter, 328 in an
+all-to-all, 352 in an all-reduce, 353 from rank to rank; 294 and 240 in an all-gather of 256 and 64 MiB. 4 H100 SXM,
+torch 2.11, NCCL, 2026-11 (benchmarks/results/multi_gpu_4xh100.json). That of the all-gather, which FSDP waits for.
+
+Small collectives took 39 us there, 13 for each of three hops, and a single hop of a send with its receive 88: what is
+measured is the call. So the latency of a hop stays NCCL's, and calls are counted apart (`traffic.CALL_S`,
+`kernels.HOST_REGION`)."""
+
 _HOPPER_PEAK = 989.4 * _T
 _HOPPER: Curve = (
     (3.36e7, 0.0065),
@@ -107,11 +116,12 @@ _H100 = Device(
     memory_gib=79.10,
     dense={"fp32": 66.9 * _T, "tf32": 494.7 * _T, "bf16": 989.4 * _T, "fp16": 989.4 * _T, "fp8": 1978.9 * _T},
     hbm_bytes_per_s=3352e9,
-    link=_nvlink(450),
+    link=replace(_nvlink(450), share=_HOPPER_LINK_SHARE),
     link_domain=8,
     nic_gbit_per_s=400,
     efficiency={"bf16": _HOPPER},
-    source="NVIDIA H100 architecture whitepaper (2022), table of SXM5; node network: DGX H100, 8 x 400 Gbit/s",
+    source="NVIDIA H100 architecture whitepaper (2022), table of SXM5; node network: DGX H100, 8 x 400 Gbit/s; what of "
+    "NVLink arrives: measured on 4 H100 SXM, torch 2.11, NCCL, 2026-11",
 )
 
 _B200 = Device(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -20,7 +21,17 @@ from fourfold.planning.estimate import Cost
 from fourfold.planning.flops import Mode, mode_of, model_flops
 from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import Job, Recompute
-from fourfold.planning.kernels import ENGINES, Engine, Place, Seconds, head_seconds, layer_seconds, memory_seconds
+from fourfold.planning.kernels import (
+    ENGINES,
+    HOST_GROUP,
+    HOST_GROUP_LAYER,
+    Engine,
+    Place,
+    Seconds,
+    head_seconds,
+    layer_seconds,
+    memory_seconds,
+)
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches, num_stages, round_microbatches, stage_layers, stages_of_rank
@@ -37,9 +48,14 @@ from fourfold.planning.traffic import (
     pipeline_sends,
 )
 
-OVERLAP_COST = 0.1
-"""Of the time that communication is hidden, what computation beside it loses: NCCL's kernels take some of the card's
-multiprocessors and of its memory's speed. Assumed; 16 of 132 would be 0.12."""
+OVERLAP_COST = 1.0
+"""Of the time that communication is hidden, at the speed of the device's own link, what computation beside it loses. On
+4 H100 all of it: a step of Llama-3-8B with LoRA, 8,192 tokens a rank, takes 0.119 s longer under fsdp (0.992 s) than
+under ddp, and in full 1.31 s; published fsdp runs are nearer with it, too (benchmarks/published_runs.py). Kernels of
+NCCL hold multiprocessors on which products then lack a wave, and both share the memory's speed and the card's power;
+which of these it is was not measured."""
+_NO_GAIN_PP = 4
+"""Ranks from which on interleaved stages save no bubble; see `bubble_seconds`."""
 OPTIMIZER_NUMBERS = {"adamw_8bit": 4.0, "sgd": 3.0, "adafactor": 4.0}
 """Numbers of the master dtype that an optimizer reads and writes for each trained one; see _ADAMW_NUMBERS."""
 _ADAMW_NUMBERS = 7.0
@@ -77,17 +93,20 @@ def cut_step(job: Job, layout: Layout, micro_batch: int) -> StepCut:
 def bubble_seconds(layout: Layout, forward: float, input_grad: float, weight_grad: float) -> float:
     """What a rank of a pipeline idles in a step, from its times for one micro-batch over all its stages.
 
-    With t their sum: (p - 1) t for gpipe and 1f1b, half of it with two interleaved stages a rank (arXiv:2104.04473,
-    sections 2.2.1 and 2.2.2). zbv has two stages a rank, too, and lets gradients of weights fill what is left:
-    (p - 1) / 2 (F + B - 2 W), nothing if the three take equally long (arXiv:2401.10241, section 6, with the terms of
-    its ZB-H2 for halves of a stage).
+    With t their sum: (p - 1) t for gpipe and 1f1b. With two interleaved stages a rank it would be half of that
+    (arXiv:2104.04473, sections 2.2.1 and 2.2.2), and is for p = 2; torch's runtime of several stages gives every send
+    and receive to one stream in a fixed order, where a send waits behind a receive whose sender is still computing.
+    Going through that order gives 1.0 to 1.1 times (p - 1) t for p = 4, and more beyond; 4 H100 measured 0.995.
+    zbv has two stages a rank, too, and lets gradients of weights fill what is left: (p - 1) / 2 (F + B - 2 W), nothing
+    if the three take equally long (arXiv:2401.10241, section 6, with the terms of its ZB-H2 for halves of a stage).
     """
     p = layout.pp
     if p == 1:
         return 0.0
     if layout.pp_schedule == "zbv":
         return (p - 1) / 2 * max(forward + input_grad - 2 * weight_grad, 0.0)
-    return (p - 1) * (forward + input_grad + weight_grad) * layout.pp / num_stages(layout)
+    saved = min(p / _NO_GAIN_PP, 1.0) if num_stages(layout) > p else 1.0
+    return saved * (p - 1) * (forward + input_grad + weight_grad)
 
 
 def bubble_share(idle_s: float, busy_s: float) -> float:
@@ -102,11 +121,13 @@ class RankLoad:
     Attributes:
         layers: (kind, what is trained in it, how many).
         first, last: whether the first and the last stage are here.
+        walked: small operators of the host for each group of weights of a layer, see `kernels.HOST_GROUP`.
     """
 
     layers: tuple[tuple[int, Mode, int], ...]
     first: bool
     last: bool
+    walked: float = 0.0
 
 
 @lru_cache(maxsize=1024)
@@ -124,8 +145,17 @@ def rank_loads(order: tuple[int, ...], job: Job, layout: Layout) -> tuple[RankLo
         numbers = [number for stage in own for number in stages[stage]]
         counts: Counter[tuple[int, Mode]] = Counter((order[n], mode_of(job, n, len(order))) for n in numbers)
         layers: list[tuple[int, Mode, int]] = [(*key, count) for key, count in counts.items()]
-        loads.append(RankLoad(tuple(layers), 0 in own, len(stages) - 1 in own))
+        loads.append(RankLoad(tuple(layers), 0 in own, len(stages) - 1 in own, _walked(layout, stages, own)))
     return tuple(dict.fromkeys(loads))
+
+
+def _walked(layout: Layout, stages: Sequence[range], own: Sequence[int]) -> float:
+    """Mean over a rank's layers; the first stage makes both kinds of gradients at once."""
+    if not layout.splits_backward:
+        return 0.0
+    lengths = {stage: len(stages[stage]) for stage in own}
+    total = sum(size * (HOST_GROUP + HOST_GROUP_LAYER * size) for stage, size in lengths.items() if stage)
+    return total / sum(lengths.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +193,7 @@ class _Rank:
     @cached_property
     def layers(self) -> list[_LayerCost]:
         """Each kind of layer that this rank has."""
-        place, device = Place.of(self.layout, self.tokens), self.cluster.device
+        place, device = Place.of(self.layout, self.tokens, self.load.walked), self.cluster.device
         found: list[_LayerCost] = []
         for kind, mode, count in self.load.layers:
             seconds = layer_seconds(self.shape, kind, mode, self.job, place, self.recompute, device, self.engine)
@@ -295,7 +325,7 @@ class _Rank:
         return (
             self.cut.count * (self.passes.forward + self.passes.backward)
             + self.upkeep_s
-            + OVERLAP_COST * self.exchange.hidden_s
+            + OVERLAP_COST * self.exchange.crowding_s
         )
 
     @cached_property

@@ -15,13 +15,7 @@ from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import Job
 from fourfold.planning.kernels import Seconds
 from fourfold.planning.layout import Layout
-from fourfold.planning.traffic import Groups, Unit
-
-UNIT_S = 0.2e-3
-"""Of each gather and each scatter of one of FSDP's units, what is waited for beside the link: its hooks, and streams
-that wait for each other. With it zero3 and ddp take equally long for 1.5B parameters in full on two H100, as was
-measured (51,483 and 50,000 to 55,000 tokens/s, docs/lab-notes.md); without, zero3 would be 5 % ahead, since it sums and
-updates less."""
+from fourfold.planning.traffic import CALL_S, Groups, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +65,14 @@ class Exchange:
 
     Attributes:
         sent: bytes that a rank sends, by axis.
-        exposed_s, hidden_s: time that is waited for, and time beside computation.
+        exposed_s: time that is waited for.
+        crowding_s: of the time beside computation, what the device's own link would take for as many bytes.
         copied: bytes that gathers read and write on the device.
     """
 
     sent: dict[str, float] = field(hash=False, default_factory=dict)
     exposed_s: float = 0.0
-    hidden_s: float = 0.0
+    crowding_s: float = 0.0
     copied: float = 0.0
 
 
@@ -99,12 +94,17 @@ class _Times:
 
 @dataclass(frozen=True, slots=True)
 class _UnitTraffic:
-    """Bytes that a rank sends in one gather and in one scatter of a unit, and their times."""
+    """Bytes that a rank sends in one gather and in one scatter of a unit, and their times.
+
+    Attributes:
+        crowding: of these times, what the device's own link would take.
+    """
 
     gathered: float
     scattered: float
     gather_s: float
     scatter_s: float
+    crowding: float
 
     @classmethod
     def of(cls, unit: Unit, job: Job, groups: Groups, cluster: Cluster) -> _UnitTraffic:
@@ -112,11 +112,15 @@ class _UnitTraffic:
         plain, of_experts = shard.share(unit.gathered - unit.expert_gathered), experts.share(unit.expert_gathered)
         grads = shard.share((unit.trained - unit.expert_trained) * master)
         of_grads = experts.share(unit.expert_trained * master)
+        all_s = shard.seconds(cluster, plain + grads)
+        experts_s = experts.seconds(cluster, of_experts + of_grads)
+        own_s = all_s * shard.crowding(cluster) + experts_s * experts.crowding(cluster)
         return cls(
             plain + of_experts,
             grads + of_grads,
             shard.seconds(cluster, plain) + experts.seconds(cluster, of_experts),
             shard.seconds(cluster, grads) + experts.seconds(cluster, of_grads),
+            own_s / (all_s + experts_s) if all_s + experts_s else 0.0,
         )
 
 
@@ -134,7 +138,7 @@ def exchange_weights(
         return Exchange(
             {**sharded.sent, **replicated.sent},
             sharded.exposed_s + replicated.exposed_s,
-            sharded.hidden_s + replicated.hidden_s,
+            sharded.crowding_s + replicated.crowding_s,
             sharded.copied,
         )
     return _add_up(weights, weights.trained, job, layout, groups, cluster)
@@ -153,7 +157,7 @@ def _add_up(
     if layout.pp == 1:
         last = total * weights.last_share
         exposed = last + max(0.0, total - last - weights.backward_s)
-    return Exchange({replicas.axis: sent}, exposed, total - exposed)
+    return Exchange({replicas.axis: sent}, exposed, (total - exposed) * replicas.crowding(cluster))
 
 
 def _shard(weights: RankWeights, job: Job, layout: Layout, groups: Groups, cluster: Cluster, count: int) -> Exchange:
@@ -163,8 +167,8 @@ def _shard(weights: RankWeights, job: Job, layout: Layout, groups: Groups, clust
     sent = times.gathers * outer.gathered + times.scatters * outer.scattered
     # what no layer holds is gathered before the first layer, and its gradients come last
     exposed = times.gathers * outer.gather_s + times.scatters * outer.scatter_s
-    hidden, copied = 0.0, 2 * times.gathers * weights.outer.gathered
-    exposed += UNIT_S * (times.gathers + times.scatters)
+    hidden, crowding, copied = 0.0, 0.0, 2 * times.gathers * weights.outer.gathered
+    exposed += CALL_S * (times.gathers + times.scatters)
     ends = 0.0
     for each in weights.layers:
         unit = _UnitTraffic.of(each.unit, job, groups, cluster)
@@ -173,12 +177,14 @@ def _shard(weights: RankWeights, job: Job, layout: Layout, groups: Groups, clust
         copied += each.count * 2 * gathers * each.unit.gathered
         total = each.count * (gathers * unit.gather_s + times.scatters * unit.scatter_s)
         late = each.count * _late(unit, times, each.seconds, pipeline=layout.pp > 1)
-        exposed += late + UNIT_S * each.count * (gathers + times.scatters)
+        exposed += late + CALL_S * each.count * (gathers + times.scatters)
         hidden += total - late
+        crowding += (total - late) * unit.crowding
         if each is weights.layers[0]:
             ends = times.gathers * unit.gather_s + (0.0 if layout.pp > 1 else times.scatters * unit.scatter_s)
     ends = min(hidden, ends)
-    return Exchange({groups.shard.axis: sent}, exposed + ends, hidden - ends, copied)
+    crowding *= 1 - ends / hidden if hidden else 0.0
+    return Exchange({groups.shard.axis: sent}, exposed + ends, crowding, copied)
 
 
 def _late(unit: _UnitTraffic, times: _Times, seconds: Seconds, *, pipeline: bool) -> float:

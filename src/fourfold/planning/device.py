@@ -16,6 +16,10 @@ from fourfold.base.units import GIB
 HOST_OP_S = 3.5e-6
 """Of an ordinary server's host; a virtual machine may take three times as long (9.5e-6 beside an H100)."""
 
+LINK_SHARE = 0.8
+"""Of a link's rate, what collectives of NCCL attain for large messages where nothing else was measured: 360 of 450 GB/s
+on 8 H100 (nccl-tests)."""
+
 DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
 LinkKind = Literal["nvlink", "xgmi", "pcie", "network"]
@@ -32,11 +36,18 @@ class Link:
         kind: `nvlink`, `xgmi` (AMD Infinity Fabric), `pcie`, or `network` between nodes.
         bytes_per_s: of one GPU, in one direction, both directions at once.
         latency_s: of one hop of a ring; a ring all-gather over n ranks waits (n - 1) of them.
+        share: of `bytes_per_s`, what collectives attain for large messages.
     """
 
     kind: LinkKind
     bytes_per_s: float
     latency_s: float
+    share: float = LINK_SHARE
+
+    @property
+    def attained_bytes_per_s(self) -> float:
+        """Of a collective of large messages."""
+        return self.bytes_per_s * self.share
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,11 @@ def layer_products(shape: ModelShape, kind: int, job: Job, tp: int = 1, ep: int 
     return tuple(_product(weight, shape, job, layout) for weight in shape.kinds[kind].weights if _multiplies(weight))
 
 
+def num_regions(layer: Layer) -> int:
+    """Parts of a layer with matrices, at whose borders tensor-parallel ranks exchange: attention, MLP."""
+    return len({weight.name.split(".")[0] for weight in layer.weights if _multiplies(weight)})
+
+
 def weight_groups(layer: Layer, job: Job, mode: Mode) -> int:
     """Groups of a layer's weights that get their gradients one by one where a backward pass has two parts: what is
     computed again is so for each of them (torch.distributed.pipelining's stage_backward_weight). An adapter has two.

@@ -21,6 +21,7 @@ from fourfold.planning.flops import (
     Product,
     attention_flops,
     layer_products,
+    num_regions,
     weight_groups,
 )
 from fourfold.planning.job import Job, Recompute
@@ -125,11 +126,27 @@ HOST_CHECKPOINT = 120
 """Of a layer that is computed again: saving and restoring, once in the backward pass."""
 HOST_SELECTIVE = 270
 """Of a layer under selective recompute, where Python sees every operator, once in all."""
+HOST_SELECTIVE_EXPERTS = 540
+"""The same of a layer with experts, which has twice as many operators: 2,330 against 1,239, forward and backward, as
+rehearsals of Qwen3-30B-A3B and Llama-3-8B count them."""
 HOST_PACKED_AGAIN = 10
 """Of a packed weight in a layer that is computed again, once in the backward pass: the tensors that it consists of pass
 the hooks of checkpointing; 29 small operators, as found on a CPU beside plain weights."""
 HOST_EXPERTS = 57
 """Of a layer's experts: choosing, sorting and merging."""
+HOST_EXCHANGE = 12
+"""Of experts that ranks share: counts, sorting and three exchanges; 171 operators more in all passes, counted alike."""
+HOST_REGION = 16
+"""Of a region that tensor-parallel ranks share: two hooks and collectives, 14 operators each with their gradients. On 4
+H100 a collective of 1 KiB takes 39 us, five small operators of that host, whatever the hops; a function of Python's
+around it takes as much as an adapter's."""
+HOST_PEFT_ADAPTER = 13
+"""More of an adapter where a backward pass has two parts, since it runs as PEFT has it: 1.87 times the operators in a
+layer of seven, forward and backward, counted in rehearsals of Llama-3-8B under zbv and 1f1b."""
+HOST_GROUP, HOST_GROUP_LAYER = 15.0, 10.0
+"""In small operators, of each group of weights whose gradients are made apart (`flops.weight_groups`): a call of
+autograd's own, for which the graph is walked down to the stage's first layer, so that each layer of the stage counts.
+Timed on a CPU for stages of 1, 2, 4, 8 and 16 layers, of 14 groups (LoRA): 22, 27, 60, 88 and 170."""
 HOST_HEAD = 85
 """Of loss and batch, for a micro-batch."""
 
@@ -158,6 +175,7 @@ class Place:
         tp, ep: ranks.
         sequence_parallel: whether positions are shared between regions.
         splits_backward: whether what is recomputed is so for each group of weights as well (zbv).
+        walked: there, small operators that the host spends on each group of a layer's weights.
     """
 
     tokens: float
@@ -165,11 +183,12 @@ class Place:
     ep: int = 1
     sequence_parallel: bool = True
     splits_backward: bool = False
+    walked: float = 0.0
 
     @classmethod
-    def of(cls, layout: Layout, tokens: float) -> Place:
+    def of(cls, layout: Layout, tokens: float, walked: float = 0.0) -> Place:
         """The place of a rank of a layout."""
-        return cls(tokens, layout.tp, layout.ep, layout.sequence_parallel, layout.splits_backward)
+        return cls(tokens, layout.tp, layout.ep, layout.sequence_parallel, layout.splits_backward, walked)
 
 
 def memory_seconds(device: Device, num_bytes: float) -> float:
@@ -227,7 +246,8 @@ def layer_seconds(
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
     adapters = place.tokens * sum(each.adapter > 0 for each in products)
     ends = _num_kernels(layer, products, engine) * KERNEL_S
-    launch = _host_kernels(layer, products, job, mode, engine) * engine.launch_ops * device.host_op_s
+    op_s = engine.launch_ops * device.host_op_s
+    launch = _host_kernels(layer, products, job, mode, engine, place) * op_s
     forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0]
     if mode == "frozen":
         return Seconds(max(forward, launch), 0.0, 0.0)
@@ -243,12 +263,14 @@ def layer_seconds(
     )
     again, launch_again = 0.0, 0.0
     if recompute != "none":
-        host = HOST_CHECKPOINT if recompute == "full" else HOST_SELECTIVE
+        seen = HOST_SELECTIVE_EXPERTS if layer.has_experts else HOST_SELECTIVE
+        host = HOST_CHECKPOINT if recompute == "full" else seen
         host += HOST_PACKED_AGAIN * sum(each.packed for each in products)
         again = forward if recompute == "full" else around[0] + ends
-        launch_again = launch + host * engine.launch_ops * device.host_op_s
-    times = 1 + weight_groups(layer, job, mode) if place.splits_backward else 1
-    return Seconds(max(forward, launch), max(backward + times * again, 2 * launch + times * launch_again), weight_grad)
+        launch_again = launch + host * op_s
+    groups = weight_groups(layer, job, mode) if place.splits_backward else 0
+    launch_back = 2 * launch + (1 + groups) * launch_again + groups * place.walked * device.host_op_s
+    return Seconds(max(forward, launch), max(backward + (1 + groups) * again, launch_back), weight_grad)
 
 
 def _cuts_attention(layer: Layer) -> bool:
@@ -351,12 +373,16 @@ def _num_kernels(layer: Layer, products: tuple[Product, ...], engine: Engine) ->
     return between * engine.kernels + len(products) * KERNELS["product"] + adapters * KERNELS["adapter"]
 
 
-def _host_kernels(layer: Layer, products: tuple[Product, ...], job: Job, mode: Mode, engine: Engine) -> float:
+def _host_kernels(
+    layer: Layer, products: tuple[Product, ...], job: Job, mode: Mode, engine: Engine, place: Place
+) -> float:
     """Of a forward pass, as the host counts them."""
     found = _num_kernels(layer, products, engine) + (HOST_EXPERTS if layer.has_experts else 0)
+    found += HOST_EXCHANGE if layer.has_experts and place.ep > 1 else 0
+    found += HOST_REGION * num_regions(layer) if place.tp > 1 else 0
     for each in products:
         if each.adapter:
-            found += HOST_ADAPTER - KERNELS["adapter"]
+            found += HOST_ADAPTER - KERNELS["adapter"] + (HOST_PEFT_ADAPTER if place.splits_backward else 0)
         if each.packed:
             found += HOST_UNPACK
         elif mode == "trained" and job.is_mixed:

@@ -10,15 +10,19 @@ import math
 from dataclasses import dataclass
 
 from fourfold.planning.axes import AXES
-from fourfold.planning.flops import Mode, layer_products, local_numel, weight_groups
+from fourfold.planning.flops import Mode, layer_products, local_numel, num_regions, weight_groups
 from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import Layer, ModelShape
 from fourfold.planning.stages import num_stages, rank_of_stage
 
-LINK_SHARE = 0.8
-"""Of a link's rate, what collectives of NCCL attain for large messages: 360 of 450 GB/s on 8 H100 (nccl-tests)."""
+CALL_S = 0.2e-3
+"""Of each collective that a computation waits for, the time beside the link: its hooks, streams that wait for each
+other, ranks that are not equally quick. From FSDP's units: with it zero3 and ddp take equally long for 1.5B parameters
+in full on two H100, as was measured (51,483 and 50,000 to 55,000 tokens/s, docs/lab-notes.md); without, zero3 would be
+5 % ahead, since it sums and updates less. Two layouts with tensor parallelism on 4 H100 lack 0.18 and 0.28 ms a
+collective without it (benchmarks/results/multi_gpu_4xh100.json)."""
 HOST_LINK_BYTES_PER_S = 25e9
 """Between a GPU and its host: PCIe 4.0 x16 with four fifths of its nominal 31.5 GB/s, as in the catalogue."""
 
@@ -61,12 +65,23 @@ class Group:
         if not self.all_to_all:
             crossing = 0 if cluster.is_local(self.size, self.stride) else self._crossings(cluster)
             wait = crossing * link.latency_s + (hops - crossing) * cluster.device.link.latency_s
-        return sent / (link.bytes_per_s * LINK_SHARE) + collectives * wait
+        return sent / link.attained_bytes_per_s + collectives * wait
+
+    def waited_seconds(self, cluster: Cluster, sent: float, collectives: float) -> float:
+        """The same of collectives beside which nothing is computed."""
+        seconds = self.seconds(cluster, sent, collectives)
+        return seconds + collectives * CALL_S if seconds else 0.0
+
+    def crowding(self, cluster: Cluster) -> float:
+        """Of the time that this group's traffic takes, what it would take over the device's own link: what it takes
+        from computation beside it goes by bytes, and those of a network come slowly."""
+        link = cluster.link(self.size, self.stride, all_to_all=self.all_to_all)
+        return min(1.0, link.attained_bytes_per_s / cluster.device.link.attained_bytes_per_s)
 
     def hop_seconds(self, cluster: Cluster, sent: float) -> float:
         """Time of handing so many bytes to the neighbour."""
         link = cluster.link(self.size, self.stride)
-        return sent / (link.bytes_per_s * LINK_SHARE) + link.latency_s
+        return sent / link.attained_bytes_per_s + link.latency_s
 
     def _crossings(self, cluster: Cluster) -> int:
         return min(self.size - 1, max(1, self.size * self.stride // cluster.domain))
@@ -227,14 +242,15 @@ def _region_sent(
     much backward, the other way round. ep: tokens to their experts and results back, gradients likewise.
     """
     activations = tokens * shape.hidden * job.compute_bytes
-    regions = len({w.name.split(".")[0] for w in layer.weights if w.is_matrix and w.kind != "norm"})
+    regions = num_regions(layer)
     tp_bytes = 2 * regions * groups.tp.share(activations)
-    seconds = groups.tp.seconds(cluster, tp_bytes, 2 * regions if layout.sequence_parallel else regions)
+    tp_calls = 2 * regions if layout.sequence_parallel else regions
+    seconds = groups.tp.waited_seconds(cluster, tp_bytes, tp_calls)
     cp_bytes, calls = _context_sent(shape, job, layout, groups, tokens, backward=backward)
-    cp_s = groups.cp.seconds(cluster, cp_bytes, calls)
-    ep_bytes = 2 * groups.ep.share(activations * shape.experts_per_token) if layer.has_experts else 0.0
-    seconds += groups.ep.seconds(cluster, ep_bytes, 2)
     ring = layout.cp_method == "ring"
+    cp_s = groups.cp.seconds(cluster, cp_bytes, calls) if ring else groups.cp.waited_seconds(cluster, cp_bytes, calls)
+    ep_bytes = 2 * groups.ep.share(activations * shape.experts_per_token) if layer.has_experts else 0.0
+    seconds += groups.ep.waited_seconds(cluster, ep_bytes, 2)
     return Sent(tp_bytes, cp_bytes, ep_bytes, seconds + (0.0 if ring else cp_s), cp_s if ring else 0.0)
 
 
@@ -283,7 +299,7 @@ def outer_sent(
     if last:
         of_loss = _NUMBERS_OF_LOSS * 4 * 2 if layout.loss_parallel else shape.vocab * job.compute_bytes
         sent += 2 * trained + groups.tp.share(tokens * job.trained_share * of_loss)
-    return Sent(tp_bytes=sent, seconds=groups.tp.seconds(cluster, sent, 2 * stages + 4))
+    return Sent(tp_bytes=sent, seconds=groups.tp.waited_seconds(cluster, sent, 2 * stages + 4))
 
 
 def pipeline_sends(layout: Layout) -> int:

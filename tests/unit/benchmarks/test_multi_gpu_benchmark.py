@@ -177,7 +177,7 @@ def test_links_when_rates_are_known_become_the_catalogues_figures(tmp_path: Path
     file.write_text(hardware_file({"ranks": 4, **found}, "h100", 9.8), encoding="utf-8")
     cluster = read_hardware(file)
     assert cluster.per_node == 4
-    assert cluster.device.link.bytes_per_s == pytest.approx(1e9 * found["link_gb_s"], rel=1e-3)
+    assert cluster.device.link.attained_bytes_per_s == pytest.approx(1e9 * found["link_gb_s"], rel=1e-3)
     assert cluster.device.host_op_s == pytest.approx(9.8e-6)
 
 
