@@ -197,3 +197,14 @@ def test_pairs_when_they_are_whole_talks_are_split_where_the_answers_begin(
     prompt = [label == IGNORE_INDEX for label in chosen.labels].index(False)
     assert 0 < prompt == [label == IGNORE_INDEX for label in rejected.labels].index(False)
     assert chosen.input_ids[:prompt] == rejected.input_ids[:prompt]
+
+
+def test_dpo_when_steps_are_logged_together_tells_the_mean_of_their_figures(
+    tiny_llama: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    for every in (1, 3):
+        run(tiny_llama, tiny_data, tmp_path / str(every), **_DPO, max_steps=6, logging_steps=every)
+    for figure in ("loss", "rewards/margins", "logps/chosen"):
+        each, together = (losses(tmp_path / str(every), figure) for every in (1, 3))
+        assert together == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3], rel=1e-6)
+        assert each[2] != pytest.approx(sum(each[:3]) / 3, rel=1e-6)

@@ -5,10 +5,13 @@ A worker that fails ends the others: the first error is shown once, with its ran
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +27,9 @@ from fourfold.base.log import get_logger
 log = get_logger(__name__)
 
 _GRACE_S = 5.0
+_PASS_ON_S = 0.3
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2): the signal that a process gets when its parent ends."""
 _ECHO_S = 0.5
 """After a failure, how long others are given to tell of theirs, which may be the cause."""
 
@@ -108,12 +114,13 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
     for local_rank in range(machines.per_node):
         reader, writer = context.Pipe(duplex=False)
         environment = machines.environment(local_rank, port)
-        process = context.Process(target=_run, args=(work, environment, writer), name=f"rank-{environment['RANK']}")
+        arguments = (work, environment, writer, os.getpid())
+        process = context.Process(target=_run, args=arguments, name=f"rank-{environment['RANK']}")
         process.start()
         writer.close()
         readers[local_rank], processes[local_rank] = reader, process
     previous = signal.signal(signal.SIGTERM, lambda number, frame: _signal_all(processes, signal.SIGTERM))
-    interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the workers as well
+    interrupts = signal.signal(signal.SIGINT, lambda number, frame: _pass_on_later(processes, number))
     try:
         failure = _watch(processes, readers)
     finally:
@@ -130,7 +137,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(work: Callable[[], object], environment: dict[str, str], writer: Any) -> None:
+def _pass_on_later(processes: dict[int, BaseProcess], number: int) -> None:
+    """Send a signal to the workers, which from a terminal have it already: they take two in a second as one."""
+    timer = threading.Timer(_PASS_ON_S, _signal_all, (processes, number))
+    timer.daemon = True
+    timer.start()
+
+
+def _end_with(parent: int) -> None:
+    """Have the system kill this process when the one that started it ends, however it does (Linux alone)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it has ended by now
+            os._exit(1)
+
+
+def _run(work: Callable[[], object], environment: dict[str, str], writer: Any, parent: int) -> None:
+    _end_with(parent)
     os.environ.update(environment)
     rank = int(environment["RANK"])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -142,6 +165,7 @@ def _run(work: Callable[[], object], environment: dict[str, str], writer: Any) -
         code = error.exit_code
         writer.send(_Failure(rank, str(error), code))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         code = 130
         writer.send(_Failure(rank, "Interrupted.", code))
     except BaseException:

@@ -219,7 +219,10 @@ class Loop:
         state.window_steps += 1
         self._window.tokens += result.num_tokens
         extra = result.terms if len(result.terms) > 1 else {}
-        self._figures = {"grad_norm": norm, "learning_rate": rate, **extra, **result.metrics}
+        for name, value in {**extra, **result.metrics}.items():
+            state.window_sums[name] = state.window_sums.get(name, 0.0) + value
+            state.window_counts[name] = state.window_counts.get(name, 0) + 1
+        self._figures = {"grad_norm": norm, "learning_rate": rate}
         for tracker in self.trackers:
             tracker.advance(state.step)
 
@@ -251,6 +254,7 @@ class Loop:
         figures = {
             "loss": state.window_loss / state.window_steps,
             **self._figures,
+            **{name: total / state.window_counts[name] for name, total in state.window_sums.items()},
             "epoch": state.epoch,
             "num_tokens": float(state.num_tokens),
             **self._window.speed(remaining, state.window_steps),
@@ -258,6 +262,7 @@ class Loop:
             **peak_memory_figures(),
         }
         state.window_loss, state.window_steps = 0.0, 0
+        state.window_sums, state.window_counts = {}, {}
         self._window = Window()
         self._publish(figures)
         for tracker in self.trackers if self._table else ():

@@ -26,6 +26,7 @@ class TrainState:
             convention of Transformers' Trainer).
         loss_sum: sum of the losses of all steps.
         window_loss, window_steps: the same since the last logged step.
+        window_sums, window_counts: of the other figures since then, by name: their sum, and of how many steps.
         train_runtime_s: seconds spent training, over all starts of the run.
         best_metric, best_step: the best evaluation and its step.
         evaluations_since_best: for early stopping.
@@ -41,6 +42,8 @@ class TrainState:
     loss_sum: float = 0.0
     window_loss: float = 0.0
     window_steps: int = 0
+    window_sums: dict[str, float] = field(default_factory=dict)
+    window_counts: dict[str, int] = field(default_factory=dict)
     train_runtime_s: float = 0.0
     best_metric: float | None = None
     best_step: int | None = None
