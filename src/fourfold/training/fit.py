@@ -56,6 +56,8 @@ def fit(parts: Parts) -> dict[str, float]:
     resume = run.output.resume_from_checkpoint
     ranks = {"rank": parts.mesh.rank, "num_ranks": parts.mesh.layout.world_size}
     resumed = find_checkpoint(resume, output_dir, **ranks) if resume else None
+    if resume and resumed is None:
+        log.warning("resume_from_checkpoint: there is no checkpoint in %s, so the run begins anew.", output_dir)
     state = TrainState() if resumed is None else TrainState.load(resumed, facts)
     _announce(parts, budget, num_samples, state)
     name = run.output.run_name or output_dir.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -42,8 +43,11 @@ _PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safeten
 def claim(run: Run) -> Path:
     """The run's folder, made if needed; an earlier run is left in it until `begin_anew`.
 
+    It stays this process's until `release`: of two runs that write into one folder neither would leave anything whole.
+
     Raises:
-        ConfigError: it already holds a run, and the config says neither to resume nor to overwrite it.
+        ConfigError: another run is at work in it; or it already holds a run, and the config says neither to resume nor
+            to overwrite it.
         CheckpointError: the config names a checkpoint that is not there.
     """
     output = run.output
@@ -58,8 +62,43 @@ def claim(run: Run) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be made ({error.strerror}). Name another folder.") from error
+    _lock(folder)
     prune(folder, None)
     return folder
+
+
+_LOCKED: dict[tuple[int, int], int] = {}
+"""Descriptors of the folders that this process has locked, by device and inode."""
+
+
+def _lock(folder: Path) -> None:
+    """Lock a folder; where the system or the file system has no locks nothing is done."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    found = folder.stat()
+    place = (found.st_dev, found.st_ino)
+    if place in _LOCKED:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"output_dir: another run is at work in {folder}. Wait for it to end, or name another folder."
+        ) from None
+    except OSError:
+        os.close(descriptor)
+        return
+    _LOCKED[place] = descriptor
+
+
+def release() -> None:
+    """Let others have what this process has claimed."""
+    while _LOCKED:
+        os.close(_LOCKED.popitem()[1])
 
 
 def _holds_run(folder: Path) -> bool:

@@ -60,7 +60,14 @@ def train(run: Run, clock: StartClock | None = None) -> dict[str, Any]:
     Raises:
         FourfoldError: whatever is the user's to settle.
     """
-    clock = clock or StartClock()
+    try:
+        return _train(run, clock or StartClock())
+    finally:
+        folder.release()
+
+
+def _train(run: Run, clock: StartClock) -> dict[str, Any]:
+    """See `train`."""
     check_installed(run.output.report_to)
     check_reward_functions(run)
     if is_worker():

@@ -84,12 +84,18 @@ class TrainState:
         if "fourfold" not in content:
             raise CheckpointError(f"{folder / FILE}: was not written by Fourfold, so it cannot be resumed exactly.")
         saved = content["fourfold"]["facts"]
-        changed = [
-            f"{key}: {saved.get(key)!r} then, {new!r} now" for key, new in facts.items() if saved.get(key) != new
-        ]
+        changed = [_change(key, saved.get(key), new) for key, new in facts.items() if saved.get(key) != new]
         if changed:
             raise CheckpointError(
                 f"{folder}: cannot be resumed with another setting ({'; '.join(changed)}). Set it as it was, or start "
                 "a new run with adapter_name_or_path or model_name_or_path at this folder."
             )
         return cls(**content["fourfold"]["state"], log_history=content["log_history"])
+
+
+def _change(key: str, then: object, now: object) -> str:
+    """What differs, in the words of the config."""
+    if key == "data":
+        return "data: the samples are others; look at dataset, template, cutoff_len, packing and what else makes them"
+    told = f"{key}: {then!r} then, {now!r} now"
+    return f"{told}, give global_batch_size={then}" if key == "samples_per_step" else told
