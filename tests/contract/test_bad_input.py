@@ -184,7 +184,6 @@ def test_train_when_the_config_file_is_bad_names_the_line(
             "additional_target=nothing",
             "additional_target: nothing matches nothing in this llama model. Use one or more",
         ),
-        ("flash_attn=fa3", "flash_attn: fa3 cannot be used"),
         ("template=llama3 cutoff_len=1", "dataset: none of the 22 rows of tiny can be trained"),
         ("optim=sgd optim_args=speed=1", "optim_args: sgd does not take it"),
         ("lr_scheduler_kwargs={power: 2}", "lr_scheduler_kwargs: {'power': 2} does not go with lr_scheduler_type: cos"),

@@ -156,7 +156,8 @@ def _expect_worker_error(cfg: dict[str, Any]) -> None:
     try:
         train(load(cfg, verb="train"))
     except WorkerError as error:
-        os._exit(7 if "was killed by SIGKILL" in str(error) else 8)
+        told = ("was killed by SIGKILL", "The last checkpoint is ", "resume_from_checkpoint=true")
+        os._exit(7 if all(text in str(error) for text in told) else 8)
     os._exit(9)
 
 

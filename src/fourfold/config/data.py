@@ -34,7 +34,7 @@ class DataConfig(Section):
     streaming: bool = key(False, "Read rows while training instead of all before. Needs max_steps.")
     buffer_size: int = key(16384, "Rows held to shuffle from when streaming.", ge=1)
     data_shared_file_system: bool = later(
-        False, "All nodes see the same folder, so one of them prepares the data.", "layouts over several devices"
+        False, "All nodes see the same folder, so one of them prepares the data.", "one node preparing data for all"
     )
     skip_bad_rows: bool = key(False, "Skip and count rows with missing fields instead of stopping at the first.")
 

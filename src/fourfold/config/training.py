@@ -107,8 +107,8 @@ class TrainingConfig(Section):
     )
     fp8: bool = key(
         False,
-        "Multiply with trained matrices in float8, twice as fast on GPUs that have it (H100, RTX 4090 and later); "
-        "the rest in bf16.",
+        "Multiply with trained matrices in float8, the rest in bf16; needs a GPU that has it (H100, RTX 4090 and "
+        "later). Saves memory.",
         group="Precision and memory",
     )
 

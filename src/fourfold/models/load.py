@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
@@ -113,7 +114,7 @@ def prepare_config(
     model_config.name_or_path = name
     if config.trust_remote_code:
         log.warning("trust_remote_code: Python code that comes with %s may run on this machine.", name)
-    attention = attention or _ATTENTION[config.flash_attn] or ("eager" if caps_scores(model_config) else None)
+    attention = attention or _asked_attention(config) or ("eager" if caps_scores(model_config) else None)
     return model_config, {"dtype": dtype, "attn_implementation": attention}
 
 
@@ -246,6 +247,15 @@ def _from_shards(
         raise ModelError(f"model_name_or_path: {config.model_name_or_path} cannot be loaded, since {found}.")
     Stream(found).fill(model, device, Shares())
     return model
+
+
+def _asked_attention(config: ModelConfig) -> str | None:
+    """Transformers' name of the attention that `flash_attn` asks for; None to leave the choice to it."""
+    installed = {"fa2": is_flash_attn_2_available, "fa3": is_flash_attn_3_available}.get(config.flash_attn)
+    if installed is None or installed():
+        return _ATTENTION[config.flash_attn]
+    log.warning("flash_attn: %s is not installed here, so PyTorch's own attention is used.", config.flash_attn)
+    return None
 
 
 @contextmanager

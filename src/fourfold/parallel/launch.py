@@ -35,10 +35,14 @@ _ECHO_S = 0.5
 
 
 class WorkerError(FourfoldError):
-    """A worker failed; the others were ended."""
+    """A worker failed; the others were ended.
 
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        self.exit_code = exit_code
+    Attributes:
+        is_sudden: it was killed, or ended without a word.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1, *, is_sudden: bool = False) -> None:
+        self.exit_code, self.is_sudden = exit_code, is_sudden
         super().__init__(message)
 
 
@@ -48,12 +52,14 @@ class _Failure:
 
     Attributes:
         at: when, in seconds of the system's monotonic clock, which all processes share.
+        is_sudden: it could not say why.
     """
 
     rank: int
     message: str
     exit_code: int
     at: float = field(default_factory=time.monotonic)
+    is_sudden: bool = False
 
 
 def is_worker() -> bool:
@@ -128,7 +134,7 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
         signal.signal(signal.SIGINT, interrupts)
         _end(processes)
     if failure is not None:
-        raise WorkerError(failure.message, failure.exit_code)
+        raise WorkerError(failure.message, failure.exit_code, is_sudden=failure.is_sudden)
 
 
 def _free_port() -> int:
@@ -208,7 +214,7 @@ def _failure_of(rank: int, code: int, reader: Any) -> _Failure:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = " (often the system, out of memory)" if code == -signal.SIGKILL else ""
     # It could not say when; whatever else was told came of it.
-    return _Failure(rank, f"The worker of rank {rank} {how}{hint}; the others were ended.", 1, at=0.0)
+    return _Failure(rank, f"The worker of rank {rank} {how}{hint}; the others were ended.", 1, 0.0, is_sudden=True)
 
 
 def _signal_all(processes: dict[int, BaseProcess], number: int) -> None:

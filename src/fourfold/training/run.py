@@ -13,13 +13,13 @@ import fourfold.base.light_imports  # noqa: F401 - before anything imports Trans
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.base.start_clock import StartClock
-from fourfold.checkpoint.folder import full_disk_told
+from fourfold.checkpoint.folder import full_disk_told, list_checkpoints
 from fourfold.config.begin import begin_logging
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
 from fourfold.dataset.prepare import prepare
 from fourfold.models.renderer import load_renderer
-from fourfold.parallel.launch import is_worker, launch
+from fourfold.parallel.launch import WorkerError, is_worker, launch
 from fourfold.parallel.mesh import (
     Mesh,
     build_mesh,
@@ -88,7 +88,14 @@ def _train(run: Run, clock: StartClock) -> dict[str, Any]:
     clock.lap("data")
     log.info("Starting %d workers: %s", machines.per_node, choice.layout.describe())
     fresh = local_device(run.training.use_cpu).type == "cuda" or torch.get_num_threads() > 1
-    launch(partial(_work_in_job, run, output_dir, choice, clock), machines, fresh=fresh)
+    try:
+        launch(partial(_work_in_job, run, output_dir, choice, clock), machines, fresh=fresh)
+    except WorkerError as error:
+        checkpoints = list_checkpoints(output_dir)
+        if not (error.is_sudden and checkpoints):
+            raise
+        last = f"The last checkpoint is {checkpoints[-1][1]}: go on with resume_from_checkpoint=true."
+        raise WorkerError(f"{error} {last}", error.exit_code, is_sudden=True) from error
     return read_results(output_dir)
 
 

@@ -107,6 +107,18 @@ def test_trust_remote_code_is_shown(load: Load, caplog: pytest.LogCaptureFixture
     assert "trust_remote_code: Python code that comes with" in caplog.text
 
 
+@pytest.mark.parametrize("kernel", ["fa2", "fa3"])
+def test_flash_attn_when_it_is_not_installed_goes_on_with_pytorchs_own(
+    kernel: str, load: Load, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("is_flash_attn_2_available", "is_flash_attn_3_available"):
+        monkeypatch.setattr(f"fourfold.models.load.{name}", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        model, _ = load(flash_attn=kernel)
+    assert model.config._attn_implementation == "sdpa"
+    assert f"flash_attn: {kernel} is not installed here" in caplog.text
+
+
 def test_flash_attn_disabled_uses_the_plain_implementation(load: Load) -> None:
     model, _ = load(flash_attn="disabled")
     assert model.config._attn_implementation == "eager"

@@ -50,9 +50,9 @@ class LlamaFactoryKeys(Section):
     eaft_alpha: float = later(1.0, "Exponent of EAFT's weight.", _TOKEN_LOSS)
 
     fp8_backend: str = settled("auto", "Library for float8 products.", "PyTorch's own kernels are used")
-    fp8_enable_fsdp_float8_all_gather: bool = later(False, "Gather FSDP weights in float8.", "float8 training")
-    master_addr: str | None = later(None, "Address of the first node.", "layouts over several devices")
-    master_port: str | None = later(None, "Port of the first node.", "layouts over several devices")
+    fp8_enable_fsdp_float8_all_gather: bool = later(False, "Gather FSDP weights in float8.", "gathering in float8")
+    master_addr: str | None = settled(None, "Address of the first node.", "give it in the environment, as MASTER_ADDR")
+    master_port: str | None = settled(None, "Port of the first node.", "give it in the environment, as MASTER_PORT")
 
     enable_torch_profiler: bool = later(False, "Record a profile with torch.profiler.", _PROFILER)
     profiler_output_dir: str | None = later(None, "Folder for profiles.", _PROFILER)

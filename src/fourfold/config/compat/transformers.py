@@ -70,7 +70,9 @@ class TransformersKeys(Section):
     hub_token: str | None = renamed(None, "Token for the Hugging Face hub.", "hf_hub_token", secret=True)
 
     label_smoothing_factor: float = later(0.0, "Label smoothing.", "smoothed losses", blocks=True, ge=0, lt=1)
-    auto_find_batch_size: bool = later(False, "Cut the forward pass when memory runs out.", "the planner")
+    auto_find_batch_size: bool = settled(
+        False, "Cut the forward pass when memory runs out.", "micro-batches fit the memory from the start"
+    )
     trackio_space_id: str | None = later(None, "Trackio space.", _TRACKIO)
     trackio_bucket_id: str | None = later(None, "Trackio bucket.", _TRACKIO)
     trackio_static_space_id: str | bool | None = later(None, "Trackio static space.", _TRACKIO)
