@@ -265,8 +265,8 @@ def nvidia_runs() -> Iterator[PublishedRun]:
             micro_batch,
             COMPILED,
             card,
-            "layout and batch are assumed; tp communication overlaps there, attention is faster, and interleaved stages "
-            "save half the bubble, as torch's do for two ranks only",
+            "layout and batch are assumed; tp communication overlaps there, attention is faster, and interleaved "
+            "stages save half the bubble, as torch's do for two ranks only",
         )
 
 
