@@ -100,6 +100,8 @@ def fit_to_memory(
         policy = replace(policy, max_tokens=min(policy.max_tokens, planned.micro_batch))
     if device.type != "cuda" or outlook is None:
         return Fit(policy, recompute or "none")
+    if recompute is None and outlook.layout.splits_backward:
+        recompute = "none"  # zbv computes a layer again for each of its matrices, and keeps all of it meanwhile
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free -= outlook.not_seen(sum(local(p).nbytes for p in module.parameters() if p.requires_grad))
     fit = fit_to_bytes(policy, sizes, recompute, free=free, need=outlook.to_come, planned=planned)

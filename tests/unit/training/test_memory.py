@@ -82,16 +82,38 @@ def test_fit_when_planned_starts_from_the_plan(free: int, step: int, expected: R
     assert (fit.recompute, fit.policy.max_tokens) == (expected, tokens)
 
 
-def test_fit_when_the_device_has_little_free_cuts_and_tells(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def little_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> int:
+    """Bytes that are free on a GPU."""
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path))
-    monkeypatch.setattr(logging.getLogger("fourfold"), "propagate", True)
-    caplog.set_level(logging.INFO, "fourfold")
     free = 180 << 20
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1000, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2000)
+    return free
+
+
+@pytest.mark.parametrize(("schedule", "kept"), [("1f1b", False), ("zbv", True)])
+@pytest.mark.usefixtures("little_free")
+def test_fit_when_zero_bubble_splits_the_backward_pass_recomputes_nothing(
+    schedule: str, kept: bool, tmp_path: Path
+) -> None:
+    tiny_config("llama", num_hidden_layers=8).save_pretrained(tmp_path / "llama")
+    keys = {"model_name_or_path": str(tmp_path / "llama"), "dataset": "d", "output_dir": "o", "bf16": True}
+    run = load({**keys, "finetuning_type": "full"}, verb="train")
+    sizes, module = StepSizes(longest=4000, step=4000, smallest=4000, mean=4000.0), tiny_model("llama")
+    layout = Layout(pp=2, pp_schedule=schedule)  # type: ignore[arg-type]
+    outlook = Outlook.of(run, module, layout, build_cluster("h100", gpus=2), sizes, packed=True, document=64.0)
+    policy, device = CutPolicy(packed=True, max_tokens=4000), torch.device("cuda")
+    fit = fit_to_memory(policy, module, sizes, None, device=device, outlook=outlook)
+    assert (fit.recompute == "none") == kept
+
+
+def test_fit_when_the_device_has_little_free_cuts_and_tells(
+    little_free: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("fourfold"), "propagate", True)
+    caplog.set_level(logging.INFO, "fourfold")
     tiny_config("llama").save_pretrained(tmp_path / "llama")
     keys = {"model_name_or_path": str(tmp_path / "llama"), "dataset": "d", "output_dir": "o", "bf16": True}
     run = load({**keys, "finetuning_type": "full"}, verb="train")
@@ -101,6 +123,6 @@ def test_fit_when_the_device_has_little_free_cuts_and_tells(
     fit = fit_to_memory(policy, module, sizes, "none", device=device, outlook=outlook)
     tokens = fit.policy.max_tokens
     assert 64 < tokens < 4000
-    assert outlook.to_come("none", tokens) <= 0.9 * free < outlook.to_come("none", tokens + 1)
+    assert outlook.to_come("none", tokens) <= 0.9 * little_free < outlook.to_come("none", tokens + 1)
     [line] = caplog.messages
     assert line.startswith(f"Activations are kept; micro-batches of up to {tokens:,} tokens; 180.00 MiB are free")
