@@ -67,6 +67,10 @@ def hub_options(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+"""Files of which a folder with a tokenizer has one."""
+
+
 @contextmanager
 def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
     """Turn the errors of a library's loader into one line that names the model.
@@ -80,12 +84,19 @@ def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = first_line(error)
-        if Path(name).expanduser().exists():
+        folder = Path(name).expanduser()
+        if folder.exists():
             advice = "Check that the folder is complete."
+            if (
+                what == "the tokenizer"
+                and folder.is_dir()
+                and not any((folder / file).exists() for file in _TOKENIZERS)
+            ):
+                reason = f"the folder has none of {', '.join(_TOKENIZERS)}"
         elif is_offline():
             raise ModelError(
-                f"{key}: {what} of {name} is not in the cache, and the hub is not asked (HF_HUB_OFFLINE is set, or "
-                f"{endpoint()} cannot be reached). {WAYS_OUT}"
+                f"{key}: {what} of {name} is not in the cache, there is no such folder, and the hub is not asked "
+                f"(HF_HUB_OFFLINE is set, or {endpoint()} cannot be reached). {WAYS_OUT}"
             ) from error
         else:
             advice = f"Check the name. {WAYS_OUT}"

@@ -51,3 +51,9 @@ def test_load_tokenizer_when_the_folder_has_none_says_so(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"the tokenizer of .* cannot be loaded"):
         load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
+
+
+def test_load_tokenizer_of_a_folder_without_one_names_the_files_that_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"the folder has none of tokenizer\.json, tokenizer\.model"):
+        load_tokenizer(ModelConfig(model_name_or_path=str(tmp_path)))
