@@ -38,7 +38,7 @@ class EqualDocuments:
         """How many documents fill a row; 0 where they are not to be taken as equal.
 
         Args:
-            lengths: of the documents of one packed row.
+            lengths: of the documents of one packed row; empty where they are not to be known, since it is recorded.
         """
         if len(set(lengths)) != 1 or lengths[0] < _LEAST_POSITIONS:
             return 0

@@ -193,8 +193,9 @@ class StepModel:
         keys = {} if batch.keys is None else {"keys": batch.keys}
         if self.fixed and batch.cu_seqlens is not None:
             found = {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1], **keys}
-            equal = 0 if keys or self.equal is None or not batch.lengths else self.equal.of(batch.lengths)
-            return found if self.equal is None else {**found, "documents": equal}
+            if self.equal is not None:
+                found["documents"] = 0 if keys else self.equal.of(batch.lengths)
+            return found
         return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens, **keys}
 
     def __call__(self, batch: Batch) -> Outputs:

@@ -38,7 +38,11 @@ batch's tensors."""
 
 
 def rounded(batch: Batch) -> Batch:
-    """A packed micro-batch on the host with `scored`, filled up so that few shapes are left."""
+    """A packed micro-batch on the host with `scored`, filled up so that few shapes are left.
+
+    What differs from batch to batch and is no tensor is taken away, so that nobody can read it: a recording would go on
+    with it, and what runs without one is the same work.
+    """
     size = batch.input_ids.shape[1]
     step = next((step for limit, step in _STEPS if size <= limit), _STEPS[-1][1])
     width = -(-size // step) * step
@@ -50,6 +54,11 @@ def rounded(batch: Batch) -> Batch:
         batch,
         scored=_filled(batch.scored, quarter, width - 1),  # nothing is predicted at the last position
         cu_seqlens=_filled(batch.cu_seqlens[1:], _DOCUMENTS, width, start=batch.cu_seqlens[:1]),
+        lengths=(),
+        samples=(),
+        num_tokens=0,
+        numbers={},
+        extras={},
     )
 
 
@@ -139,9 +148,7 @@ class Graphs:
 
     def _record(self, batch: Batch, denominators: dict[str, float]) -> _Recording:
         """Record a micro-batch without running it; its inputs are in place."""
-        # what differs from batch to batch and is no tensor is taken away, so that nobody can read it
-        fixed = replace(batch.to(self._device), lengths=(), samples=(), num_tokens=0, numbers={}, extras={})
-        scalars = self._scalars(denominators)
+        fixed, scalars = batch.to(self._device), self._scalars(denominators)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
         # a compiler tries its kernels out, which ends a recording

@@ -11,6 +11,7 @@ from torch import Tensor
 from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.losses.token import TokenLoss
+from fourfold.models.equal_documents import EqualDocuments
 from fourfold.parallel.graphs import rounded
 from fourfold.parallel.loss import Outputs
 
@@ -41,6 +42,13 @@ def test_rounding_when_shapes_differ_leaves_few_and_marks_what_was_added(lengths
     assert len(batch.scored) % -(-width // 4) == 0
     added = batch.scored[int((batch.targets != IGNORE_INDEX).sum()) :]
     assert all(batch.targets[0, int(place)] == IGNORE_INDEX for place in added)
+
+
+def test_rounding_when_a_row_is_full_leaves_nothing_but_tensors_to_go_by() -> None:
+    batch = rounded(batch_of(2048).with_scored())  # nothing is filled up
+    assert batch.input_ids.shape[1] == 2048
+    assert (batch.lengths, batch.samples, batch.num_tokens) == ((), (), 0)
+    assert EqualDocuments(2048).of(batch.lengths) == 0
 
 
 @pytest.mark.parametrize("frozen", [True, False])
