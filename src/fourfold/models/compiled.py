@@ -69,6 +69,14 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
+def _of_one_vocabulary(logits: Tensor) -> Tensor:
+    """The same [N, V], compiled for this V: a kernel that divides each place by an unknown V takes three times as long."""
+    import torch._dynamo
+
+    torch._dynamo.mark_static(logits, 1)
+    return logits
+
+
 def _nll_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     wanted = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
     total = torch.logsumexp(logits.float(), dim=-1)
@@ -88,7 +96,7 @@ class _TokenNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """logits [N, V], targets [N] -> [N] fp32."""
-        nll, total = _compiled(_nll_of)(logits, targets)
+        nll, total = _compiled(_nll_of)(_of_one_vocabulary(logits), targets)
         ctx.save_for_backward(logits, targets, total)
         return nll
 
@@ -96,7 +104,7 @@ class _TokenNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """grad [N]."""
         logits, targets, total = ctx.saved_tensors
-        return _compiled(_logits_gradient)(logits, targets, total, grad), None
+        return _compiled(_logits_gradient)(_of_one_vocabulary(logits), targets, total, grad), None
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
