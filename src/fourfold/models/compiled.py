@@ -70,7 +70,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_one_vocabulary(logits: Tensor) -> Tensor:
-    """The same [N, V], compiled for this V: a kernel that divides each place by an unknown V takes three times as long."""
+    """The same [N, V], compiled for this V: kernels that divide by an unknown one take three times as long."""
     import torch._dynamo
 
     torch._dynamo.mark_static(logits, 1)
