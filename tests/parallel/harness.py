@@ -52,7 +52,7 @@ from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
 from fourfold.parallel.stages import VALUE_HEAD
-from fourfold.parallel.step import LossFunction, Step
+from fourfold.parallel.step import LossFunction, Step, no_figures
 from fourfold.planning.layout import Layout
 from fourfold.training.memory import enable_recompute
 from fourfold.training.precision import LossScaler
@@ -316,7 +316,7 @@ def train(
         reducer=split.reducer,
         localize=split.localize,
         finish=split.finish,
-        observe=split.observe,
+        observe=no_figures if split.load is None else split.load.figures,
         staged=split.staged(model),
         module=module,
         reference=partial(without_adapters, module),

@@ -72,6 +72,14 @@ class Sample:
         return sum(len(example) for example in self.sequences.values())
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for it: from memory that can be paged out a copy begins when all is done
+    that the device was given before."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class Keys:
     """What the documents of a packed row see where it is not just themselves: a document may begin with positions of
     another one, whose keys it sees before its own.
@@ -89,7 +97,7 @@ class Keys:
 
     def to(self, device: torch.device) -> Keys:
         """The same on `device`."""
-        index, offsets = (tensor.to(device, non_blocking=True) for tensor in (self.index, self.offsets))
+        index, offsets = (to_device(tensor, device) for tensor in (self.index, self.offsets))
         return Keys(index, offsets, self.lengths)
 
 
@@ -166,15 +174,15 @@ class Batch:
         """The same batch on `device`."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            document_ids=self.document_ids.to(device, non_blocking=True),
-            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=True),
-            numbers={name: tensor.to(device, non_blocking=True) for name, tensor in self.numbers.items()},
+            input_ids=to_device(self.input_ids, device),
+            targets=to_device(self.targets, device),
+            weights=to_device(self.weights, device),
+            position_ids=to_device(self.position_ids, device),
+            document_ids=to_device(self.document_ids, device),
+            cu_seqlens=None if self.cu_seqlens is None else to_device(self.cu_seqlens, device),
+            numbers={name: to_device(tensor, device) for name, tensor in self.numbers.items()},
             extras=self.extras_on(device),
-            scored=None if self.scored is None else self.scored.to(device, non_blocking=True),
+            scored=None if self.scored is None else to_device(self.scored, device),
             keys=None if self.keys is None else self.keys.to(device),
         )
 

@@ -72,10 +72,6 @@ class Parallelized:
     pipeline: Pipeline | None = None
     min_batches: int = 1
 
-    def observe(self) -> dict[str, float]:
-        """Further figures of the step that was trained, over all ranks, which must all call."""
-        return {} if self.load is None else self.load.figures()
-
     def staged(self, model: StagedModel) -> Staged | None:
         """How a step runs a model through the pipeline; None without one."""
         return None if self.pipeline is None else Staged(self.pipeline, model)

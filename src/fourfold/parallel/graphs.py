@@ -164,7 +164,7 @@ class Graphs:
 def _copy(batch: Batch, denominators: dict[str, float], into: _Recording) -> None:
     """Put a micro-batch of the same shape where the recorded one lay."""
     for name in ("input_ids", "targets", "weights", "position_ids", "document_ids", "cu_seqlens", "scored"):
-        getattr(into.batch, name).copy_(getattr(batch, name), non_blocking=True)
+        getattr(into.batch, name).copy_(getattr(batch, name).pin_memory(), non_blocking=True)
     for name, value in denominators.items():
         into.denominators[name].fill_(value)
 

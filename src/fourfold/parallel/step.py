@@ -94,6 +94,21 @@ class StepResult:
         return sum(self.terms.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A step that the device has been given, and may not have done yet.
+
+    Attributes:
+        num_tokens: input tokens of all ranks without padding.
+        read: waits for the device and tells what the step found; every rank must call, in the same order.
+        keeps: whether `read` may be called after the next step has been begun.
+    """
+
+    num_tokens: int
+    read: Callable[[], StepResult]
+    keeps: bool
+
+
 def whole(batch: Batch) -> Batch:
     """A micro-batch that this rank computes alone."""
     return batch
@@ -184,28 +199,26 @@ class Step:
             batches: this rank's micro-batches, on the host; ranks may have different numbers of them, also none.
             before: called with its number before each micro-batch (seeds the randomness).
         """
-        return self.begin(batches, before=before)()
+        return self.begin(batches, before=before).read()
 
-    def begin(
-        self, batches: Sequence[Batch], *, before: Callable[[int], None] | None = None
-    ) -> Callable[[], StepResult]:
-        """The same, without waiting for the device: that is left to what is returned, which reads the figures."""
-        read = self._run(batches, before or _ignore)
+    def begin(self, batches: Sequence[Batch], *, before: Callable[[int], None] | None = None) -> Running:
+        """The same, without waiting for the device."""
+        running = self._run(batches, before or _ignore)
         self.finish()
 
-        def result() -> StepResult:
-            found = read()
+        def read() -> StepResult:
+            found = running.read()
             return replace(found, metrics={**found.metrics, **self.observe()})
 
-        return result
+        return replace(running, read=read)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:
         """The same figures without a gradient, for evaluation."""
-        return self._run(batches, _ignore)()
+        return self._run(batches, _ignore).read()
 
-    def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> Callable[[], StepResult]:
-        """All micro-batches, forward and (where gradients are enabled) backward; returns what reads the figures."""
+    def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> Running:
+        """All micro-batches, forward and (where gradients are enabled) backward."""
         ready = self.objective.prepare(self.fill(batches), self)
         counts = self._counts(ready)
         sums, denominators = Sums(), not_zero(counts)
@@ -220,7 +233,8 @@ class Step:
                 sums.add(self.graphs.run(self.localize(batch), denominators))
         else:
             self._pass(ready, before, loss_of)
-        return partial(self._result, sums, counts)
+        is_alone = self.observe is no_figures  # what is observed is of the last step that was begun
+        return Running(round(counts[_TOKENS]), partial(self._result, sums, counts), keeps=is_alone)
 
     def _loss(
         self, outputs: Outputs, batch: Batch, denominators: Mapping[str, float | Tensor]

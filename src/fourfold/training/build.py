@@ -35,7 +35,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
-from fourfold.parallel.step import LossFunction, Step
+from fourfold.parallel.step import LossFunction, Step, no_figures
 from fourfold.planning.job import LOW_MEMORY_CHUNK
 from fourfold.training.fast import NOTHING_FAST, Fast, what_goes
 from fourfold.training.memory import enable_recompute
@@ -96,7 +96,7 @@ class Built:
             reducer=self.split.reducer,
             localize=self.split.localize,
             finish=self.split.finish,
-            observe=self.split.observe,
+            observe=no_figures if self.split.load is None else self.split.load.figures,
             staged=self.split.staged(self.model),
             module=self.module,
             reference=partial(without_adapters, self.module),

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.loader import Loader, StepSamples
 from fourfold.parallel.reduce import clip_gradients
-from fourfold.parallel.step import Step, StepResult
+from fourfold.parallel.step import Running, Step, StepResult
 from fourfold.trackers.interface import Tracker
 from fourfold.training.ahead import Ahead
 from fourfold.training.evaluate import Evaluator
@@ -78,6 +77,23 @@ class Window:
         return {"tokens_per_sec": self.tokens / seconds, "remaining_s": seconds / max(steps, 1) * remaining_steps}
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A step that the device has been given.
+
+    Attributes:
+        step: its number; the first is 1.
+        read: waits for it; its figures, and the gradient's norm before it was clipped.
+        rate: the learning rate that it was given.
+        keeps: whether `read` may be called after the next step has been begun.
+    """
+
+    step: int
+    read: Callable[[], tuple[StepResult, float]]
+    rate: float
+    keeps: bool
+
+
 @dataclass
 class Loop:
     """Trains a model to the end of its budget.
@@ -115,6 +131,7 @@ class Loop:
     _figures: dict[str, float] = field(default_factory=dict)
     _table: list[dict[str, Any]] = field(default_factory=list)
     _window: Window = field(default_factory=Window)
+    _unread: _Begun | None = None
 
     def fit(self) -> None:
         """Train until the budget is spent, early stopping says so, or a signal asks for the end.
@@ -135,13 +152,19 @@ class Loop:
             ahead = Ahead(iter(self.loader.steps(self.state.step)), self.policy)
             while not self._finished() and (found := ahead.next()) is not None:
                 started = time.perf_counter()
-                self._train_step(found, parameters, ahead)
-                seconds = time.perf_counter() - started  # reading the gradient norm has waited for the device
+                begun = self._train_step(found, parameters, ahead)
+                self._read()  # what the step before found, while the device does this one
+                self._unread = begun
+                # A signal may reach ranks at different steps; they leave together, after the same one.
+                signal_number = reducer.largest(stop.signal_number or 0)
+                if signal_number or not self._may_read_later(begun):
+                    self._read()
+                seconds = time.perf_counter() - started  # a step or the one before has been waited for
                 self.state.train_runtime_s += seconds
                 self.step_times.add(seconds)
                 self.clock.end("first step")
-                # A signal may reach ranks at different steps; they leave together, after the same one.
-                self._after_step(reducer.largest(stop.signal_number or 0))
+                self._after_step(signal_number)
+            self._read()
 
     def _finished(self) -> bool:
         return self.state.step >= self.settings.max_steps or self._lost_patience()
@@ -150,52 +173,64 @@ class Loop:
         patience = self.settings.early_stopping
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _train_step(self, found: StepSamples, parameters: list[nn.Parameter], ahead: Ahead) -> None:
+    def _may_read_later(self, begun: _Begun) -> bool:
+        """Whether nothing needs what a step found before the next one is begun: the device need not wait for it then.
+
+        The same on all ranks. The first step is read at once, so that what was started is known to run.
+        """
+        settings, step = self.settings, self.state.step
+        last = step >= settings.max_steps
+        due = settings.logging.due(step, last=last) or settings.saving.due(step, last=last)
+        due = due or settings.evaluation.due(step, last=last) or last
+        return begun.keeps and not due and self.scaler is None and self.clock.ended
+
+    def _train_step(self, found: StepSamples, parameters: list[nn.Parameter], ahead: Ahead) -> _Begun:
+        """Give a step to the device."""
         practised = Practised([found.samples]) if self.practice is None else self.practice.practise(found)
         self._table = practised.table
         rate = self.optimizer.param_groups[0]["lr"]
-        results, norm, stepped = [], 0.0, False
-        for number, samples in enumerate(practised.updates):
-            before = partial(_begin_later, self.begin_micro_batch, found.step, number)
-            is_last = number == len(practised.updates) - 1 and found.step + 1 < self.settings.max_steps
-            meanwhile = ahead.prepare if is_last and self.practice is None else _nothing
-            result, norm, done = self._update(ahead.cut(samples), parameters, before, meanwhile)
-            results.append(result)
+        *first, last = practised.updates
+        earlier: list[StepResult] = []
+        stepped = False
+        for number, samples in enumerate(first):
+            running, _, done = self._update(ahead.cut(samples), parameters, self._begin(found.step, number))
+            earlier.append(running.read())
             stepped |= done
+        running, norm, done = self._update(ahead.cut(last), parameters, self._begin(found.step, len(first)))
+        stepped |= done
+        if self.practice is None and found.step + 1 < self.settings.max_steps:
+            ahead.prepare()  # all is given to the device, and not yet waited for
         if stepped and not self.settings.schedule_follows_metric:
             self.scheduler.step()
         if self.practice is not None:
             self.state.practice = self.practice.state()
-        result = merge(results)
-        result = replace(result, metrics={**practised.figures, **result.metrics})
-        if math.isfinite(self.state.loss_sum) and not math.isfinite(result.loss):
-            log.warning(
-                "loss: is %s at step %d. Lower learning_rate, or look at the data.", result.loss, found.step + 1
-            )
-        self._record(found, result, norm, float(rate))
+
+        def read() -> tuple[StepResult, float]:
+            result = merge([*earlier, running.read()])
+            return replace(result, metrics={**practised.figures, **result.metrics}), float(norm)
+
+        num_tokens = sum(result.num_tokens for result in earlier) + running.num_tokens
+        self._advance(found, num_tokens)
+        return _Begun(found.step + 1, read, float(rate), keeps=running.keeps and self.practice is None)
+
+    def _begin(self, step: int, update: int) -> Callable[[int], None]:
+        """What keys the randomness of an update's micro-batches, by number: those of all updates of a step apart."""
+        return lambda number: self.begin_micro_batch(step, update * _MICRO_BATCHES + number)
 
     def _update(
-        self,
-        batches: Sequence[Batch],
-        parameters: list[nn.Parameter],
-        before: Callable[[int], None],
-        meanwhile: Callable[[], None],
-    ) -> tuple[StepResult, float, bool]:
-        """One update of the weights.
+        self, batches: Sequence[Batch], parameters: list[nn.Parameter], before: Callable[[int], None]
+    ) -> tuple[Running, Tensor, bool]:
+        """One update of the weights, which the device has not yet done.
 
-        Args:
-            meanwhile: called once all is given to the device, and before it is waited for.
         Returns:
-            figures, the gradient's norm before it was clipped, and whether the weights were changed.
+            the step, the gradient's norm before it was clipped, and whether the weights are changed.
         """
         self.optimizer.zero_grad(set_to_none=self.step.graphs is None)
-        result = self.step.begin(batches, before=before)
+        running = self.step.begin(batches, before=before)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self.clip(parameters, self.settings.max_grad_norm)
-        stepped = self._optimizer_step()
-        meanwhile()
-        return result(), float(norm), stepped
+        return running, norm, self._optimizer_step()
 
     def _optimizer_step(self) -> bool:
         """Update the weights; False when fp16 overflowed and the step was skipped."""
@@ -207,24 +242,35 @@ class Loop:
         self.scaler.update()
         return self.scaler.get_scale() >= before
 
-    def _record(self, found: StepSamples, result: StepResult, norm: float, rate: float) -> None:
+    def _advance(self, found: StepSamples, num_tokens: int) -> None:
+        """Count a step that was begun."""
         state = self.state
         state.step = found.step + 1
         state.epoch = state.step / self.settings.steps_per_epoch
         state.num_samples += found.num_samples
-        state.num_tokens += result.num_tokens
-        state.total_flos += self.settings.flos_per_token * result.num_tokens
+        state.num_tokens += num_tokens
+        state.total_flos += self.settings.flos_per_token * num_tokens
+        self._window.tokens += num_tokens
+        for tracker in self.trackers:
+            tracker.advance(state.step)
+
+    def _read(self) -> None:
+        """Note what the last step has found, if that is not done yet."""
+        if self._unread is None:
+            return
+        begun, self._unread = self._unread, None
+        result, norm = begun.read()
+        state = self.state
+        if math.isfinite(state.loss_sum) and not math.isfinite(result.loss):
+            log.warning("loss: is %s at step %d. Lower learning_rate, or look at the data.", result.loss, begun.step)
         state.loss_sum += result.loss
         state.window_loss += result.loss
         state.window_steps += 1
-        self._window.tokens += result.num_tokens
         extra = result.terms if len(result.terms) > 1 else {}
         for name, value in {**extra, **result.metrics}.items():
             state.window_sums[name] = state.window_sums.get(name, 0.0) + value
             state.window_counts[name] = state.window_counts.get(name, 0) + 1
-        self._figures = {"grad_norm": norm, "learning_rate": rate}
-        for tracker in self.trackers:
-            tracker.advance(state.step)
+        self._figures = {"grad_norm": norm, "learning_rate": begun.rate}
 
     def _after_step(self, signal_number: int) -> None:
         settings, step = self.settings, self.state.step
@@ -297,17 +343,8 @@ class Loop:
             tracker.log(self.state.step, figures)
 
 
-def _nothing() -> None:
-    """Nothing to be done meanwhile."""
-
-
 _MICRO_BATCHES = 1 << 16
 """More than an update has."""
-
-
-def _begin_later(begin: Callable[[int, int], None], step: int, update: int, number: int) -> None:
-    """Key the micro-batches of all updates of a step apart."""
-    begin(step, update * _MICRO_BATCHES + number)
 
 
 def merge(results: Sequence[StepResult]) -> StepResult:

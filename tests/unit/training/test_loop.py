@@ -1,0 +1,103 @@
+"""The loop waits for a step only where something needs its figures, and tells the same figures all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fourfold.base.start_clock import StartClock
+from fourfold.parallel.reduce import Reducer
+from fourfold.parallel.step import Running, StepResult
+from fourfold.trackers.interface import Tracker
+from fourfold.training.loop import Loop, LoopSettings
+from fourfold.training.schedule import Cadence
+from fourfold.training.state import TrainState
+
+
+class _Step:
+    """Notes what it is asked; the loss of step n is n."""
+
+    def __init__(self, keeps: bool) -> None:
+        self.seen: list[str] = []
+        self.reducer, self.graphs, self._keeps, self._count = Reducer(), None, keeps, 0
+
+    def begin(self, batches: Any, *, before: Any) -> Running:
+        self._count += 1
+        number = self._count
+        self.seen.append(f"begin {number}")
+
+        def read() -> StepResult:
+            self.seen.append(f"read {number}")
+            return StepResult(terms={"loss": float(number)}, num_tokens=10 * number)
+
+        return Running(10 * number, read, self._keeps)
+
+
+class _Loader:
+    def steps(self, start: int) -> Iterator[Any]:
+        for step in range(start, 100):
+            yield SimpleNamespace(step=step, samples=(), num_samples=2)
+
+
+class _Log(Tracker):
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, float, float]] = []
+
+    def advance(self, step: int) -> None:
+        return
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        self.rows.append((step, figures["loss"], figures["num_tokens"]))
+
+    def finish(self) -> None:
+        return
+
+
+def _run(keeps: bool) -> tuple[list[str], list[tuple[int, float, float]], TrainState]:
+    module, step, log, state = nn.Linear(1, 1), _Step(keeps), _Log(), TrainState()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    loop = Loop(
+        settings=LoopSettings(7, 7, 0.0, logging=Cadence(3, at_end=True), evaluation=Cadence(0), saving=Cadence(5)),
+        step=step,  # type: ignore[arg-type]
+        module=module,
+        loader=_Loader(),  # type: ignore[arg-type]
+        policy=None,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer),
+        state=state,
+        trackers=[log],
+        save=lambda: step.seen.append(f"save {state.step}"),  # type: ignore[arg-type,return-value]
+        begin_micro_batch=lambda step, number: None,
+        clock=StartClock(),
+    )
+    loop.fit()
+    return step.seen, log.rows, state
+
+
+@pytest.fixture(autouse=True)
+def _no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fourfold.training.ahead.cut", lambda samples, policy: [])
+
+
+def test_steps_when_nothing_is_due_are_read_once_the_next_one_is_begun() -> None:
+    seen, _, _ = _run(keeps=True)
+    assert seen == [
+        *("begin 1", "read 1"),  # the first tells that all works
+        *("begin 2", "begin 3", "read 2", "read 3"),  # 3 is logged
+        *("begin 4", "begin 5", "read 4", "read 5", "save 5"),
+        *("begin 6", "read 6", "begin 7", "read 7", "save 7"),
+    ]
+
+
+def test_figures_when_steps_are_read_later_are_the_same() -> None:
+    later, rows, state = _run(keeps=True)
+    at_once, same, other = _run(keeps=False)
+    assert rows == same == [(3, 2.0, 60.0), (6, 5.0, 210.0), (7, 7.0, 280.0)]
+    assert at_once[:4] == ["begin 1", "read 1", "begin 2", "read 2"]
+    assert later != at_once
+    assert (state.loss_sum, state.step, state.num_samples) == (other.loss_sum, other.step, other.num_samples)
