@@ -22,7 +22,7 @@ from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.pipeline import FsdpOnceAStep, NoStepSync, Pipeline, StepSync, SumOverReplicas
-from fourfold.parallel.reduce import Reducer, clip_gradients
+from fourfold.parallel.reduce import GradientNorm, Reducer, clip_gradients, gradient_norm
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.stages import StageCut, cut_stages, note_tied
 from fourfold.parallel.step import Staged, StagedModel, nothing, whole
@@ -46,7 +46,7 @@ class Parallelized:
         shares: which parameters are parts of larger ones.
         localize: a micro-batch on the host -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
-        clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
+        gradient_norm: measures the gradients of the given parameters, over all ranks.
         load: counts how evenly experts are used; None for a model that is not watched.
         vocabulary: the head's tokens on this rank, where ranks share the vocabulary.
         router_copies: how many ranks compute the same router loss, whose gradients are then added up.
@@ -63,7 +63,7 @@ class Parallelized:
     shares: Shares = field(default_factory=Shares)
     localize: Callable[[Batch], Batch] = whole
     finish: Callable[[], None] = nothing
-    clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
+    gradient_norm: GradientNorm = gradient_norm
     load: ExpertLoad | None = None
     vocabulary: VocabularyShare | None = None
     router_copies: int = 1
@@ -71,6 +71,10 @@ class Parallelized:
     context: ContextParallel | None = None
     pipeline: Pipeline | None = None
     min_batches: int = 1
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale gradients in place down to a norm; returns the norm before. Every rank must call."""
+        return clip_gradients(parameters, max_norm, measure=self.gradient_norm)
 
     def staged(self, model: StagedModel) -> Staged | None:
         """How a step runs a model through the pipeline; None without one."""
@@ -121,7 +125,8 @@ def parallelize(
         blocks = [block for block in blocks if id(block) in owned]
         log.info("Cut into %d stages of a pipeline, %s layers here", cut.num_stages, len(blocks))
     if layout.tp * layout.pp * layout.ep > 1:
-        split = replace(split, finish=partial(shares.add_up_gradients, root), clip=partial(_clip, root, shares, layout))
+        norm = partial(_gradient_norm, root, shares, layout)
+        split = replace(split, finish=partial(shares.add_up_gradients, root), gradient_norm=norm)
     experts: list[nn.Module] = []
     if layout.ep > 1:
         experts = split_experts(root, mesh, shares)
@@ -246,9 +251,7 @@ def _with_pipeline(
     return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))
 
 
-def _clip(
-    root: nn.Module, shares: Shares, layout: Layout, parameters: Sequence[nn.Parameter], max_norm: float
-) -> Tensor:
-    """Clip by the norm over all ranks, though each holds another part of the model."""
+def _gradient_norm(root: nn.Module, shares: Shares, layout: Layout, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm over all ranks, though each holds another part of the model."""
     ranks = layout.world_size // layout.pp
-    return clip_gradients(parameters, max_norm, shares=shares.by_parameter(root), ranks_per_stage=ranks)
+    return gradient_norm(parameters, shares=shares.by_parameter(root), ranks_per_stage=ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -71,39 +71,73 @@ def _summed(values: Mapping[str, float], group: dist.ProcessGroup | None) -> dic
     return dict(zip(names, total.tolist(), strict=True))
 
 
+class GradientNorm(Protocol):
+    """Measures the gradients of parameters, each of which may be spread over ranks; every rank must call."""
+
+    def __call__(self, parameters: Sequence[nn.Parameter], /) -> Tensor:
+        """The 2-norm of all gradients over all ranks, a scalar on the device."""
+        ...
+
+
 @torch.no_grad()
-def clip_gradients(
+def gradient_norm(
     parameters: Iterable[nn.Parameter],
-    max_norm: float,
     *,
     shares: Mapping[nn.Parameter, Share] | None = None,
     ranks_per_stage: int = 1,
 ) -> Tensor:
-    """Scale gradients in place so that their global 2-norm is at most `max_norm`; 0 leaves them alone.
+    """The 2-norm of all gradients, over all ranks.
 
     Args:
         shares: of parameters that are cut by tensor, expert or pipeline parallelism; None where there is none of it.
         ranks_per_stage: ranks of the job divided by its pipeline stages.
     Returns:
-        the norm before clipping, over all ranks, scalar fp32.
+        a scalar on the gradients' device, which is not waited for unless there are shares; 0 without gradients.
     """
     held = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in held if p.grad is not None]
     if shares is not None:
-        norm = _norm_of_shares(held, shares, ranks_per_stage)
-    elif grads:
-        norm = full(nn.utils.get_total_norm(grads))
-    else:
-        return torch.zeros(())
-    if max_norm > 0 and grads:
-        # The same factor as torch's clip_grad_norm_, so that curves are comparable to the last digit.
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        if isinstance(grads[0], DTensor):
-            scale = factor.item()
-            for grad in grads:
-                grad.mul_(scale)
-        else:
-            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        return _norm_of_shares(held, shares, ranks_per_stage)
+    grads = [p.grad for p in held if p.grad is not None]
+    return full(nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
+
+
+@torch.no_grad()
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients of a 2-norm are multiplied by for one of at most `max_norm`: a scalar beside it, at most 1.
+
+    None, for leaving them alone, if `max_norm` is 0.
+    """
+    if max_norm <= 0:
+        return None
+    # The same factor as torch's clip_grad_norm_, so that curves are comparable to the last digit.
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply gradients in place by a scalar; this rank's parts of them, on whatever devices they are."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grad = local(parameter.grad)
+            by_device.setdefault(grad.device, []).append(grad)
+    for device, grads in by_device.items():
+        torch._foreach_mul_(grads, factor.to(device))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, *, measure: GradientNorm = gradient_norm
+) -> Tensor:
+    """Scale gradients in place so that their 2-norm is at most `max_norm`; 0 leaves them alone.
+
+    Returns:
+        the norm before clipping, over all ranks, a scalar on the gradients' device.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    norm = measure(held)
+    factor = clip_factor(norm, max_norm)
+    if factor is not None:
+        scale_gradients(held, factor)
     return norm
 
 

@@ -185,7 +185,7 @@ def build_loop(
         begin_micro_batch=parts.begin_micro_batch,
         scaler=scaler,
         evaluator=evaluator,
-        clip=parts.split.clip,
+        gradient_norm=parts.split.gradient_norm,
         practice=build_practice(parts, step),
         clock=parts.clock,
     )

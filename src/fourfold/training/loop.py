@@ -18,10 +18,11 @@ from fourfold.base.start_clock import StartClock
 from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.loader import Loader, StepSamples
-from fourfold.parallel.reduce import clip_gradients
+from fourfold.parallel.reduce import GradientNorm, gradient_norm
 from fourfold.parallel.step import Running, Step, StepResult
 from fourfold.trackers.interface import Tracker
 from fourfold.training.ahead import Ahead
+from fourfold.training.clipping import clip_for
 from fourfold.training.evaluate import Evaluator
 from fourfold.training.interrupt import StopRequest
 from fourfold.training.memory import peak_memory_figures
@@ -105,7 +106,7 @@ class Loop:
         begin_micro_batch: called with step and number before each micro-batch; keys the randomness.
         scaler: scales the loss under fp16.
         evaluator: evaluates, or None.
-        clip: scales the gradients of the given parameters down to a norm, and returns the norm before.
+        gradient_norm: measures the gradients of the given parameters, over all ranks.
         practice: turns the prompts of a step into what is trained on; None trains on the samples themselves.
         step_times: of this process's steps, without loading data, evaluating and saving.
         clock: runs since the command was given, and is ended by the first step.
@@ -124,7 +125,7 @@ class Loop:
     begin_micro_batch: Callable[[int, int], None]
     scaler: torch.amp.GradScaler | None = None
     evaluator: Evaluator | None = None
-    clip: Callable[[Sequence[nn.Parameter], float], Tensor] = clip_gradients
+    gradient_norm: GradientNorm = gradient_norm
     practice: Practice | None = None
     step_times: StepTimes = field(default_factory=StepTimes)
     clock: StartClock = field(default_factory=StartClock)
@@ -229,7 +230,7 @@ class Loop:
         running = self.step.begin(batches, before=before)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = self.clip(parameters, self.settings.max_grad_norm)
+        norm = clip_for(self.optimizer, parameters, self.settings.max_grad_norm, self.gradient_norm)
         return running, norm, self._optimizer_step()
 
     def _optimizer_step(self) -> bool:

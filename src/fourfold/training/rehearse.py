@@ -45,6 +45,7 @@ from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.sharded import local
 from fourfold.planning.layout import Layout
 from fourfold.training.build import Built, build
+from fourfold.training.clipping import clip_for
 from fourfold.training.frozen import split_frozen
 from fourfold.training.precision import resolve
 from fourfold.training.teacher import LoadedTeacher
@@ -179,7 +180,7 @@ def _steps(
             step.forward_backward(batches)
         gradients = sum(local(p.grad).nbytes for p in parameters if p.grad is not None)
         with clock.phase("optimizer"):
-            built.split.clip(parameters, run.training.max_grad_norm)
+            clip_for(optimizer, parameters, run.training.max_grad_norm, built.split.gradient_norm)
             optimizer.step()
         clock.step_ended()
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
