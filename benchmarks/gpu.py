@@ -7,6 +7,7 @@ chat_nf4, chat_bf16          LoRA on 591 chats, 8 a step, of a Llama-3-8B shape 
 chat_low                     the same in nf4 in the least memory (memory: low).
 lora_4k                      LoRA of the same on two rows of 4,096 tokens a step, without recompute: tokens/s.
 full_3b, full_3b_recompute   full tuning of a Llama-3.2-3B shape, fp32 masters, 4,096 tokens; 2 rows, and 4 recomputed.
+full_3b_four                 4 rows a step, none recomputed.
 full_3b_float8               the first of these with products in float8.
 moe                          full tuning of 8 layers of a Qwen3-30B-A3B shape in bf16, 4,096 tokens.
 dpo                          LoRA of the 8B on pairs of 1,024 tokens a side, 4 pairs a step.

@@ -115,7 +115,7 @@ class _Profiler:
         on_cuda = torch.cuda.is_available()
         kernels = [event for event in self._profile.events() or [] if event.device_type.name == "CUDA"]
         sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-        table = self._profile.key_averages().table(sort_by=sort_by, row_limit=30, max_name_column_width=70)
+        table = self._profile.key_averages().table(sort_by=sort_by, row_limit=70, max_name_column_width=70)
         return {
             "tokens": tokens,
             "wall_ms": wall_ms,

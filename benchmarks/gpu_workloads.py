@@ -120,7 +120,7 @@ def _trainers(default: Setting, *tuned: Setting, liger: bool = True) -> dict[str
 
 
 _CHAT_PEERS = _trainers(Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False), liger=False)
-_EXPERTS = (Setting(2, 2, False), Setting(1, 4, False), Setting(2, 2, True))
+_EXPERTS = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False), Setting(2, 2, True))
 _PAIRS_TUNED = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False))
 
 WORKLOADS: dict[str, Workload] = {
@@ -145,6 +145,13 @@ WORKLOADS: dict[str, Workload] = {
         },
         mfu=True,
     ),
+    "full_3b_four": Workload(
+        "Llama-3.2-3B",
+        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 4, "parallel": {"recompute": "none"}},
+        *("text", 4096, FULL),
+        {"hf_tuned": Peer((Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False)))},
+        mfu=True,
+    ),
     "full_3b_float8": Workload(
         "Llama-3.2-3B",
         {**FULL_TEXT, "bf16": True, "fp8": True, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
@@ -164,7 +171,7 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "moe": Workload(
         "Qwen3-30B-A3B",
-        {**FULL_TEXT, "pure_bf16": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {**FULL_TEXT, "pure_bf16": True, "per_device_train_batch_size": 4},
         *("text", 4096, FULL),
         {
             "hf_grouped_mm": Peer(_EXPERTS, experts="grouped_mm"),

@@ -32,6 +32,7 @@ from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import Step, StepResult
 from fourfold.training.build import Built, build
+from fourfold.training.clipping import clip_for
 from fourfold.training.fast import Fast
 from fourfold.training.precision import resolve
 
@@ -64,7 +65,7 @@ class Ready:
 
     def update(self) -> torch.Tensor:
         """Clip the gradients and update the weights; returns the norm."""
-        norm = self.built.split.clip(self.parameters, self.max_grad_norm)
+        norm = clip_for(self.optimizer, self.parameters, self.max_grad_norm, self.built.split.gradient_norm)
         self.optimizer.step()
         return norm
 
