@@ -31,9 +31,9 @@ _TUNINGS: dict[str, dict[str, Any]] = {
 }
 """Adapters begin with no effect; at this rate they have one after the first step."""
 _BY_GRADIENT: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1}
-"""For routers, instead: AdamW makes whole steps of the last digits of gradients near 0, and which of two experts, nearly
-alike, a token is given to may hang on them. By AdamW all 40 layouts of 4 ranks agreed for two steps to 8e-7; then of
-some a token went elsewhere, and losses were 6e-5, 8e-5 or 1.4e-4 apart, the same numbers under many layouts."""
+"""For routers, instead: AdamW makes whole steps of the last digits of gradients near 0, and which of two experts that
+score nearly the same gets a token may hang on them. By AdamW all 40 layouts of 4 ranks agreed for two steps to 8e-7;
+then some gave a token to another one, and losses were 6e-5, 8e-5 or 1.4e-4 apart, the same numbers for many layouts."""
 
 
 def entries_of(model: str, layers: int, *, is_tiny: bool) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_step_when_the_loss_is_scaled_skips_an_overflow_without_a_trace() -> Non
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_step_when_clipping_does_not_wait_for_the_device() -> None:
     parameters = _parameters(torch.float32)
     optimizer = adamw_torch.AdamW(parameters, fused=True, **_SETTINGS)

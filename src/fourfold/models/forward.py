@@ -114,6 +114,7 @@ class StepModel:
         compiled: the loss is compiled as well.
         equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
+        keep_logits: keep them for the backward pass where the loss is compiled.
     """
 
     module: nn.Module
@@ -129,6 +130,7 @@ class StepModel:
     compiled: bool = field(init=False, default=False)
     equal: EqualDocuments | None = field(init=False, default=None)
     chunk_tokens: int | None = field(init=False, default=None)
+    keep_logits: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
@@ -298,6 +300,7 @@ class StepModel:
             scored=batch.scored,
             token_nll=token_nll if self.compiled and torch.is_grad_enabled() else None,
             chunk_tokens=self.chunk_tokens,
+            keep_logits=self.keep_logits,
         )
 
     @property

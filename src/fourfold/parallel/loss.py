@@ -46,6 +46,7 @@ class Outputs:
         token_nll: logits [N, vocabulary] as the head gives them, targets [N] -> nll [N] fp32, where there is a faster
             way than PyTorch's own.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
+        keep_logits: keep them for the backward pass, where `token_nll` makes no copies of them.
     """
 
     hidden: Tensor
@@ -58,6 +59,7 @@ class Outputs:
     scored: Tensor | None = None
     token_nll: Callable[[Tensor, Tensor], Tensor] | None = None
     chunk_tokens: int | None = None
+    keep_logits: bool = False
 
     def score(self, hidden: Tensor, targets: Tensor, with_correct: bool) -> tuple[Tensor, Tensor]:
         """hidden [N, hidden size], targets [N] -> nll [N] fp32, and whether each target is the likeliest (or empty)."""
@@ -164,19 +166,26 @@ def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def score_in_chunks(
-    score: Score, hidden: Tensor, *beside: Tensor, head_is_frozen: bool, chunk_tokens: int, keep_single: bool = False
+    score: Score,
+    hidden: Tensor,
+    *beside: Tensor,
+    head_is_frozen: bool,
+    chunk_tokens: int,
+    keep_single: bool = False,
+    keep_all: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`score` of N positions, so many at a time. No logits are kept for the backward pass.
+    """`score` of N positions, so many at a time. No logits are kept for the backward pass unless asked for.
 
     Args:
         hidden: [N, hidden size]; no gradient reaches `beside`, [N, ...] each.
         head_is_frozen: nothing that `score` uses is trained, so that the gradient can be made beside the scores;
             otherwise each chunk is computed again in the backward pass.
         keep_single: keep what belongs to the chunk where there is only one.
+        keep_all: keep what belongs to every chunk, where it would be computed again.
     """
     if head_is_frozen and hidden.requires_grad and len(hidden):
         return _FrozenHeadScores.apply(hidden, score, chunk_tokens, *beside)  # type: ignore[return-value]
-    if not torch.is_grad_enabled() or (keep_single and len(hidden) <= chunk_tokens):
+    if not torch.is_grad_enabled() or keep_all or (keep_single and len(hidden) <= chunk_tokens):
         pieces = [score(*chunk) for chunk in _chunks(chunk_tokens, hidden, *beside)]
     else:
         pieces = [checkpoint(score, *chunk, use_reentrant=False) for chunk in _chunks(chunk_tokens, hidden, *beside)]
@@ -190,7 +199,7 @@ def score_tokens(
 
     Logits are made for trained positions only, `chunk_tokens` at a time, and memory is bounded by one chunk of them:
     under a frozen head none are kept for the backward pass; under a trained one, with more than one chunk, each chunk
-    is recomputed there.
+    is recomputed there, unless the outputs say that all are kept.
 
     Args:
         targets: [B, S] int64 with IGNORE_INDEX where nothing is trained.
@@ -205,6 +214,7 @@ def score_tokens(
         head_is_frozen=outputs.head_is_frozen,
         chunk_tokens=chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device),
         keep_single=True,
+        keep_all=outputs.keep_logits and outputs.token_nll is not None and not with_correct,
     )
     return TokenScores(nll, positions, correct if with_correct else None)
 

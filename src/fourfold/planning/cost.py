@@ -17,20 +17,19 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from fourfold.planning.data_parallel import Exchange, RankWeights, WeightedLayer, exchange_weights
+from fourfold.planning.engines import ENGINES, Engine
 from fourfold.planning.estimate import Cost
 from fourfold.planning.flops import Mode, mode_of, model_flops
 from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.kernels import (
-    ENGINES,
     HOST_GROUP,
     HOST_GROUP_LAYER,
-    Engine,
+    STREAM_SHARE,
     Place,
     Seconds,
     head_seconds,
     layer_seconds,
-    memory_seconds,
 )
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
@@ -60,8 +59,9 @@ OPTIMIZER_NUMBERS = {"adamw_8bit": 4.0, "sgd": 3.0, "adafactor": 4.0}
 """Numbers of the master dtype that an optimizer reads and writes for each trained one; see _ADAMW_NUMBERS."""
 _ADAMW_NUMBERS = 7.0
 """Weight, gradient and two moments read; weight and moments written."""
-_CLIP_NUMBERS = 3.0
-"""Gradients read for their norm, then read and written."""
+_CLIP_NUMBERS = {"adamw_torch": 1.0}
+"""Gradients are read for their norm, and by other optimizers' clipping read and written once more; AdamW does it in its
+own pass (parallel/adamw_kernel.py)."""
 HOST_MEMORY_BYTES_PER_S = 200e9
 """Of a node's memory, what all its cores attain together: assumed, two sockets of eight DDR4-3200 channels at half of
 their 410 GB/s."""
@@ -278,10 +278,10 @@ class _Rank:
         else:
             moved += self.trained * (master + compute) * count
             moved += self.trained_here * 3 * master * (count - 1)
-        moved += self.trained_here * _CLIP_NUMBERS * master
+        moved += self.trained_here * _CLIP_NUMBERS.get(job.optim, 3.0) * master
         if self.layout.offload == "none":
             moved += self.trained_here * OPTIMIZER_NUMBERS.get(job.optim, _ADAMW_NUMBERS) * master
-        return memory_seconds(self.cluster.device, moved)
+        return moved / (STREAM_SHARE * self.cluster.device.hbm_bytes_per_s)
 
     @cached_property
     def offload_s(self) -> float:

@@ -62,6 +62,7 @@ class Job:
         packed: documents laid end to end in one row.
         trained_share: of the positions, those that are trained on, whose logits are made; 0 for a loss without logits.
         chunk: positions whose logits exist at one time.
+        keeps_logits: those of all chunks are kept for the backward pass, in the compute dtype.
         teacher: that is learnt from; None for none.
         engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
         float8: trained layers multiply in float8.
@@ -83,6 +84,7 @@ class Job:
     packed: bool = True
     trained_share: float = 1.0
     chunk: int = _CHUNK_TOKENS
+    keeps_logits: bool = False
     teacher: Teacher | None = None
     engine: Literal["eager", "compiled", "replayed"] = "eager"
     float8: bool = False
@@ -171,3 +173,13 @@ def unpacks(job: Job, layout: Layout) -> bool:
     Not where ranks split the model, whose parts are cut packed, nor where the least memory is asked for.
     """
     return job.bits == 4 and not layout.splits_model and layout.offload == "none" and not job.host_embedding
+
+
+def may_keep_logits(job: Job, layout: Layout) -> bool:
+    """Whether logits may be kept for the backward pass, if there is room, instead of being made again.
+
+    That is where the head is trained, and the loss compiled, which makes them in the compute dtype alone
+    (models/compiled.py).
+    """
+    whole = layout.tp == 1 and layout.pp == 1
+    return job.tuning == "full" and job.engine != "eager" and whole and job.trained_share > 0 and not job.teacher

@@ -10,10 +10,11 @@ Shape legend: H hidden size, T tokens of a micro-batch on a rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from fourfold.planning.device import Device
+from fourfold.planning.engines import CUDNN_CARDS, EAGER, LONG_DOCUMENT, Engine
 from fourfold.planning.flops import (
     FLASH_BACKWARD,
     NEEDED_BACKWARD,
@@ -76,6 +77,13 @@ SCORE_BYTES = 36.0
 LOGIT_BYTES = (14.0, 22.0)
 """Cast to fp32 6, log-softmax 8; back zeros 4, softmax 12, a cast 6 (the product's own 2 are with the product)."""
 
+FLOAT8_BYTES = 5.0
+"""For each number of an operand that is cast: read for the largest magnitude, unless that comes with its making, read
+for the cast, which writes both layouts, 1 each; siblings share their input."""
+STREAM_SHARE = 0.85
+"""Of the peak of device memory, what single passes over large tensors attain: AdamW takes 9.6 ps a number in fp32 and
+5.0 in bf16, the norm 1.6 and 1.0, on an H100."""
+
 KERNEL_S = 3.5e-6
 """Of each kernel, the time in which it begins and ends and the card is not full. From the H200 run of 1,190 tokens a
 step as one CUDA graph, where the host does not count: 0.108 s, 7,200 kernels, 0.082 s without this term."""
@@ -87,33 +95,6 @@ UNPACK_BYTES = 2.1
 """For each 4-bit weight that is unpacked for a product: half a byte read, two written; 0.92 ps a weight on an H100
 (parallel/unpack_kernel.py; bitsandbytes' own kernels: 1.36)."""
 
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """What runs the layers.
-
-    Attributes:
-        name: for people.
-        launch_ops: of the host, for each kernel: in units of the time that it takes for one small operator.
-        kernels, traffic: share of the kernels and of the bytes between products that fusion leaves.
-        linear: dtype of the products of a layer's plain matrices if it is not the job's, e.g. fp8.
-    """
-
-    name: str
-    launch_ops: float = 2.84
-    kernels: float = 1.0
-    traffic: float = 1.0
-    linear: str | None = None
-
-
-EAGER = Engine("eager")
-"""The engine as it is. A kernel of a layer comes with allocations, views and autograd's own work: 27 us each on a host
-that takes 9.5 us for a small operator (`benchmarks/host_time.py`, pure bf16)."""
-COMPILED = Engine("compiled", kernels=0.3, traffic=0.3)
-"""Layers compiled by torch: fitted to the same two H200 runs, compiled against eager."""
-REPLAYED = replace(COMPILED, name="replayed", launch_ops=0.0)
-"""The same, replayed as graphs: nothing is left for the host."""
-ENGINES = {"eager": EAGER, "compiled": COMPILED, "replayed": REPLAYED}
 
 # What the host does besides, in kernels of the forward pass, from the same runs:
 HOST_ADAPTER = 8
@@ -239,16 +220,19 @@ def layer_seconds(
         for each in products
     )
     heads = shape.heads / (place.tp if _cuts_attention(layer) else 1)
-    between = _between(shape, layer, job, place, heads, products, engine.traffic)
+    between = _between(shape, layer, job, place, heads, products, engine)
     width = job.compute_bytes / 2 * place.tokens
     around = [memory_seconds(device, each * width) for each in between]
     attention, fused = _attention(shape, layer, job, place, heads, device)
+    if engine.attention > 1 and job.sequence >= LONG_DOCUMENT and device.name.startswith(CUDNN_CARDS):
+        attention /= engine.attention
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
-    adapters = place.tokens * sum(each.adapter > 0 for each in products)
+    adapters = place.tokens * sum(each.adapter > 0 for each in products) * engine.adapters
+    casts = _float8_casts(products, job, place, device) if linear == "fp8" else (0.0, 0.0)
     ends = _num_kernels(layer, products, engine) * KERNEL_S
     op_s = engine.launch_ops * device.host_op_s
     launch = _host_kernels(layer, products, job, mode, engine, place) * op_s
-    forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0]
+    forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0] + casts[0]
     if mode == "frozen":
         return Seconds(max(forward, launch), 0.0, 0.0)
     weight_grad = product if mode == "trained" else 0.0
@@ -260,6 +244,7 @@ def layer_seconds(
         + attention * (FLASH_BACKWARD if fused else NEEDED_BACKWARD)
         + 2 * ends
         + adapters * ADAPTER_TOKEN_S[1]
+        + casts[1]
     )
     again, launch_again = 0.0, 0.0
     if recompute != "none":
@@ -301,13 +286,9 @@ def _between(
     place: Place,
     heads: float,
     products: tuple[Product, ...],
-    traffic: float,
+    engine: Engine,
 ) -> tuple[float, float]:
-    """Bytes of a token between products, forward and backward, numbers of 16 bits.
-
-    Args:
-        traffic: share that fusion leaves; of adapters it leaves all.
-    """
+    """Bytes of a token between products, forward and backward, numbers of 16 bits."""
     shared = place.tp if place.sequence_parallel else 1
     hidden = shape.hidden / shared
     queries = heads * shape.head_dim
@@ -325,14 +306,25 @@ def _between(
         ((0.0, FAN_OUT_BYTES), 3 * shape.hidden),
     )
     for (forward, backward), numbers in parts:
-        total[0] += traffic * forward * numbers
-        total[1] += traffic * backward * numbers
+        total[0] += engine.traffic * forward * numbers
+        total[1] += engine.traffic * backward * numbers
     for each in products:
         if each.adapter:
             for direction in range(2):
                 of_input, of_output = ADAPTER_BYTES[direction]
-                total[direction] += of_input * each.columns + of_output * each.rows
+                total[direction] += (of_input * each.columns + of_output * each.rows) * engine.adapters
     return total[0], total[1]
+
+
+def _float8_casts(products: tuple[Product, ...], job: Job, place: Place, device: Device) -> tuple[float, float]:
+    """Time of casts to float8 around the products of a layer, forward and backward (models/float8.py)."""
+    plain = [each for each in products if each.groups == 1]
+    numbers = sum(each.numel for each in plain)
+    inputs, outputs = (place.tokens * sum(sizes) for sizes in zip(*((p.columns, p.rows) for p in plain), strict=True))
+    # the largest magnitude of a master, then the cast; backward only the cast, laid out anew
+    forward = numbers * (2 * job.master_bytes + 1) + inputs * FLOAT8_BYTES
+    backward = numbers * (job.master_bytes + 1) + outputs * FLOAT8_BYTES
+    return forward / (STREAM_SHARE * device.hbm_bytes_per_s), backward / (STREAM_SHARE * device.hbm_bytes_per_s)
 
 
 def _inner_width(shape: ModelShape, layer: Layer, place: Place) -> float:
@@ -394,7 +386,7 @@ def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: De
     """Logits, loss and their gradients for so many positions of a micro-batch.
 
     Under a frozen head the gradient is made with the logits, in the forward pass; under a trained one logits of more
-    than one chunk are made again (parallel/loss.py).
+    than one chunk are made again (parallel/loss.py), unless they are kept.
     """
     if not job.trained_share:
         return Seconds(0.0, 0.0, 0.0)
@@ -406,5 +398,5 @@ def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: De
     forward += HOST_HEAD * EAGER.launch_ops * device.host_op_s  # counted once: the host waits for nothing here
     if job.tuning != "full":
         return Seconds(2 * one + forward + backward, 0.0, 0.0)
-    again = one + forward if positions > job.chunk else 0.0
+    again = one + forward if positions > job.chunk and not job.keeps_logits else 0.0
     return Seconds(one + forward, 2 * one + backward + again, one)

@@ -145,7 +145,10 @@ def _pools(
     logits = 4 * scored * (-(-shape.vocab // layout.tp) if shared else shape.vocab)
     if layout.shards == 1:
         moving = max(sum(moment) for moment in moments)
-        return Pools(moving, moving, 0, 0, logits, _largest_gradient(shape, job, layout, stage))
+        largest = _largest_gradient(shape, job, layout, stage)
+        if job.engine != "eager":  # few blocks come and go within a compiled layer, and the loss makes nothing in fp32
+            logits = largest = 0
+        return Pools(moving, moving, 0, 0, logits, largest)
     reduced = 4 if job.is_mixed else job.compute_bytes
     arriving = root.whole + unit.whole
     sent = (root.whole_trained + unit.whole_trained) * job.compute_bytes // layout.shards if job.is_mixed else 0
@@ -254,6 +257,9 @@ def _waiting_moments(
         logits = _SHARED_LOGIT_BYTES * scored * own
     elif job.engine != "eager":
         forward_logits = logits = _COMPILED_LOGIT_BYTES * scored * own
+        if job.keeps_logits:  # those of the other chunks
+            logits += c * (_scored(job, stage, positions) - scored) * own
+            forward_logits = logits
     if job.teacher is not None:
         rows = min(scored, job.chunk // 2)
         logits = rows * (_TAUGHT_LOGIT_BYTES * own + _TAUGHT_CHUNK_BYTES * min(_TAUGHT_CHUNK, own))

@@ -153,6 +153,10 @@ class Parts:
         self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))])
         if fit.unpacks:
             self._keep_unpacked()
+        if fit.keeps_logits:
+            assert self.outlook is not None
+            self.outlook, self.built.model.keep_logits = self.outlook.keeping_logits(), True
+            log.info("Logits are kept for the backward pass, since there is room")
         return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
 
     def _keep_unpacked(self) -> None:

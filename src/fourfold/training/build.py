@@ -194,7 +194,7 @@ def build(
         inner, list(decoder_blocks(inner)[1]), mesh, compute=precision.narrow, fill=fill, vocabulary=vocabulary
     )
     model.take(split)
-    if mesh.layout.splits_model:
+    if mesh.layout.splits_model or mesh.layout.shards > 1:
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:
         _offload_activations(inner, mesh.device)

@@ -25,7 +25,7 @@ from fourfold.training.step_sizes import StepSizes
 
 log = get_logger(__name__)
 
-_SHARE = 0.9
+_SHARE = 0.93
 """Of the free memory, what a step may take by prediction, unless it was planned with a margin of its own; the rest is
 for what libraries allocate later, and for what the prediction is off by."""
 _EFFICIENT_TOKENS = 2048
@@ -52,11 +52,13 @@ class Fit:
         policy: with a limit on tokens that is expected to fit.
         recompute: what the backward pass computes again.
         unpacks: there is room to keep 4-bit weights unpacked beside it.
+        keeps_logits: there is room to keep the logits of all chunks.
     """
 
     policy: CutPolicy
     recompute: Recompute
     unpacks: bool = False
+    keeps_logits: bool = False
 
 
 def choose_fit(
@@ -106,7 +108,11 @@ def fit_to_memory(
     free -= outlook.not_seen(sum(local(p).nbytes for p in module.parameters() if p.requires_grad))
     fit = fit_to_bytes(policy, sizes, recompute, free=free, need=outlook.to_come, planned=planned)
     largest = sizes.largest_micro_batch(fit.policy.max_tokens)
-    fit = replace(fit, unpacks=unpacking_fits(outlook, fit.recompute, largest, free))
+    fit = replace(
+        fit,
+        unpacks=unpacking_fits(outlook, fit.recompute, largest, free),
+        keeps_logits=logits_fit(outlook, fit.recompute, largest, free),
+    )
     log.info(
         "Activations are %s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
@@ -128,6 +134,13 @@ def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: i
         return False
     after = outlook.unpacked()
     return after.loaded() - outlook.loaded() + after.to_come(recompute, largest) <= int(free * _SHARE)
+
+
+def logits_fit(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
+    """Whether logits of more than one chunk may be kept; see `unpacking_fits`."""
+    if not outlook.may_keep_logits or largest <= outlook.job.chunk:
+        return False
+    return outlook.keeping_logits().to_come(recompute, largest) <= int(free * _SHARE)
 
 
 def fit_to_bytes(

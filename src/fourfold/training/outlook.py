@@ -20,7 +20,7 @@ from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import Job, Recompute, Teacher, unpacks
+from fourfold.planning.job import Job, Recompute, Teacher, may_keep_logits, unpacks
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -151,6 +151,16 @@ class Outlook:
     def may_unpack(self) -> bool:
         """Whether keeping 4-bit weights unpacked is a question of memory alone."""
         return unpacks(self.job, self.layout)
+
+    def keeping_logits(self) -> Outlook:
+        """The same with logits that are kept for the backward pass."""
+        job, heaviest = (replace(job, keeps_logits=True) for job in (self.job, self.heaviest))
+        return replace(self, job=job, heaviest=heaviest)
+
+    @property
+    def may_keep_logits(self) -> bool:
+        """Whether keeping logits is a question of memory alone."""
+        return may_keep_logits(self.job, self.layout)
 
     def loaded(self) -> int:
         """Bytes of the loaded model on this rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.dataset.batch import IGNORE_INDEX
@@ -66,3 +67,26 @@ def test_score_tokens_when_nothing_is_trained_gives_none() -> None:
     head = nn.Linear(_HIDDEN, _VOCABULARY).requires_grad_(False)
     found = score_tokens(Outputs(hidden, head, head_is_frozen=True), torch.full((1, 3), IGNORE_INDEX))
     assert found.nll.numel() == 0
+
+
+@pytest.mark.parametrize(("keeps", "made"), [(True, [4, 4, 4, 1]), (False, [4, 4, 4, 1, 1, 4, 4, 4])])
+def test_score_tokens_when_logits_are_kept_makes_them_once(keeps: bool, made: list[int]) -> None:
+    weight = torch.randn(_VOCABULARY, _HIDDEN, dtype=torch.float64)
+    hidden = torch.randn(1, _TOKENS, _HIDDEN, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, _VOCABULARY, (1, _TOKENS))
+    seen: list[int] = []
+
+    def head(states: Tensor) -> Tensor:
+        seen.append(len(states))
+        return states @ trained.T
+
+    def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    trained = weight.clone().requires_grad_()
+    outputs = Outputs(hidden, head, token_nll=token_nll, chunk_tokens=4, keep_logits=keeps)
+    score_tokens(outputs, targets).nll.sum().backward()
+    assert seen == made
+    other = weight.clone().requires_grad_()
+    F.cross_entropy(hidden.detach()[0] @ other.T, targets[0], reduction="sum").backward()
+    torch.testing.assert_close(trained.grad, other.grad)

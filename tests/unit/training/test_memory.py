@@ -55,12 +55,12 @@ def test_fit_when_room_shrinks_cuts_then_recomputes_more(
     ("free", "expected", "tokens"),
     [
         (100_000, "none", 4000),
-        (31_000, "none", 2690),  # 0.9 x 31,000 less what is fixed, at 10 bytes a token
-        (21_000, "selective", 3580),  # 1,790 tokens with everything kept would be too few for speed
+        (31_000, "none", 2783),  # 0.93 x 31,000 less what is fixed, at 10 bytes a token
+        (21_000, "selective", 3706),  # 1,853 tokens with everything kept would be too few for speed
         (10_000, "full", 4000),
     ],
 )
-def test_fit_when_bytes_are_free_takes_nine_tenths_of_them(free: int, expected: Recompute, tokens: int) -> None:
+def test_fit_when_bytes_are_free_leaves_a_margin(free: int, expected: Recompute, tokens: int) -> None:
     policy = CutPolicy(packed=True, max_tokens=4000)
     fit = fit_to_bytes(policy, StepSizes(longest=600, step=9000), None, free=free, need=_need)
     assert (fit.recompute, fit.policy.max_tokens) == (expected, tokens)
@@ -70,7 +70,7 @@ def test_fit_when_bytes_are_free_takes_nine_tenths_of_them(free: int, expected: 
     ("free", "step", "expected", "tokens"),
     [
         (21_000, 9000, "selective", 4000),  # all that is free, since the plan has its own margin
-        (20_999, 9000, "selective", 3579),  # the device has less than was planned: 0.9 of it is used
+        (20_999, 9000, "selective", 3705),  # the device has less than was planned: 0.93 of it is used
         (100_000, 9000, "selective", 4000),  # more is free, but the plan stands
         (100_000, 1000, "none", 4000),  # steps are smaller than planned, and kept whole they fit
     ],
@@ -123,6 +123,6 @@ def test_fit_when_the_device_has_little_free_cuts_and_tells(
     fit = fit_to_memory(policy, module, sizes, "none", device=device, outlook=outlook)
     tokens = fit.policy.max_tokens
     assert 64 < tokens < 4000
-    assert outlook.to_come("none", tokens) <= 0.9 * little_free < outlook.to_come("none", tokens + 1)
+    assert outlook.to_come("none", tokens) <= 0.93 * little_free < outlook.to_come("none", tokens + 1)
     [line] = caplog.messages
     assert line.startswith(f"Activations are kept; micro-batches of up to {tokens:,} tokens; 180.00 MiB are free")

@@ -16,7 +16,7 @@ from fourfold.planning.activations import kept
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.job import Recompute
 from fourfold.planning.layout import Layout
-from fourfold.training.memory import unpacking_fits
+from fourfold.training.memory import logits_fit, unpacking_fits
 from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.step_sizes import StepSizes
 from tiny_models import FAMILIES, tiny_config, tiny_model
@@ -78,10 +78,25 @@ def test_unpacking_when_there_is_room_is_chosen_and_not_otherwise(look: Look) ->
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of two layers
     assert 1.4 * linear < more < 1.5 * linear  # two bytes instead of a half and a scale
     step = outlook.unpacked().to_come("none", 300)
-    assert unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.9) + 10)
-    assert not unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.9) - 10)
+    assert unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.93) + 10)
+    assert not unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.93) - 10)
     for other in (look(), look(quantization_bit=4, memory="low"), look(layout=Layout(dp_shard=2))):
         assert not unpacking_fits(other, "none", 300, free=2**40)
+
+
+def test_logits_when_there_is_room_are_kept_and_not_otherwise(look: Look) -> None:
+    outlook = look(finetuning_type="full")
+    job, heaviest = (replace(job, engine="compiled") for job in (outlook.job, outlook.heaviest))
+    outlook = replace(outlook, job=job, heaviest=heaviest)
+    tokens = outlook.job.chunk + 1000
+    more = outlook.keeping_logits().to_come("none", tokens) - outlook.to_come("none", tokens)
+    assert 2 * 1000 * outlook.shape.vocab <= more <= 1.03 * 2 * 1000 * outlook.shape.vocab
+    step = outlook.keeping_logits().to_come("none", tokens)
+    assert logits_fit(outlook, "none", tokens, free=int(step / 0.93) + 10)
+    assert not logits_fit(outlook, "none", tokens, free=int(step / 0.93) - 10)
+    assert not logits_fit(outlook, "none", outlook.job.chunk, free=2**40)  # they are kept anyway
+    for other in (look(finetuning_type="full"), look(), replace(outlook, layout=Layout(tp=2))):
+        assert not logits_fit(other, "none", tokens, free=2**40)
 
 
 def test_bytes_when_the_family_is_any_can_be_told(look: Look) -> None:
