@@ -23,8 +23,8 @@ from fourfold.planning.layout import Layout
 from fourfold.planning.shape import Layer, ModelShape, Weight
 from fourfold.planning.states import gets_adapter
 
-_CHOICE_BYTES = 38
-"""Numbers of experts, orders and weights that each choice of a token keeps: four int64, one fp32, one of 16 bits."""
+_CHOICE_BYTES = 30
+"""Numbers of experts, orders and weights that each choice of a token keeps: three int64, one fp32, one of 16 bits."""
 
 
 _COMPILED_SHARE = 0.45

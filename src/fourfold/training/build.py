@@ -31,6 +31,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
 from fourfold.parallel.graphs import Graphs
 from fourfold.parallel.host_embedding import keep_on_host
+from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
@@ -215,6 +216,7 @@ def _prepare_layers(run: Run, precision: Precision, mesh: Mesh, module: TunedMod
         add_neftune(module, noise, training.neftune_noise_alpha)
     if precision.narrow == torch.bfloat16:  # fp16 would overflow between layers
         narrow_outputs(module, torch.bfloat16)
+    use_local_experts(module)
     if precision.narrow is not None:
         cast_experts(module, precision.narrow)
     return noise
