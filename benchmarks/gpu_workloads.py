@@ -181,7 +181,7 @@ WORKLOADS: dict[str, Workload] = {
     ),
     "dpo": Workload(
         "Llama-3-8B",
-        {**PAIRS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {**PAIRS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         *("pairs", 1024, LORA_PAIRS),
         {
             "hf_default": Peer((Setting(1, 4, True),), loop="pairs"),

@@ -59,8 +59,9 @@ def test_training_when_layers_are_compiled_equals_one_process(
                 compile_layers(compiled, backend="aot_eager")
                 model.module.train()
 
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         curve = train(CASES[case], build_mesh(LAYOUTS[layout], torch.device("cpu")), before=compile_once)
-        return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
 
     for curve, graphs in run_ranks(2, work):
         assert_same(curve, references[case])
