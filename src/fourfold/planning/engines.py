@@ -13,7 +13,7 @@ class Engine:
         name: for people.
         launch_ops: of the host, for each kernel: in units of the time that it takes for one small operator.
         kernels, traffic: share of the kernels and of the bytes between products that fusion leaves.
-        attention: how much faster fused attention is over long documents.
+        attention: from how many tokens of a document on fused attention is how much faster; the longest first.
         adapters: share of what adapters cost that is left.
         linear: dtype of the products of a layer's plain matrices if it is not the job's, e.g. fp8.
     """
@@ -22,18 +22,21 @@ class Engine:
     launch_ops: float = 2.84
     kernels: float = 1.0
     traffic: float = 1.0
-    attention: float = 1.0
+    attention: tuple[tuple[int, float], ...] = ()
     adapters: float = 1.0
     linear: str | None = None
+
+    def attention_speed(self, document: int) -> float:
+        """How much faster fused attention over documents of so many tokens is than PyTorch's own."""
+        return next((speed for least, speed in self.attention if document >= least), 1.0)
 
 
 EAGER = Engine("eager")
 """The engine as it is. A kernel of a layer comes with allocations, views and autograd's own work: 27 us each on a host
 that takes 9.5 us for a small operator (`benchmarks/host_time.py`, pure bf16)."""
-COMPILED = Engine("compiled", kernels=0.3, traffic=0.25, attention=1.35, adapters=0.5)
+COMPILED = Engine("compiled", kernels=0.3, traffic=0.2, attention=((16_384, 1.6), (2048, 1.35)), adapters=0.5)
 """Layers compiled by torch: fitted to runs on an H100 (benchmarks/results/gpu_h100.json): Llama-3-8B with LoRA,
 Llama-3.2-3B in full, Qwen3-30B-A3B of 8 layers. Siblings have one pair of thin products (models/lora.py)."""
-LONG_DOCUMENT = 2048
 CUDNN_CARDS = ("h", "b", "gb")
 """Names of cards for which cuDNN has its newest kernels: Hopper and later. On them compiled layers use cuDNN for equal
 documents (models/equal_documents.py)."""

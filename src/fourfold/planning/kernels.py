@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fourfold.planning.device import Device
-from fourfold.planning.engines import CUDNN_CARDS, EAGER, LONG_DOCUMENT, Engine
+from fourfold.planning.engines import CUDNN_CARDS, EAGER, Engine
 from fourfold.planning.flops import (
     FLASH_BACKWARD,
     NEEDED_BACKWARD,
@@ -224,8 +224,8 @@ def layer_seconds(
     width = job.compute_bytes / 2 * place.tokens
     around = [memory_seconds(device, each * width) for each in between]
     attention, fused = _attention(shape, layer, job, place, heads, device)
-    if engine.attention > 1 and job.sequence >= LONG_DOCUMENT and device.name.startswith(CUDNN_CARDS):
-        attention /= engine.attention
+    if device.name.startswith(CUDNN_CARDS):
+        attention /= engine.attention_speed(job.sequence)
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
     adapters = place.tokens * sum(each.adapter > 0 for each in products) * engine.adapters
     casts = _float8_casts(products, job, place, device) if linear == "fp8" else (0.0, 0.0)

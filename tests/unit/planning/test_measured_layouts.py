@@ -28,6 +28,11 @@ _LESS_NEAR = {"30b-16layers-full-fsdp4": 0.025, "8b-lora-64k-cp4-allgather": 0.0
 """Predicted over measured memory: what a layer of long rows works with is put too high by half a gigabyte."""
 
 
+_HELD_BY_LOADING = {"70b-qlora-fsdp4": 0.91}
+"""Predicted over measured reserved memory of what was measured before pieces that loading leaves were given back: each
+rank had loaded all 37.7 GiB."""
+
+
 def test_rows_are_those_of_every_layout_that_ran() -> None:
     assert len(_ROWS) == 22
     assert all(row["losses_finite"] for row in _ROWS.values())
@@ -44,8 +49,12 @@ def test_memory_when_compared_with_every_rank_is_within_the_tolerance(name: str)
             shape, job, point.layout, point.recompute, sum(point.sequences), rank=stage, device=card
         )
         own = slice(stage * ranks, (stage + 1) * ranks)
-        for predicted, measured in ((found.allocated, row["allocated_gib"]), (found.reserved, row["reserved_gib"])):
-            assert 1 - _MOST_UNDER <= predicted / GIB / max(measured[own]) <= 1 + _MOST_OVER
+        allocated, reserved = (max(row[f"{name}_gib"][own]) for name in ("allocated", "reserved"))
+        assert 1 - _MOST_UNDER <= found.allocated / GIB / allocated <= 1 + _MOST_OVER
+        if name in _HELD_BY_LOADING:
+            assert found.reserved / GIB / reserved == pytest.approx(_HELD_BY_LOADING[name], abs=0.01)
+        else:
+            assert 1 - _MOST_UNDER <= found.reserved / GIB / reserved <= 1 + _MOST_OVER
 
 
 @pytest.mark.parametrize("name", _ROWS)
