@@ -83,9 +83,10 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                 cast, merged = cast + number * one.cast, merged + number * one.merged
                 found: Kept = kept(shape, job, layout, layer, trained=trained)
                 if trained or job.tuning == "lora":
-                    own = found.of(recompute) if job.engine == "eager" or recompute == "full" else found.compiled
+                    whole = found.none if job.engine == "eager" else found.compiled
+                    own = found.of(recompute) if job.engine == "eager" or recompute == "full" else whole
                     kept_bytes += number * own
-                    replayed = max(replayed, found.none - found.of(recompute))
+                    replayed = max(replayed, whole - found.of(recompute))
                     working = max(working, found.working)
                     entry = max(entry, own)
                     if layout.splits_backward:
