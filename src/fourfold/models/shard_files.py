@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -103,7 +104,16 @@ class _MetadataOnly(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.0 to 3.11.3 pickle a member of an Enum
+            return _member
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _member(kind: object, name: str) -> Enum:
+    """The member of an Enum, and nothing else that `getattr` could find."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"it asks for {name} of {kind}")
 
 
 def _read_metadata(path: Path) -> Metadata:
