@@ -278,8 +278,9 @@ class _Rank:
         else:
             moved += self.trained * (master + compute) * count
             moved += self.trained_here * 3 * master * (count - 1)
-        moved += self.trained_here * _CLIP_NUMBERS.get(job.optim, 3.0) * master
-        if self.layout.offload == "none":
+        on_device = self.layout.offload == "none"
+        moved += self.trained_here * (_CLIP_NUMBERS.get(job.optim, 3.0) if on_device else 3.0) * master
+        if on_device:
             moved += self.trained_here * OPTIMIZER_NUMBERS.get(job.optim, _ADAMW_NUMBERS) * master
         return moved / (STREAM_SHARE * self.cluster.device.hbm_bytes_per_s)
 

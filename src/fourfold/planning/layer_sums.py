@@ -86,7 +86,7 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                     whole = found.none if job.engine == "eager" else found.compiled
                     own = found.of(recompute) if job.engine == "eager" or recompute == "full" else whole
                     kept_bytes += number * own
-                    replayed = max(replayed, whole - found.of(recompute))
+                    replayed = max(replayed, whole - own)
                     working = max(working, found.working)
                     entry = max(entry, own)
                     if layout.splits_backward:

@@ -95,7 +95,8 @@ def test_logits_when_there_is_room_are_kept_and_not_otherwise(look: Look) -> Non
     assert logits_fit(outlook, "none", tokens, free=int(step / 0.93) + 10)
     assert not logits_fit(outlook, "none", tokens, free=int(step / 0.93) - 10)
     assert not logits_fit(outlook, "none", outlook.job.chunk, free=2**40)  # they are kept anyway
-    for other in (look(finetuning_type="full"), look(), replace(outlook, layout=Layout(tp=2))):
+    low = replace(outlook, job=replace(job, host_embedding=True))
+    for other in (look(finetuning_type="full"), look(), replace(outlook, layout=Layout(tp=2)), low):
         assert not logits_fit(other, "none", tokens, free=2**40)
 
 
