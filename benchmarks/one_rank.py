@@ -35,6 +35,7 @@ from fourfold.models.targets import decoder_blocks
 from fourfold.parallel.apply import parallelize
 from fourfold.parallel.fsdp import shard
 from fourfold.parallel.mesh import build_mesh
+from fourfold.parallel.reduce import clip_gradients
 from fourfold.parallel.shares import local
 from fourfold.parallel.step import Step
 from fourfold.planning.layout import Layout
@@ -87,7 +88,7 @@ def rank_zero(layout: Layout, shape: dict[str, int], device: torch.device, lengt
         for _ in range(2):
             optimizer.zero_grad()
             step.forward_backward(cut(make_samples(length, max(split.min_batches, 1)), policy))
-            split.clip(parameters, 1.0)
+            clip_gradients(parameters, 1.0, measure=split.gradient_norm)
             optimizer.step()
         held = sum(local(parameter).numel() for parameter in parameters)
         state = sum(

@@ -54,6 +54,7 @@ from fourfold.parallel.shares import Share
 from fourfold.parallel.stages import VALUE_HEAD
 from fourfold.parallel.step import LossFunction, Step, no_figures
 from fourfold.planning.layout import Layout
+from fourfold.training.clipping import clip_for
 from fourfold.training.memory import enable_recompute
 from fourfold.training.precision import LossScaler
 from tiny_models import quantize, tiny_model
@@ -342,7 +343,7 @@ def train(
             metrics = dict(result.metrics)
             found = ((name, p.grad) for name, p in module.named_parameters() if p.requires_grad)
             gradients = {name: full(grad).clone() for name, grad in found if grad is not None}
-        norms.append(float(split.clip(parameters, 1.0)))
+        norms.append(float(clip_for(optimizer, parameters, 1.0, split.gradient_norm)))
         if scaler is None:
             optimizer.step()
         else:

@@ -191,5 +191,5 @@ class Batch:
         return replace(self, scored=torch.nonzero(self.targets.reshape(-1) != IGNORE_INDEX).squeeze(-1))
 
     def extras_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The further tensors on `device`."""
+        """The further tensors on `device`; not pinned, since they may be large."""
         return {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}

@@ -22,7 +22,7 @@ from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.pipeline import FsdpOnceAStep, NoStepSync, Pipeline, StepSync, SumOverReplicas
-from fourfold.parallel.reduce import GradientNorm, Reducer, clip_gradients, gradient_norm
+from fourfold.parallel.reduce import GradientNorm, Reducer, gradient_norm
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.stages import StageCut, cut_stages, note_tied
 from fourfold.parallel.step import Staged, StagedModel, nothing, whole
@@ -71,10 +71,6 @@ class Parallelized:
     context: ContextParallel | None = None
     pipeline: Pipeline | None = None
     min_batches: int = 1
-
-    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-        """Scale gradients in place down to a norm; returns the norm before. Every rank must call."""
-        return clip_gradients(parameters, max_norm, measure=self.gradient_norm)
 
     def staged(self, model: StagedModel) -> Staged | None:
         """How a step runs a model through the pipeline; None without one."""

@@ -171,8 +171,7 @@ def score_in_chunks(
     *beside: Tensor,
     head_is_frozen: bool,
     chunk_tokens: int,
-    keep_single: bool = False,
-    keep_all: bool = False,
+    keep: bool = False,
 ) -> tuple[Tensor, ...]:
     """`score` of N positions, so many at a time. No logits are kept for the backward pass unless asked for.
 
@@ -180,12 +179,11 @@ def score_in_chunks(
         hidden: [N, hidden size]; no gradient reaches `beside`, [N, ...] each.
         head_is_frozen: nothing that `score` uses is trained, so that the gradient can be made beside the scores;
             otherwise each chunk is computed again in the backward pass.
-        keep_single: keep what belongs to the chunk where there is only one.
-        keep_all: keep what belongs to every chunk, where it would be computed again.
+        keep: keep what belongs to every chunk, where it would be computed again.
     """
     if head_is_frozen and hidden.requires_grad and len(hidden):
         return _FrozenHeadScores.apply(hidden, score, chunk_tokens, *beside)  # type: ignore[return-value]
-    if not torch.is_grad_enabled() or keep_all or (keep_single and len(hidden) <= chunk_tokens):
+    if not torch.is_grad_enabled() or keep:
         pieces = [score(*chunk) for chunk in _chunks(chunk_tokens, hidden, *beside)]
     else:
         pieces = [checkpoint(score, *chunk, use_reentrant=False) for chunk in _chunks(chunk_tokens, hidden, *beside)]
@@ -207,14 +205,15 @@ def score_tokens(
         chunk_tokens: None for that of the outputs, or the device's own.
     """
     positions = trained_positions(targets) if outputs.scored is None else outputs.scored
+    chunk_tokens = chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device)
+    keeps_logits = outputs.keep_logits and outputs.token_nll is not None and not with_correct
     nll, correct = score_in_chunks(
         partial(outputs.score, with_correct=with_correct),
         at_positions(outputs.hidden, positions),
         targets.reshape(-1).index_select(0, positions),
         head_is_frozen=outputs.head_is_frozen,
-        chunk_tokens=chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device),
-        keep_single=True,
-        keep_all=outputs.keep_logits and outputs.token_nll is not None and not with_correct,
+        chunk_tokens=chunk_tokens,
+        keep=keeps_logits or len(positions) <= chunk_tokens,
     )
     return TokenScores(nll, positions, correct if with_correct else None)
 

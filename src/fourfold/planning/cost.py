@@ -25,11 +25,11 @@ from fourfold.planning.job import Job, Recompute
 from fourfold.planning.kernels import (
     HOST_GROUP,
     HOST_GROUP_LAYER,
-    STREAM_SHARE,
     Place,
     Seconds,
     head_seconds,
     layer_seconds,
+    stream_seconds,
 )
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
@@ -59,9 +59,9 @@ OPTIMIZER_NUMBERS = {"adamw_8bit": 4.0, "sgd": 3.0, "adafactor": 4.0}
 """Numbers of the master dtype that an optimizer reads and writes for each trained one; see _ADAMW_NUMBERS."""
 _ADAMW_NUMBERS = 7.0
 """Weight, gradient and two moments read; weight and moments written."""
-_CLIP_NUMBERS = {"adamw_torch": 1.0}
-"""Gradients are read for their norm, and by other optimizers' clipping read and written once more; AdamW does it in its
-own pass (parallel/adamw_kernel.py)."""
+_NORM_NUMBERS, _SCALING_NUMBERS = 1.0, 2.0
+"""Gradients are read for their norm, and to be clipped read and written once more; AdamW on a GPU clips in its own pass
+(parallel/adamw_kernel.py)."""
 HOST_MEMORY_BYTES_PER_S = 200e9
 """Of a node's memory, what all its cores attain together: assumed, two sockets of eight DDR4-3200 channels at half of
 their 410 GB/s."""
@@ -279,10 +279,11 @@ class _Rank:
             moved += self.trained * (master + compute) * count
             moved += self.trained_here * 3 * master * (count - 1)
         on_device = self.layout.offload == "none"
-        moved += self.trained_here * (_CLIP_NUMBERS.get(job.optim, 3.0) if on_device else 3.0) * master
+        clips_itself = on_device and job.optim == "adamw_torch"
+        moved += self.trained_here * (_NORM_NUMBERS + (0.0 if clips_itself else _SCALING_NUMBERS)) * master
         if on_device:
             moved += self.trained_here * OPTIMIZER_NUMBERS.get(job.optim, _ADAMW_NUMBERS) * master
-        return moved / (STREAM_SHARE * self.cluster.device.hbm_bytes_per_s)
+        return stream_seconds(self.cluster.device, moved)
 
     @cached_property
     def offload_s(self) -> float:

@@ -177,6 +177,11 @@ def memory_seconds(device: Device, num_bytes: float) -> float:
     return num_bytes / (device.hbm_bytes_per_s * MEMORY_SHARE)
 
 
+def stream_seconds(device: Device, num_bytes: float) -> float:
+    """The same of single passes over large tensors."""
+    return num_bytes / (device.hbm_bytes_per_s * STREAM_SHARE)
+
+
 def product_seconds(device: Device, product: Product, tokens: float, dtype: str, number_bytes: int) -> float:
     """Time of one product for so many tokens: of its operations or its bytes, whichever is longer.
 
@@ -324,7 +329,7 @@ def _float8_casts(products: tuple[Product, ...], job: Job, place: Place, device:
     # the largest magnitude of a master, then the cast; backward only the cast, laid out anew
     forward = numbers * (2 * job.master_bytes + 1) + inputs * FLOAT8_BYTES
     backward = numbers * (job.master_bytes + 1) + outputs * FLOAT8_BYTES
-    return forward / (STREAM_SHARE * device.hbm_bytes_per_s), backward / (STREAM_SHARE * device.hbm_bytes_per_s)
+    return stream_seconds(device, forward), stream_seconds(device, backward)
 
 
 def _inner_width(shape: ModelShape, layer: Layer, place: Place) -> float:

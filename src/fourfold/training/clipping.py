@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fourfold.parallel.reduce import GradientNorm, clip_factor, scale_gradients
+from fourfold.parallel.reduce import GradientNorm, clip_factor, clip_gradients
 
 
 @runtime_checkable
@@ -32,10 +32,8 @@ def clip_for(
     Returns:
         the norm before clipping, a scalar on the gradients' device.
     """
+    if not isinstance(optimizer, ScalesGradients):
+        return clip_gradients(parameters, max_norm, measure=measure)
     norm = measure(parameters)
-    factor = clip_factor(norm, max_norm)
-    if isinstance(optimizer, ScalesGradients):
-        optimizer.scale_gradients_by(factor)
-    elif factor is not None:
-        scale_gradients(parameters, factor)
+    optimizer.scale_gradients_by(clip_factor(norm, max_norm))
     return norm

@@ -21,6 +21,11 @@ _OTHER_KINDS = ("amsgrad", "maximize", "capturable", "differentiable", "foreach"
 """Settings of torch's AdamW for which there is no kernel here."""
 
 
+def _is_plain(settings: dict[str, Any]) -> bool:
+    """Whether settings, of the optimizer or of a group, ask for torch's fused AdamW and nothing else."""
+    return bool(settings["fused"]) and not any(map(settings.get, _OTHER_KINDS))
+
+
 class _Entry(NamedTuple):
     """This rank's part of a parameter, with what belongs to it."""
 
@@ -56,7 +61,7 @@ class AdamW(torch.optim.AdamW):
         """Update every parameter that has a gradient; skipped on the device where a loss scaler found an overflow."""
         assert closure is None, "gradients are there already"
         factor, self._factor = self._factor, None
-        if not all(group["fused"] and not any(map(group.get, _OTHER_KINDS)) for group in self.param_groups):
+        if not all(map(_is_plain, self.param_groups)):
             if factor is not None:  # a saved state's settings, which torch prefers to ours
                 scale_gradients((p for group in self.param_groups for p in group["params"]), factor)
             super().step()
@@ -154,6 +159,5 @@ def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.opt
         "fused": on_cuda or None,
         **training.optim_args,
     }
-    has_kernel = on_cuda and settings["fused"] and not any(map(settings.get, _OTHER_KINDS))
-    kind = AdamW if has_kernel and find_spec("triton") is not None else torch.optim.AdamW
+    kind = AdamW if on_cuda and _is_plain(settings) and find_spec("triton") is not None else torch.optim.AdamW
     return kind(groups, lr=training.learning_rate, weight_decay=training.weight_decay, **settings)
