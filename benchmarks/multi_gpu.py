@@ -91,7 +91,7 @@ def run_points(args: argparse.Namespace, results: Results) -> None:
             names = [name for name in names if name not in known]
             seconds = {name: seconds_of(name, is_tiny=args.tiny) for name in names}
             if points[0] in _IN_A_JOB:
-                plan = Plan(tuple(names), str(results.file), folder, call, deadline, seconds, args.tiny)
+                plan = Plan(tuple(names), str(results.file), folder, call, deadline, seconds, args.tiny, args.profile)
                 run_job(plan, args.gpus, Path(__file__))
                 continue
             bench = multi_faults.Bench(Path(folder), args.gpus, args.tiny, deadline)
@@ -144,6 +144,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--known", type=Path, action="append", default=[], help="results of earlier calls")
     parser.add_argument("--retry", action="store_true", help="run again what has failed")
     parser.add_argument("--tiny", action="store_true", help="shapes for CPUs")
+    parser.add_argument("--profile", action="store_true", help="trace one more step of `throughput` on rank 0")
     parser.add_argument("--list", action="store_true", help="print the cases and what they are expected to take")
     parser.add_argument("--check", action="store_true", help="judge the results; exit code 1 if any fails")
     parser.add_argument("--predict", action="store_true", help="predict the results of throughput anew")

@@ -38,6 +38,7 @@ class Plan:
         work: folder of models and of what is told of failures; logs, one a rank, lie beside the results.
         deadline: seconds since 1970 after which no case is begun.
         seconds: that each case is expected to take; one is not begun where less is left.
+        is_profiled: trace one more step of what is timed, on rank 0, beside the logs.
     """
 
     cases: tuple[str, ...]
@@ -47,6 +48,7 @@ class Plan:
     deadline: float
     seconds: dict[str, float]
     is_tiny: bool = False
+    is_profiled: bool = False
 
 
 def run_job(plan: Plan, ranks: int, script: Path) -> None:

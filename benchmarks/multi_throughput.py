@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.mesh import Mesh
@@ -62,11 +63,12 @@ def _tiny_entries(entries: dict[str, Any]) -> dict[str, Any]:
     return {**found, "tie_word_embeddings": False}
 
 
-def run_case(case: Speed, point: Point, mesh: Mesh) -> dict[str, Any]:
+def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -> dict[str, Any]:
     """Train a case; every rank of the mesh must call.
 
     Args:
         point: as `point_of` gives it.
+        trace: file for a trace of one more step on rank 0, None for none.
     Returns:
         this rank's figures; memory in GiB, `held_before_gib` what earlier cases have left.
     """
@@ -107,6 +109,8 @@ def run_case(case: Speed, point: Point, mesh: Mesh) -> dict[str, Any]:
     }
     if case.bubble:
         found |= idle_of(ready, batches, mesh.device)
+    if trace is not None:
+        found |= _traced(ready, batches, mesh, trace)
     if mesh.device.type == "cuda":
         found["host_op_us"] = 1e6 * host_op_seconds(mesh.device)
     return found
@@ -160,6 +164,33 @@ def _batches(ready: Ready, point: Point, vocabulary: int, mesh: Mesh) -> list[Ba
         for number in range(point.batches)
         for batch in ready.cut([made_up(source, length, vocabulary, number) for length in point.sequences])
     ]
+
+
+def _traced(ready: Ready, batches: Sequence[Batch], mesh: Mesh, trace: Path) -> dict[str, float]:
+    """One more step, traced on rank 0: milliseconds with any kernel, with the exchange, with the exchange alone."""
+    if mesh.rank:
+        ready.train(batches)
+        _wait(mesh.device)
+        return {}
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (mesh.device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        ready.train(batches)
+        _wait(mesh.device)
+    profiler.export_chrome_trace(str(trace))
+    kernels = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
+    exchange = _merged([event.time_range for event in kernels if "nccl" in event.name.lower()])
+    rest = _merged([event.time_range for event in kernels if "nccl" not in event.name.lower()])
+    either = _merged([event.time_range for event in kernels])
+    return {"busy_ms": either, "exchange_ms": exchange, "exchange_alone_ms": either - rest}
+
+
+def _merged(ranges: Sequence[Any]) -> float:
+    """Milliseconds that the ranges cover together."""
+    covered, until = 0.0, 0.0
+    for found in sorted(ranges, key=lambda found: found.start):
+        covered += max(found.end - max(found.start, until), 0.0)
+        until = max(until, found.end)
+    return covered / 1e3
 
 
 def _wait(device: torch.device) -> None:

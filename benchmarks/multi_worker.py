@@ -90,16 +90,18 @@ def run_case(name: str, meshes: Meshes, plan: Plan, results: Results) -> dict[st
         reference = _reference(name, meshes, plan, results)
         mesh = meshes.of(LAYOUTS[layout])
         return multi_equality.run_case(name, reference, folder, mesh, is_tiny=tiny)
-    return _throughput(name, meshes, folder, results, is_tiny=tiny)
+    return _throughput(name, meshes, plan, results)
 
 
-def _throughput(name: str, meshes: Meshes, folder: Path, results: Results, *, is_tiny: bool) -> dict[str, Any]:
+def _throughput(name: str, meshes: Meshes, plan: Plan, results: Results) -> dict[str, Any]:
+    is_tiny, folder = plan.is_tiny, Path(plan.work)
     case, found, rank = SPEEDS[name.split("/")[2]], None, dist.get_rank()
     point = multi_throughput.point_of(case, folder, rank, is_tiny=is_tiny)
     alone = case.ranks == 1  # the others wait
     mesh = single(meshes.device) if alone else meshes.of(point.layout)
     if not alone or rank == 0:
-        found = multi_throughput.run_case(case, point, mesh)
+        trace = results.file.parent / f"{name.replace('/', '-')}.trace.json.gz" if plan.is_profiled else None
+        found = multi_throughput.run_case(case, point, mesh, trace)
     row = multi_throughput.merge_ranks(everyone(found))
     row |= {"fields": asdict(point), "note": case.note, "is_tiny": is_tiny}
     return row | predict(row, _gpu_name(meshes.device), results.rows().get(f"links/{dist.get_world_size()}"))
