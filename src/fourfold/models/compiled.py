@@ -1,8 +1,8 @@
 """Decoder layers compiled by torch.compile: fewer passes over memory, and little left for the host to do.
 
 All layers of a kind share what was compiled, for all numbers of tokens: it is compiled twice, for the first layer,
-whose input has no gradient, and for the others. Only training runs it; evaluation and generation run the layers as they
-are.
+whose input has no gradient, and for the others. Training runs it, and what a step asks its model before it trains
+(compiled once more); evaluation and generation run the layers as they are.
 
 The compiler keeps the results of products and of attention for the backward pass and computes what lies between them
 again, as `selective` recompute does, without its cost.
@@ -10,7 +10,9 @@ again, as `selective` recompute does, without its cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +29,28 @@ _MOST_VARIANTS = 64
 """Kinds of layers and of inputs that may be compiled; torch gives up after 8 by itself."""
 
 
+@dataclass
+class Compiled:
+    """What the compiled layers of a model share.
+
+    Attributes:
+        is_asked: they are compiled without gradients, too.
+        failed: of what could not be compiled, and runs as it is: with gradients True, without them False.
+    """
+
+    is_asked: bool = False
+    failed: set[bool] = field(default_factory=set)
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Within it the model is asked as often as it is trained, so that compiling pays."""
+        self.is_asked = True
+        try:
+            yield
+        finally:
+            self.is_asked = False
+
+
 class CompiledForward:
     """Stands in for a layer's `forward`: compiled where it is trained.
 
@@ -34,11 +58,11 @@ class CompiledForward:
         recompute: compute the layer again in the backward pass, all of it.
 
     Args:
-        off: shared by the layers of a model; holds the reason once compiling has failed.
+        shared: the same for all layers of a model.
     """
 
-    def __init__(self, layer: nn.Module, off: list[str], backend: str | Callable[..., Any]) -> None:
-        self._layer, self._own, self._off = layer, layer.forward, off
+    def __init__(self, layer: nn.Module, shared: Compiled, backend: str | Callable[..., Any]) -> None:
+        self._layer, self._own, self._shared = layer, layer.forward, shared
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and few runs on a CPU need it
 
         self._errors = TorchDynamoException
@@ -47,20 +71,24 @@ class CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
-        if not (torch.is_grad_enabled() and self._layer.training):
+        if not torch.is_grad_enabled():
+            return (self._run if self._shared.is_asked else self._own)(*args, **kwargs)
+        if not self._layer.training:
             return self._own(*args, **kwargs)
         if self.recompute:
             return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self._off:
+        if torch.is_grad_enabled() in self._shared.failed:
             return self._own(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)
         except self._errors as error:  # not others: a layer that is computed again is stopped by an exception
-            self._off.append(str(error).strip().partition("\n")[0])
-            log.warning("torch_compile: the layers of this model are not compiled (%s).", self._off[0])
+            self._shared.failed.add(torch.is_grad_enabled())
+            what = "" if torch.is_grad_enabled() else " where they have no gradients"
+            reason = str(error).strip().partition("\n")[0]
+            log.warning("torch_compile: the layers of this model are not compiled%s (%s).", what, reason)
             return self._own(*args, **kwargs)
 
 
@@ -113,10 +141,13 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenNll.apply(logits, targets.clone())  # type: ignore[return-value]
 
 
-def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> Compiled:
     """Have layers compiled when they are first trained; in place.
 
-    A layer that cannot be compiled ends it for all of them, with a warning.
+    A layer that cannot be compiled ends it for all of them, with a warning; with gradients and without apart.
+
+    Returns:
+        what they share.
     """
     import torch._dynamo
     import torch._functorch.config
@@ -131,9 +162,10 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., 
             setattr(functorch, setting, True)
     torch._dynamo.config.optimize_ddp = False  # it cuts a function at DDP's buckets; a layer's gradients come together
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
-    off: list[str] = []
+    shared = Compiled()
     for layer in layers:
-        layer.forward = CompiledForward(layer, off, backend)
+        layer.forward = CompiledForward(layer, shared, backend)
+    return shared
 
 
 def recompute_compiled(layers: Sequence[nn.Module]) -> None:

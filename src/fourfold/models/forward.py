@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models import attention
-from fourfold.models.compiled import token_nll
+from fourfold.models.compiled import Compiled, token_nll
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
@@ -111,7 +111,7 @@ class StepModel:
         load: counts how evenly experts are used.
         fixed: give attention the documents' offsets alone, and no numbers that differ from batch to batch: what is
             compiled or recorded would be made anew for each.
-        compiled: the loss is compiled as well.
+        compiled: what compiled layers share, the loss being compiled as well; None where they run as they are.
         equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
         keep_logits: keep them for the backward pass where the loss is compiled.
@@ -127,7 +127,7 @@ class StepModel:
     context: ContextParallel | None = field(init=False, default=None)
     load: ExpertLoad | None = field(init=False, default=None)
     fixed: bool = field(init=False, default=False)
-    compiled: bool = field(init=False, default=False)
+    compiled: Compiled | None = field(init=False, default=None)
     equal: EqualDocuments | None = field(init=False, default=None)
     chunk_tokens: int | None = field(init=False, default=None)
     keep_logits: bool = field(init=False, default=False)
@@ -298,7 +298,7 @@ class StepModel:
             positions=positions,
             value=value_head_of(self._inner),
             scored=batch.scored,
-            token_nll=token_nll if self.compiled and torch.is_grad_enabled() else None,
+            token_nll=token_nll if self._compiles_loss() else None,
             chunk_tokens=self.chunk_tokens,
             keep_logits=self.keep_logits,
         )
@@ -315,6 +315,13 @@ class StepModel:
         self.context, self.load = split.context, split.load
         if self.context is not None:
             self._use_packed_attention()
+
+    def asked(self) -> AbstractContextManager[None]:
+        """Within it the model is asked before it is trained on the same rows."""
+        return nullcontext() if self.compiled is None else self.compiled.asked()
+
+    def _compiles_loss(self) -> bool:
+        return self.compiled is not None and (torch.is_grad_enabled() or self.compiled.is_asked)
 
     def _head_is_frozen(self) -> bool:
         head = self._inner.get_output_embeddings()

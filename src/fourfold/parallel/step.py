@@ -29,7 +29,7 @@ from fourfold.parallel.loss import (
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.stages import Part
-from fourfold.parallel.sums import Sums, detached, not_zero
+from fourfold.parallel.sums import Figure, Sums, detached, not_zero
 from fourfold.parallel.teacher import Teacher, TeacherStates
 from fourfold.parallel.terms import LossTerms
 
@@ -165,6 +165,7 @@ class Step:
         observe: further figures of the step that was trained, over all ranks.
         staged: runs the micro-batches through a pipeline instead of one after the other.
         module: the model, put into evaluation mode while it is only asked.
+        asked: context of what is asked of it.
         reference: within it the model is its own reference: adapters do nothing.
         teacher: the second model of a run that has one.
         graphs: what replays micro-batches; None where each is run as it is.
@@ -183,6 +184,7 @@ class Step:
     observe: Callable[[], dict[str, float]] = no_figures
     staged: Staged | None = None
     module: nn.Module | None = None
+    asked: Callable[[], AbstractContextManager[object]] = nullcontext
     reference: Callable[[], AbstractContextManager[object]] = nullcontext
     teacher: Teacher | None = None
     graphs: Graphs | None = None
@@ -234,7 +236,7 @@ class Step:
         else:
             self._pass(ready, before, loss_of)
         is_alone = self.observe is no_figures  # what is observed is of the last step that was begun
-        return Running(round(counts[_TOKENS]), partial(self._result, sums, counts), keeps=is_alone)
+        return Running(round(counts[_TOKENS]), partial(self._result, sums.figures(), counts), keeps=is_alone)
 
     def _loss(
         self, outputs: Outputs, batch: Batch, denominators: Mapping[str, float | Tensor]
@@ -364,7 +366,8 @@ class Step:
         if self.module is not None and training:
             self.module.eval()
         try:
-            yield
+            with self.asked():
+                yield
         finally:
             if self.module is not None and training:
                 self.module.train()
@@ -426,9 +429,9 @@ class Step:
         tokens = float(sum(batch.num_tokens for batch in batches))
         return self.reducer.counts({**self.objective.denominators(batches), _TOKENS: tokens})
 
-    def _result(self, sums: Sums, counts: dict[str, float]) -> StepResult:
+    def _result(self, figures: Callable[[], list[Figure]], counts: dict[str, float]) -> StepResult:
         """Global figures: this rank's sums, added up over ranks, divided once."""
-        found = self.reducer.from_last_stage([*sums.figures(sums.terms, True), *sums.figures(sums.metrics, False)])
+        found = self.reducer.from_last_stage(figures())
         totals = self.reducer.sums({figure.name: figure.total for figure in found})
         denominators = {name: count for name, count in counts.items() if name != _TOKENS}
         quotients = {f.name: totals[f.name] / max(denominators[f.denominator], 1e-12) for f in found}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from fourfold.parallel.terms import LossTerms, Term
 
@@ -48,7 +52,35 @@ class Sums:
                     total = into[name].total + total
                 into[name] = Term(total, term.denominator)
 
-    @staticmethod
-    def figures(sums: dict[str, Term], is_term: bool) -> list[Figure]:
-        """The sums as numbers."""
-        return [Figure(name, float(term.total), term.denominator, is_term) for name, term in sums.items()]
+    def figures(self) -> Callable[[], list[Figure]]:
+        """The sums as numbers, terms first; what is returned waits for the device (`numbers_of`)."""
+        found = [*((name, term, True) for name, term in self.terms.items())]
+        found += [(name, term, False) for name, term in self.metrics.items()]
+        numbers = numbers_of([term.total for _, term, _ in found])
+
+        def read() -> list[Figure]:
+            pairs = zip(found, numbers(), strict=True)
+            return [Figure(name, number, term.denominator, is_term) for (name, term, is_term), number in pairs]
+
+        return read
+
+
+def numbers_of(scalars: Sequence[Tensor]) -> Callable[[], list[float]]:
+    """Begin to fetch scalars from a device.
+
+    What is returned waits until they are there: for what the device had been given before this call, and for nothing
+    that it is given later, as reading a tensor would.
+    """
+    if not scalars or any(scalar.device.type != "cuda" for scalar in scalars):
+        return lambda: [float(scalar) for scalar in scalars]
+    together = torch.stack([scalar.double() for scalar in scalars])
+    on_host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
+    on_host.copy_(together, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+    return partial(_wait_and_list, there, on_host)
+
+
+def _wait_and_list(there: torch.cuda.Event, on_host: Tensor) -> list[float]:
+    there.synchronize()
+    return on_host.tolist()

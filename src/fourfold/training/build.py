@@ -101,6 +101,7 @@ class Built:
             staged=self.split.staged(self.model),
             module=self.module,
             reference=partial(without_adapters, self.module),
+            asked=self.model.asked,
         )
         if not (self.fast.graphs and getattr(objective, "is_fixed", False)):
             return step
@@ -228,9 +229,9 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast) -> None:
     if run.training.fp8:
         _use_float8(blocks, mesh)
     if fast.compiled:
-        compile_layers(blocks)
+        model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
-    model.fixed, model.compiled = fast.compiled or fast.graphs, fast.compiled
+    model.fixed = fast.compiled or fast.graphs
     if run.parallel.memory == "low":
         model.chunk_tokens = LOW_MEMORY_CHUNK
 

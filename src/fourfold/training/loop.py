@@ -20,6 +20,7 @@ from fourfold.dataset.collate import CutPolicy
 from fourfold.dataset.loader import Loader, StepSamples
 from fourfold.parallel.reduce import GradientNorm, gradient_norm
 from fourfold.parallel.step import Running, Step, StepResult
+from fourfold.parallel.sums import numbers_of
 from fourfold.trackers.interface import Tracker
 from fourfold.training.ahead import Ahead
 from fourfold.training.clipping import clip_for
@@ -206,9 +207,11 @@ class Loop:
         if self.practice is not None:
             self.state.practice = self.practice.state()
 
+        norm_there = numbers_of([norm])
+
         def read() -> tuple[StepResult, float]:
             result = merge([*earlier, running.read()])
-            return replace(result, metrics={**practised.figures, **result.metrics}), float(norm)
+            return replace(result, metrics={**practised.figures, **result.metrics}), norm_there()[0]
 
         num_tokens = sum(result.num_tokens for result in earlier) + running.num_tokens
         self._advance(found, num_tokens)

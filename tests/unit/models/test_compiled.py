@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fourfold.dataset.batch import IGNORE_INDEX
 from fourfold.models import compiled
+from fourfold.models.adapters import without_adapters
 from fourfold.models.compiled import CompiledForward, compile_layers, recompute_compiled, token_nll
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.targets import decoder_blocks
@@ -96,6 +97,45 @@ def test_compiled_layers_when_only_asked_run_as_they_are() -> None:
         model(torch.randn(1, 3, _SIZE))
     model.eval()
     model(torch.randn(1, 3, _SIZE))
+
+
+def test_compiled_layers_when_a_step_asks_are_compiled_with_and_without_adapters() -> None:
+    plain, fast = adapted().eval(), adapted().eval()
+    torch._dynamo.reset()
+    shared = compile_layers([module for module in fast.modules() if isinstance(module, _Layer)], backend="aot_eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for tokens in (5, 12, 31):
+        x = torch.randn(1, tokens, _SIZE, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad(), shared.asked():
+            assert torch.allclose(fast(x), plain(x), atol=1e-6)
+            with without_adapters(fast), without_adapters(plain):  # type: ignore[arg-type]
+                base = plain(x)
+                assert torch.allclose(fast(x), base, atol=1e-6)
+        assert not torch.allclose(plain(x), base, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    assert not shared.is_asked
+
+
+def test_compiled_layers_when_what_is_asked_cannot_be_compiled_are_trained_compiled_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def no_inference(graph: Any, inputs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("nothing is compiled here")
+        return graph
+
+    plain, fast = adapted(), adapted()
+    torch._dynamo.reset()
+    shared = compile_layers([module for module in fast.modules() if isinstance(module, _Layer)], backend=no_inference)
+    compiled.log.propagate = True
+    x = torch.randn(1, 4, _SIZE)
+    with torch.no_grad(), shared.asked():
+        assert torch.equal(fast(x), plain(x))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for one, other in zip(gradients(plain, 4), gradients(fast, 4), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    assert len([message for message in caplog.messages if "where they have no gradients" in message]) == 1
 
 
 def _experts_of(model: PreTrainedModel, recompute: bool, compiled: bool) -> tuple[list[Tensor], dict[str, float]]:
