@@ -31,6 +31,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import Step, StepResult
+from fourfold.parallel.sums import numbers_of
 from fourfold.training.build import Built, build
 from fourfold.training.clipping import clip_for
 from fourfold.training.fast import Fast
@@ -58,10 +59,14 @@ class Ready:
 
     def train(self, batches: Sequence[Batch]) -> tuple[StepResult, float]:
         """One optimizer step: its figures and the norm of its gradients before clipping."""
+        return self.begin(batches)()
+
+    def begin(self, batches: Sequence[Batch]) -> Callable[[], tuple[StepResult, float]]:
+        """Give a step to the device; what is returned waits for what it found, as a run does a step later."""
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.step.forward_backward(batches)
-        norm = float(self.update())
-        return result, norm
+        running = self.step.begin(batches)
+        norm = numbers_of([self.update()])
+        return lambda: (running.read(), norm()[0])
 
     def update(self) -> torch.Tensor:
         """Clip the gradients and update the weights; returns the norm."""

@@ -1,8 +1,9 @@
 """Speed and memory of a rank's share of a job, random weights made on the device, every collective for real.
 
-A step is timed from one wait for the device to the next. What a pipeline idles comes from a second step of half as many
-micro-batches: a micro-batch takes what the two steps differ by, over the number by which they do; what is left of the
-longer step is idle (or happens once a step: the optimizer is not in it).
+A step is timed from where the device ends the one before to where it ends this one, and read once the next is begun,
+as a run does. What a pipeline idles comes from a second step of half as many micro-batches: a micro-batch takes what
+the two steps differ by, over the number by which they do; what is left of the longer step is idle (or happens once a
+step: the optimizer is not in it).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fourfold.dataset.batch import Batch
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.step import StepResult
 from fourfold.parallel.whole import everyone
 from fourfold.training.host_speed import host_op_seconds
 from multi_assembly import Ready, assemble, free, made_up, peak_gib, random_model
@@ -84,14 +87,8 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
     _wait(mesh.device)
     if mesh.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, losses, tokens = [], [], 0
-    for _ in range(TIMED):
-        began = time.perf_counter()
-        result, _norm = ready.train(batches)
-        _wait(mesh.device)
-        seconds.append(time.perf_counter() - began)
-        losses.append(result.loss)
-        tokens = result.num_tokens
+    seconds, results = _timed(ready, batches, mesh.device)
+    tokens, losses = results[-1].num_tokens, [result.loss for result in results]
     allocated, reserved = peak_gib(mesh.device)
     found = {
         "step_s": median(seconds),
@@ -114,6 +111,40 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
     if mesh.device.type == "cuda":
         found["host_op_us"] = 1e6 * host_op_seconds(mesh.device)
     return found
+
+
+def _timed(ready: Ready, batches: Sequence[Batch], device: torch.device) -> tuple[list[float], list[StepResult]]:
+    """Seconds of each step, and what it found."""
+    results: list[StepResult] = []
+    ends = [_mark(device)]
+    unread: Callable[[], tuple[StepResult, float]] | None = None
+    for _ in range(TIMED):
+        begun = ready.begin(batches)
+        ends.append(_mark(device))
+        if unread is not None:
+            results.append(unread()[0])
+        unread = begun
+    assert unread is not None
+    results.append(unread()[0])
+    _wait(device)
+    return [_seconds_between(*pair) for pair in pairwise(ends)], results
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | float:
+    """Now, for the device."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
+    if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
+        return first.elapsed_time(second) / 1e3
+    assert isinstance(first, float)
+    assert isinstance(second, float)
+    return second - first
 
 
 def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:

@@ -65,63 +65,103 @@ def takes(query: Tensor, value: Tensor) -> bool:
 
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
-_OPERATORS.define("equal_documents(Tensor query, Tensor key, Tensor value, float? scale) -> (Tensor, Tensor)")
 _OPERATORS.define(
-    "equal_documents_back(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, float? scale) "
-    "-> (Tensor, Tensor, Tensor)"
+    "equal_documents(Tensor query, Tensor key, Tensor value, SymInt documents, float? scale) -> (Tensor, Tensor)"
+)
+_OPERATORS.define(
+    "equal_documents_back(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, "
+    "SymInt documents, float? scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
+def _as_batch(tensor: Tensor, documents: int) -> Tensor:
+    """[1, heads, S, d] -> [documents, heads, S / documents, d], a view where positions lie one after the other."""
+    return tensor[0].transpose(0, 1).unflatten(0, (documents, -1)).transpose(1, 2)
+
+
+def _as_row(tensor: Tensor) -> Tensor:
+    """Back, in memory [S, heads, d]."""
+    return tensor.transpose(1, 2).contiguous().flatten(0, 1).transpose(0, 1)[None]
+
+
 @torch.library.impl(_OPERATORS, "equal_documents", "CUDA")
-def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+def _forward(query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None) -> tuple[Tensor, Tensor]:
+    batch = (_as_batch(tensor, documents) for tensor in (query, key, value))
     out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *heads_first, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=True, scale=scale
+        *batch, None, compute_log_sumexp=True, dropout_p=0.0, is_causal=True, scale=scale
     )
-    return out.transpose(1, 2).contiguous(), sums
+    return _as_row(out), sums
+
+
+def _empty_row(tensor: Tensor) -> Tensor:
+    """[1, heads, S, d], in memory [S, heads, d]."""
+    _, heads, length, width = tensor.shape
+    return tensor.new_empty(1, length, heads, width).transpose(1, 2)
 
 
 @torch.library.register_fake("fourfold::equal_documents", lib=_OPERATORS)
-def _forward_of_fakes(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-    count, length, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((count, heads, length, 1), dtype=torch.float32)
+def _forward_of_fakes(
+    query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    _, heads, length, _ = query.shape
+    return _empty_row(query), query.new_empty((documents, heads, length // documents, 1), dtype=torch.float32)
 
 
 @torch.library.impl(_OPERATORS, "equal_documents_back", "CUDA")
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float | None
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    documents: int,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    length, no_dropout = query.shape[1], torch.empty((), dtype=torch.int64, device=query.device)
-    heads_first = (tensor.transpose(1, 2) for tensor in (grad, query, key, value, out))
+    length, no_dropout = query.shape[2] // documents, torch.empty((), dtype=torch.int64, device=query.device)
+    batch = (_as_batch(tensor, documents) for tensor in (grad, query, key, value, out))
     found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *heads_first, sums, no_dropout, no_dropout, None, None, None, length, length, 0.0, True, scale=scale
+        *batch, sums, no_dropout, no_dropout, None, None, None, length, length, 0.0, True, scale=scale
     )
-    query_grad, key_grad, value_grad = (tensor.transpose(1, 2).contiguous() for tensor in found)
+    query_grad, key_grad, value_grad = (_as_row(tensor) for tensor in found)
     return query_grad, key_grad, value_grad
 
 
 @torch.library.register_fake("fourfold::equal_documents_back", lib=_OPERATORS)
 def _backward_of_fakes(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float | None
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    documents: int,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    return _empty_row(query), _empty_row(key), _empty_row(value)
 
 
 class _EqualDocuments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out, sums = torch.ops.fourfold.equal_documents(query, key, value, scale)
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None
+    ) -> Tensor:
+        out, sums = torch.ops.fourfold.equal_documents(query, key, value, documents, scale)
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.scale = scale
+        ctx.documents, ctx.scale = documents, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *torch.ops.fourfold.equal_documents_back(grad.contiguous(), *ctx.saved_tensors, ctx.scale), None
+        saved = ctx.saved_tensors
+        return *torch.ops.fourfold.equal_documents_back(grad, *saved, ctx.documents, ctx.scale), None, None
 
 
 def equal_documents(query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None) -> Tensor:
     """Causal attention within each of the equally long documents of a row.
+
+    What turns a row into a batch is within the operator: a compiler would write queries and keys heads first, which
+    divides by the row's unknown length, and turn them around in a second pass.
 
     Args:
         query: [1, heads, S, d] in 16 bits; `takes` says which.
@@ -131,7 +171,6 @@ def equal_documents(query: Tensor, key: Tensor, value: Tensor, documents: int, s
     Returns:
         [1, S, heads, d].
     """
-    parts = (tensor[0].transpose(0, 1).unflatten(0, (documents, -1)) for tensor in (query, key, value))
-    out = _EqualDocuments.apply(*parts, scale)
+    out = _EqualDocuments.apply(query, key, value, documents, scale)
     assert isinstance(out, Tensor)
-    return out.flatten(0, 1)[None]
+    return out.transpose(1, 2)

@@ -16,24 +16,39 @@ from fourfold.models.attention import packed_attention
 from fourfold.models.equal_documents import EqualDocuments, equal_documents, takes
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+def _attention(query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None) -> Tensor:
+    batch = (tensor[0].unflatten(1, (documents, -1)).transpose(0, 1) for tensor in (query, key, value))
+    made = F.scaled_dot_product_attention(*batch, is_causal=True, scale=scale, enable_gqa=True)
+    return made.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _as_the_kernel_leaves_it(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
-    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        sums = query.new_zeros((query.shape[0], query.shape[2], query.shape[1], 1), dtype=torch.float32)
-        return _attention(query, key, value, scale).contiguous(), sums
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        assert query.transpose(1, 2).is_contiguous()  # else it would be copied to become a batch
+        sums = query.new_zeros((documents, query.shape[1], query.shape[2] // documents, 1), dtype=torch.float32)
+        return _as_the_kernel_leaves_it(_attention(query, key, value, documents, scale)), sums
 
     def backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float | None
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        documents: int,
+        scale: float | None,
     ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            found = torch.autograd.grad(_attention(*inputs, scale), inputs, grad)
-        return tuple(each.contiguous() for each in found)
+            found = torch.autograd.grad(_attention(*inputs, documents, scale), inputs, grad)
+        return tuple(map(_as_the_kernel_leaves_it, found))
 
     library = torch.library.Library("fourfold", "FRAGMENT")
     library.impl("equal_documents", forward, "CPU")
