@@ -140,7 +140,7 @@ class Bench:
                     [sys.executable, str(HERE / script), str(file), str(result)],
                     stdout=output,
                     stderr=output,
-                    env={**os.environ, **_caches(self.work / "caches")},
+                    env={**os.environ, **_caches(self.work / "caches"), **self._bytecode()},
                     timeout=self.args.timeout,
                     check=False,
                 ).returncode
@@ -152,6 +152,10 @@ class Bench:
             print(text[-_LOG_CHARACTERS:], flush=True)
             return {**found, "failed": f"{status}, {text.strip().splitlines()[-1] if text.strip() else 'no output'}"}
         return {**found, **json.loads(result.read_text(encoding="utf-8"))}
+
+    def _bytecode(self) -> dict[str, str]:
+        """Have modules compiled once, as an installation has them, also where the machine is told not to."""
+        return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(self.work / "bytecode")}
 
 
 def _caches(folder: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ _NOT_NEEDED = (
     "tensorboard",
     "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
+    "torchvision",
     "trl",
     "wandb",
 )
@@ -27,7 +28,7 @@ _NOT_NEEDED = (
 @pytest.fixture(autouse=True)
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages that Transformers imports where it finds them."""
-    for name in ("scipy", "sklearn"):
+    for name in ("scipy", "sklearn", "torchvision"):
         (tmp_path / "installed" / name).mkdir(parents=True)
         (tmp_path / "installed" / name / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "installed"), prepend=os.pathsep)

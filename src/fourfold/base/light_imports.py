@@ -1,8 +1,9 @@
 """Modules of Transformers that import a package merely because it is installed, imported without it.
 
-`generate` with an assistant model asks scikit-learn for a curve, and losses of object detection ask SciPy for a
-matching. Where these packages are installed, each import of the library brings them along, with pandas: 1.7 s of a
-start on an H100's host. Nothing here needs either. To be imported before the rest of Transformers.
+`generate` with an assistant model asks scikit-learn for a curve, losses of object detection ask SciPy for a matching,
+and what reads images asks torchvision to resize them. Where these packages are installed, each import of the library
+brings them along, with pandas and models of torchvision's own: some 2 s of a start on an H100's host. Nothing here
+needs any of them. To be imported before the rest of Transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import transformers.utils
 with (
     mock.patch.object(transformers.utils, "is_sklearn_available", return_value=False, create=True),
     mock.patch.object(transformers.utils, "is_scipy_available", return_value=False, create=True),
+    mock.patch.object(transformers.utils, "is_torchvision_available", return_value=False, create=True),
 ):
     import transformers.generation.candidate_generator
+    import transformers.image_utils
     import transformers.loss.loss_utils
