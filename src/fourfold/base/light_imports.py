@@ -1,7 +1,7 @@
 """Modules of Transformers that import a package merely because it is installed, imported without it.
 
 `generate` with an assistant model asks scikit-learn for a curve, losses of object detection ask SciPy for a matching,
-and what reads images asks torchvision to resize them. Where these packages are installed, each import of the library
+and what reads images and videos asks torchvision. Where these packages are installed, each import of the library
 brings them along, with pandas and models of torchvision's own: some 2 s of a start on an H100's host. Nothing here
 needs any of them. To be imported before the rest of Transformers.
 """
@@ -20,3 +20,4 @@ with (
     import transformers.generation.candidate_generator
     import transformers.image_utils
     import transformers.loss.loss_utils
+    import transformers.video_utils
