@@ -161,8 +161,9 @@ def _weight_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, *,
         each = job.master_bytes if trained else job.compute_bytes
         whole = numel * job.compute_bytes if shards > 1 else 0
         # autocast copies operands of products; FSDP's own mixed precision gathers in the compute dtype, and layers
-        # that multiply in float8 cast for themselves
-        copied = trained and weight.is_matrix and not (job.float8 and weight.linear)
+        # that multiply in float8 or are compiled cast for themselves
+        casts_itself = (job.float8 or job.engine != "eager") and weight.linear
+        copied = trained and weight.is_matrix and not casts_itself
         cast = numel if copied and job.is_mixed and layout.shards == 1 else 0
         part = Part(held * each, 0, held if trained else 0, whole, numel if trained else 0, cast)
     return part + _adapter_part(shape, job, layout, weight, shards)

@@ -24,6 +24,7 @@ from fourfold.models.equal_documents import EqualDocuments, has_kernel
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, use_short_forward
+from fourfold.models.masters import use_wide_products
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unpacked import keep_unpacked
@@ -190,7 +191,7 @@ def build(
     inner = base_model(module)
     fast = what_goes(wishes, model, mesh, precision, run)
     num_parameters = inner.num_parameters(exclude_embeddings=True)  # before this rank is left with its part
-    _make_fast(run, mesh, model, fast)
+    _make_fast(run, mesh, model, fast, precision)
     # no name is given to the list of layers, which would hold those that this rank is not left with
     split = parallelize(
         inner, list(decoder_blocks(inner)[1]), mesh, compute=precision.narrow, fill=fill, vocabulary=vocabulary
@@ -223,12 +224,14 @@ def _prepare_layers(run: Run, precision: Precision, mesh: Mesh, module: TunedMod
     return noise
 
 
-def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast) -> None:
+def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Precision) -> None:
     """Have layers run as was chosen: in float8, compiled, on batches of fixed form, in little memory."""
     blocks = list(decoder_blocks(base_model(model.module))[1])
     if run.training.fp8:
         _use_float8(blocks, mesh)
     if fast.compiled:
+        if precision.narrow is not None and not mesh.layout.splits_model:  # FSDP gathers in the compute dtype
+            use_wide_products(blocks, precision.narrow)
         model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs

@@ -1,0 +1,89 @@
+"""Linear layers of trained weights whose masters are wider than the products: fp32 masters, products in 16 bits.
+
+Autocast copies each master for its product and keeps the copy for the backward pass: two bytes a number of all layers
+for as long as their activations live. Here each direction is one operator that copies for itself, and the weight's
+gradient is written in the master's dtype by the product that makes it, neither rounded to 16 bits nor cast back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
+_OPERATORS.define("wide_product(Tensor x, Tensor weight) -> Tensor")
+_OPERATORS.define("wide_product_back(Tensor grad, Tensor x, Tensor weight, bool wants_x) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_OPERATORS, "wide_product", "CompositeExplicitAutograd")
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in], weight [out, in] -> [T, out] as x."""
+    return torch.mm(x, weight.to(x.dtype).t())
+
+
+@torch.library.register_fake("fourfold::wide_product", lib=_OPERATORS)
+def _product_of_fakes(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.impl(_OPERATORS, "wide_product_back", "CompositeExplicitAutograd")
+def _product_back(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor, Tensor]:
+    """grad [T, out] -> gradients of x, empty if it is not wanted, and of weight in its dtype."""
+    grad_x = torch.mm(grad, weight.to(grad.dtype)) if wants_x else grad.new_empty(0)
+    if weight.is_cuda and weight.dtype == torch.float32:
+        return grad_x, torch.mm(grad.t(), x, out_dtype=torch.float32)
+    return grad_x, torch.mm(grad.t(), x).to(weight.dtype)
+
+
+@torch.library.register_fake("fourfold::wide_product_back", lib=_OPERATORS)
+def _product_back_of_fakes(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape) if wants_x else grad.new_empty(0), weight.new_empty(weight.shape)
+
+
+class _WideProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, weight)
+        return torch.ops.fourfold.wide_product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        wants_x = ctx.needs_input_grad[0]
+        grad_x, grad_weight = torch.ops.fourfold.wide_product_back(grad, *ctx.saved_tensors, wants_x)
+        return grad_x if wants_x else None, grad_weight
+
+
+class WideLinear(nn.Linear):
+    """A linear layer of a trained weight, under autocast without a copy that is kept."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in] -> [..., out]."""
+        device = input.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        if self.weight.dtype == compute or not torch.is_grad_enabled():
+            return F.linear(input, self.weight, self.bias)
+        out = _WideProduct.apply(input.reshape(-1, input.shape[-1]).to(compute), self.weight)
+        assert isinstance(out, Tensor)
+        out = out if self.bias is None else out + self.bias.to(compute)
+        return out.view(*input.shape[:-1], out.shape[-1])
+
+
+def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
+    """Let trained linear layers of some blocks copy their masters for themselves, in place: their class is exchanged.
+
+    Args:
+        compute: dtype of the products; layers whose weights are in it are left alone.
+    Returns:
+        how many layers do.
+    """
+    count = 0
+    for block in blocks:
+        for layer in block.modules():
+            if type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype != compute:
+                layer.__class__ = WideLinear
+                count += 1
+    return count

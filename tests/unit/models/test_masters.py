@@ -1,0 +1,86 @@
+"""Products of wide masters: the same numbers as autocast's, without its copies."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourfold.models.masters import WideLinear, use_wide_products
+
+pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
+
+_IN, _OUT = 24, 40
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(_IN, _OUT, bias=True), nn.Linear(_OUT, _IN, bias=False)
+        self.frozen = nn.Linear(_IN, _IN).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.frozen(self.second(torch.relu(self.first(x))))
+
+
+def _input() -> Tensor:
+    return torch.randn(2, 7, _IN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def _run(block: nn.Module, forward: Any = None) -> list[Tensor]:
+    x = _input()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = (block if forward is None else forward)(x)
+    out.float().square().sum().backward()
+    assert x.grad is not None
+    return [out.detach(), x.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wide_products_when_autocast_would_copy_give_its_numbers(compiled: bool) -> None:
+    plain = _Block()
+    wide = copy.deepcopy(plain)
+    assert use_wide_products([wide], torch.bfloat16) == 2
+    assert [type(layer) for layer in wide.children()] == [WideLinear, WideLinear, nn.Linear]
+    run = torch.compile(wide, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else None
+    expected, found = _run(plain), _run(wide, run)
+    assert len(found) == 5
+    for one, other in zip(expected, found, strict=True):
+        assert one.dtype == other.dtype
+        assert float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
+
+
+def test_wide_products_when_weights_are_in_the_compute_dtype_are_left_out() -> None:
+    assert use_wide_products([_Block().to(torch.bfloat16)], torch.bfloat16) == 0
+
+
+def test_wide_products_when_differentiated_keep_no_copy_of_a_weight() -> None:
+    def kept(block: nn.Module) -> set[tuple[torch.Size, torch.dtype]]:
+        found: set[tuple[torch.Size, torch.dtype]] = set()
+
+        def note(tensor: Tensor) -> Tensor:
+            found.add((tensor.shape, tensor.dtype))
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            block(_input())
+        return {(shape, dtype) for shape, dtype in found if dtype == torch.bfloat16 and shape.numel() == _OUT * _IN}
+
+    plain, wide = _Block(), _Block()
+    use_wide_products([wide], torch.bfloat16)
+    assert kept(plain)
+    assert not kept(wide)
+
+
+def test_operators_of_wide_products_when_checked_by_torch_pass() -> None:
+    x, weight = torch.randn(6, _IN, dtype=torch.bfloat16), torch.randn(_OUT, _IN)
+    grad = torch.randn(6, _OUT, dtype=torch.bfloat16)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fourfold.wide_product, (x, weight), test_utils=utils)
+    for wants_x in (False, True):
+        torch.library.opcheck(torch.ops.fourfold.wide_product_back, (grad, x, weight, wants_x), test_utils=utils)
