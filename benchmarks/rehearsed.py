@@ -111,7 +111,8 @@ def _shape(folder: Path) -> ModelShape:
 def described(point: Point) -> tuple[Run, ModelShape, Job]:
     """What the engine and the planner are told of a point."""
     folder = folder_of(point)
-    run = load({"model_name_or_path": str(folder), **TUNINGS[point.tuning]})
+    keys = {"model_name_or_path": str(folder), "cutoff_len": max(point.sequences)}
+    run = load({**keys, **TUNINGS[point.tuning]})
     job = replace(
         Job.of(run),
         sequence=point.sequences[0],
