@@ -140,7 +140,7 @@ def _unpacked_by_library(packed: FrozenWeight) -> Tensor:
 _OPERATORS = torch.library.Library("fourfold", "DEF")
 _WEIGHT = "Tensor[] tensors, int[] sizes, str kind, ScalarType dtype"
 _OPERATORS.define(f"low_rank(Tensor x, {_WEIGHT}, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)")
-_OPERATORS.define(f"low_rank_back(Tensor grad, {_WEIGHT}, Tensor low_grad, Tensor a, float scale) -> Tensor")
+_OPERATORS.define(f"low_rank_back(Tensor grad, {_WEIGHT}, Tensor low_grad, Tensor a) -> Tensor")
 
 
 @torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
@@ -155,16 +155,16 @@ def _low_rank(
     b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """y [T, out] and the thin l = x A^T [T, r], for x [T, in] and what is in its dtype.
+    """y [T, out] and the thin l = s x A^T [T, r], for x [T, in] and what is in its dtype.
 
     The low-rank term is written first and the large product added to it, which hides in that product.
     """
-    low = x @ a.T
+    low = x @ (scale * a).T
     out = x.new_empty(x.shape[0], b.shape[0])
     if bias is None:
-        torch.mm(low, (scale * b).T, out=out)
+        torch.mm(low, b.T, out=out)
     else:
-        torch.addmm(bias, low, (scale * b).T, out=out)
+        torch.addmm(bias, low, b.T, out=out)
     for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), x.dtype):
         out[:, rows].addmm_(x, weight.T)
     return out, low
@@ -179,10 +179,9 @@ def _low_rank_back(
     dtype: torch.dtype,
     low_grad: Tensor,
     a: Tensor,
-    scale: float,
 ) -> Tensor:
-    """dL/dx = G W + s l' A [T, in], for G = dL/dy [T, out] and l' = G B [T, r]."""
-    out = torch.mm(low_grad, scale * a)
+    """dL/dx = G W + l' A [T, in], for G = dL/dy [T, out] and l' = s G B [T, r]."""
+    out = torch.mm(low_grad, a)
     for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), grad.dtype):
         out.addmm_(grad[:, rows], weight)
     return out
@@ -191,8 +190,8 @@ def _low_rank_back(
 class _LowRank(torch.autograd.Function):
     """The product of one input with one weight, or with several that lie one below the other, each with an adapter.
 
-    Only x and the thin l = x A^T are kept. With G = dL/dy and l' = G B:
-    dL/dx = G W + s l' A;  dL/dA = s l'^T x;  dL/dB = s G^T l.
+    Only x and the thin l = s x A^T are kept. With G = dL/dy and l' = s G B:
+    dL/dx = G W + l' A;  dL/dA = l'^T x;  dL/dB = G^T l. So the scale meets the small matrices alone.
     """
 
     @staticmethod
@@ -213,12 +212,12 @@ class _LowRank(torch.autograd.Function):
         x, low, *rest = ctx.saved_tensors
         adapters, tensors = rest[: ctx.num_adapters], rest[ctx.num_adapters :]
         a, b = _side_by_side(adapters, grad.dtype)
-        low_grad = grad @ b
+        low_grad = grad @ (ctx.scale * b)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weight = FrozenWeight(tensors, ctx.sizes, ctx.kind, ctx.dtype)
-            grad_x = torch.ops.fourfold.low_rank_back(grad, *weight, low_grad, a, ctx.scale)
-        grad_a, grad_b = torch.mm(low_grad.T, x).mul_(ctx.scale), torch.mm(grad.T, low).mul_(ctx.scale)
+            grad_x = torch.ops.fourfold.low_rank_back(grad, *weight, low_grad, a)
+        grad_a, grad_b = torch.mm(low_grad.T, x), torch.mm(grad.T, low)
         return grad_x, None, None, None, *_apart(grad_a, grad_b, adapters)
 
 

@@ -2,7 +2,7 @@
 
 # No postponed annotations here: DDP checks the annotation of a communication hook at run time.
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -61,6 +61,16 @@ class FsdpSync:
         if self._zero < 3:
             self._root.set_reshard_after_backward(last)
         yield
+
+
+def add_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """What `loss.backward()` does where every gradient is there already, but all are added by a few kernels together.
+
+    Nothing that waits for single gradients (DDP, FSDP) hears of it.
+    """
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = [(p.grad, new) for p, new in zip(parameters, found, strict=True) if p.grad is not None and new is not None]
+    torch._foreach_add_([old for old, _ in pairs], [new for _, new in pairs])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def replicate(module: nn.Module, group: dist.ProcessGroup | None) -> DistributedDataParallel:

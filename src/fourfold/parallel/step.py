@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from fourfold.dataset.batch import Batch
 from fourfold.dataset.collate import equalize
 from fourfold.parallel.exchange import add_up
-from fourfold.parallel.gradients import GradientSync, NoSync
+from fourfold.parallel.gradients import GradientSync, NoSync, add_gradients
 from fourfold.parallel.graphs import Graphs
 from fourfold.parallel.loss import (
     Outputs,
@@ -247,11 +247,15 @@ class Step:
         loss = torch.stack(parts).sum()
         return loss if self.scale is None else self.scale(loss), found
 
-    def work(self, batch: Batch, denominators: dict[str, Tensor]) -> LossTerms:
-        """One micro-batch on the device, forward and backward: what `graphs` records."""
+    def work(self, parameters: Sequence[nn.Parameter], batch: Batch, denominators: dict[str, Tensor]) -> LossTerms:
+        """One micro-batch on the device, forward and backward: what `graphs` records.
+
+        Args:
+            parameters: all that are trained, with gradients that are added to.
+        """
         with self.autocast():
             loss, found = self._loss(self.model(batch), batch, denominators)
-        loss.backward()
+        add_gradients(loss, parameters)
         return detached(found)
 
     def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
