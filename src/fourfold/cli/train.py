@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fourfold.base.collector import lasting
 from fourfold.base.start_clock import StartClock
 from fourfold.cli.session import Words, clear_errors, read_run
 
@@ -15,7 +16,8 @@ def train(words: Words = None) -> None:
 
         check_named(run)  # before torch is imported
         clock.lap("config")
-        from fourfold.training import run as training
+        with lasting():
+            from fourfold.training import run as training
 
         clock.lap("imports")
         training.train(run, clock)
