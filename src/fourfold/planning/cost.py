@@ -47,12 +47,12 @@ from fourfold.planning.traffic import (
     pipeline_sends,
 )
 
-OVERLAP_COST = 1.0
-"""Of the time that communication is hidden, at the speed of the device's own link, what computation beside it loses. On
-4 H100 all of it: a step of Llama-3-8B with LoRA, 8,192 tokens a rank, takes 0.119 s longer under fsdp (0.992 s) than
-under ddp, and in full 1.31 s; published fsdp runs are nearer with it, too (benchmarks/published_runs.py). Kernels of
-NCCL hold multiprocessors on which products then lack a wave, and both share the memory's speed and the card's power;
-which of these it is was not measured."""
+OVERLAP_COST = 0.6
+"""Of the time that communication is hidden, at the speed of the device's own link, what computation beside it loses.
+Fitted to 14 jobs with fsdp on 4 H100 (benchmarks/results/multi_gpu_4xh100.json): with 1.0 they are off by -6 to +23 %,
+with 0.6 by -9 to +15. In a trace of one (Llama-3-8B in full, compiled, 6,144 tokens a rank) 240 ms of 702 were
+exchange, 20 of them alone, and the products beside it a tenth slower: kernels of NCCL hold multiprocessors, share the
+memory's speed and the card's power."""
 _NO_GAIN_PP = 4
 """Ranks from which on interleaved stages save no bubble; see `bubble_seconds`."""
 OPTIMIZER_NUMBERS = {"adamw_8bit": 4.0, "sgd": 3.0, "adafactor": 4.0}

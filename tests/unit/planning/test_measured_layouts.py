@@ -24,17 +24,22 @@ _FARTHER = {"8b-qlora-tp4": 0.775}
 """Predicted over measured time of what is off by more. The host sets the pace, and was found to take 8.1 us for an
 operator after that run, 11.5 us after others: its steps took 0.54 to 0.64 s."""
 
-_LESS_NEAR = {"30b-16layers-full-fsdp4": 0.025, "8b-lora-64k-cp4-allgather": 0.035, "8b-lora-64k-cp4-ulysses": 0.035}
+_LESS_NEAR = {
+    "30b-16layers-full-fsdp4": 0.025,
+    "8b-lora-64k-cp4-allgather": 0.035,
+    "8b-lora-64k-cp4-ulysses": 0.035,
+    "8b-lora-64k-cp4-ring": 0.05,
+}
 """Predicted over measured memory: what a layer of long rows works with is put too high by half a gigabyte."""
 
 
-_HELD_BY_LOADING = {"70b-qlora-fsdp4": 0.91}
-"""Predicted over measured reserved memory of what was measured before pieces that loading leaves were given back: each
-rank had loaded all 37.7 GiB."""
+_HELD_IN_PIECES = {"70b-qlora-fsdp4": 0.91, "8b-lora-64k-cp4-ring": 0.915}
+"""Predicted over measured reserved memory of what the allocator held more of than is known why: 2.8 GiB of 31.0, the
+same before and after pieces that loading leaves were given back, and 1.7 of 20.3 around the ring."""
 
 
 def test_rows_are_those_of_every_layout_that_ran() -> None:
-    assert len(_ROWS) == 22
+    assert len(_ROWS) == 28
     assert all(row["losses_finite"] for row in _ROWS.values())
 
 
@@ -51,8 +56,8 @@ def test_memory_when_compared_with_every_rank_is_within_the_tolerance(name: str)
         own = slice(stage * ranks, (stage + 1) * ranks)
         allocated, reserved = (max(row[f"{name}_gib"][own]) for name in ("allocated", "reserved"))
         assert 1 - _MOST_UNDER <= found.allocated / GIB / allocated <= 1 + _MOST_OVER
-        if name in _HELD_BY_LOADING:
-            assert found.reserved / GIB / reserved == pytest.approx(_HELD_BY_LOADING[name], abs=0.01)
+        if name in _HELD_IN_PIECES:
+            assert found.reserved / GIB / reserved == pytest.approx(_HELD_IN_PIECES[name], abs=0.01)
         else:
             assert 1 - _MOST_UNDER <= found.reserved / GIB / reserved <= 1 + _MOST_OVER
 
