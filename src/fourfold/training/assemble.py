@@ -147,10 +147,14 @@ class Parts:
             device=self.mesh.device,
             outlook=self.outlook,
             planned=self.planned,
+            spares=self.built.spares_layers and not self.run.parallel.offload_activations,
         )
         # Ranks that share micro-batches must cut and recompute alike, whatever each has free.
         largest = self.split.reducer.largest
-        self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))])
+        spared = -largest(-fit.spared)
+        self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))], spared)
+        if self.outlook is not None:
+            self.outlook = replace(self.outlook, spared=spared)
         if fit.unpacks:
             self._keep_unpacked()
         if fit.keeps_logits:

@@ -45,6 +45,8 @@ from fourfold.training.precision import Precision, cast_experts, narrow_outputs
 
 log = get_logger(__name__)
 
+_SWITCH = "gradient_checkpointing"
+"""Transformers' name, at each layer."""
 _FIRST_WITH_FLOAT8 = (8, 9)
 """Compute capability."""
 
@@ -146,17 +148,29 @@ class Built:
         lacks = 2 * size > free - torch.cuda.memory_allocated(device)
         return self.split.reducer.largest(int(lacks)) == 0
 
-    def recompute(self, kind: Recompute) -> Recompute:
-        """Have the backward pass compute decoder layers again; returns what it will do."""
+    @property
+    def spares_layers(self) -> bool:
+        """Whether some layers may be computed again, and others not."""
+        return self.fast.compiled or all(hasattr(layer, _SWITCH) for layer in self._layers())
+
+    def recompute(self, kind: Recompute, spared: int = 0) -> Recompute:
+        """Have the backward pass compute decoder layers again; returns what it will do.
+
+        Args:
+            spared: layers of which nothing is computed again: the last ones, whose activations are needed first.
+        """
         layout = self.mesh.layout
         if kind == "selective" and layout.pp > 1 and layout.pp_schedule == "zbv":
             kind = "full"  # zbv computes a layer again twice, and selective hands out what it kept once
         if self.fast.compiled:
             if kind == "full":
-                recompute_compiled(self._layers())
+                layers = self._layers()
+                recompute_compiled(layers[: len(layers) - spared])
             return "full" if kind == "full" else "none"
         if kind != "none":
             enable_recompute(self.module, kind, self.noise)
+            for layer in self._layers()[-spared:] if spared else []:
+                setattr(layer, _SWITCH, False)
         return kind
 
     def _layers(self) -> list[nn.Module]:

@@ -53,12 +53,14 @@ class Fit:
         recompute: what the backward pass computes again.
         unpacks: there is room to keep 4-bit weights unpacked beside it.
         keeps_logits: there is room to keep the logits of all chunks.
+        spared: layers of which nothing is computed again, since there is room.
     """
 
     policy: CutPolicy
     recompute: Recompute
     unpacks: bool = False
     keeps_logits: bool = False
+    spared: int = 0
 
 
 def choose_fit(
@@ -89,6 +91,7 @@ def fit_to_memory(
     device: torch.device,
     outlook: Outlook | None,
     planned: Form | None = None,
+    spares: bool = False,
 ) -> Fit:
     """Choose for a loaded model on its device. A CPU's memory is left to the system: nothing is cut for it.
 
@@ -97,7 +100,9 @@ def fit_to_memory(
         device: where it computes.
         outlook: what the planner knows of the run; None if nothing, and then nothing is cut either.
         planned: what the layout was chosen with; taken if the steps are as large as that and it fits what is free.
+        spares: some layers may be computed again, and others not.
     """
+    chosen_by_user = recompute is not None
     if planned is not None:
         policy = replace(policy, max_tokens=min(policy.max_tokens, planned.micro_batch))
     if device.type != "cuda" or outlook is None:
@@ -113,14 +118,25 @@ def fit_to_memory(
         unpacks=unpacking_fits(outlook, fit.recompute, largest, free),
         keeps_logits=logits_fit(outlook, fit.recompute, largest, free),
     )
+    if spares and not chosen_by_user:
+        outlook = _with_rest(outlook, fit, largest, free)
     log.info(
-        "Activations are %s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
+        "Activations are %s%s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
+        f", but for {outlook.spared} of {outlook.shape.num_layers} layers" if outlook.spared else "",
         format_count(fit.policy.max_tokens),
         format_bytes(free),
         format_bytes(outlook.to_come(fit.recompute, largest)),
     )
-    return fit
+    return replace(fit, spared=outlook.spared)
+
+
+def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
+    """What is left beside a step goes to layers of which nothing is computed again."""
+    after = outlook.unpacked() if fit.unpacks else outlook
+    after = after.keeping_logits() if fit.keeps_logits else after
+    room = int(free * _SHARE) - (after.loaded() - outlook.loaded())
+    return replace(outlook, spared=after.sparing(fit.recompute, largest, room).spared)
 
 
 def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:

@@ -15,6 +15,7 @@ from fourfold.config.second import teacher_run
 from fourfold.models.load import load_config
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.mesh import local_device
+from fourfold.planning.activations import kept
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
@@ -86,6 +87,7 @@ class Outlook:
         job: with the steps that are to be expected on average.
         heaviest: the same with the largest of them.
         pp_rank: this rank's place in the pipeline.
+        spared: layers of which nothing is computed again where others are.
     """
 
     shape: ModelShape
@@ -94,6 +96,7 @@ class Outlook:
     layout: Layout
     cluster: Cluster
     pp_rank: int = 0
+    spared: int = 0
 
     @classmethod
     def of(
@@ -127,21 +130,43 @@ class Outlook:
 
     def memory(self, recompute: Recompute, micro_batch: int) -> Memory:
         """Of the most loaded rank of the job, with micro-batches of so many tokens on a data-parallel rank."""
-        device = self.cluster.device
-        return estimate_memory(self.shape, self.heaviest, self.layout, recompute, micro_batch, device=device)
+        return self._memory(recompute, micro_batch, None)
 
     def to_come(self, recompute: Recompute, micro_batch: int) -> int:
         """Bytes that a step takes on this rank beside the loaded model."""
-        found = estimate_memory(
-            self.shape,
-            self.heaviest,
-            self.layout,
-            recompute,
-            max(micro_batch, 1),
-            rank=self.pp_rank,
-            device=self.cluster.device,
-        )
+        found = self._memory(recompute, max(micro_batch, 1), self.pp_rank)
         return sum(size for name, size in found.terms.items() if name not in _LOADED)
+
+    def _memory(self, recompute: Recompute, micro_batch: int, rank: int | None) -> Memory:
+        device = self.cluster.device
+        found = estimate_memory(
+            self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device
+        )
+        if not self.spared or recompute == "none":
+            return found
+        more = self.spared * self._kept_by_a_layer(recompute, micro_batch)
+        return replace(found, terms={**found.terms, "activations": found.terms["activations"] + more})
+
+    def sparing(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
+        """The same with as many layers, of which nothing is computed again, as there is room for.
+
+        Args:
+            room: bytes for a step, beside the loaded model.
+        """
+        if recompute == "none" or self.layout.pp > 1:
+            return self
+        each, left = self._kept_by_a_layer(recompute, micro_batch), room - self.to_come(recompute, micro_batch)
+        count = min(left // each, self.shape.num_layers - 1) if each > 0 else 0
+        return replace(self, spared=max(count, 0))
+
+    def _kept_by_a_layer(self, recompute: Recompute, micro_batch: int) -> int:
+        """Bytes more that the largest layer keeps where nothing of it is computed again: while others are, one of them
+        at a time has all of its own anyway."""
+        plain = replace(self, spared=0)
+        more = plain.to_come("none", micro_batch) - plain.to_come(recompute, micro_batch)
+        found = [kept(self.shape, self.heaviest, self.layout, layer, trained=True) for layer in self.shape.layers]
+        sizes = [each.none - each.of(recompute) for each in found]
+        return math.ceil(more / max(len(sizes) - 1, 1) * max(sizes) * len(sizes) / sum(sizes))
 
     def unpacked(self) -> Outlook:
         """The same with 4-bit weights that are unpacked once and kept."""
@@ -182,7 +207,13 @@ class Outlook:
         Raises:
             PlanError: the device lacks the compute dtype.
         """
-        return estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
+        found = estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
+        if not self.spared or recompute == "none":
+            return found
+        whole = estimate_cost(self.shape, self.job, self.layout, self.cluster, "none", max_tokens)
+        share = self.spared / self.shape.num_layers
+        step_s = found.step_s + share * (whole.step_s - found.step_s)
+        return replace(found, step_s=step_s, tokens_per_s=found.tokens_per_s * found.step_s / step_s)
 
 
 def _packed_bits(module: TunedModel) -> int | None:

@@ -118,6 +118,7 @@ def rehearse(
     device: torch.device | None = None,
     steps: int = 2,
     unpacked: bool = False,
+    spared: int = 0,
 ) -> Rehearsal:
     """Run one rank of a job; collectives do nothing.
 
@@ -126,7 +127,14 @@ def rehearse(
         device: None for fake tensors.
         steps: at least 2: the first one also makes the optimizer's state.
         unpacked: 4-bit weights are unpacked once and kept.
+        spared: layers of which nothing is computed again.
     """
+
+    def prepare(built: Built) -> None:
+        if unpacked:
+            built.keep_unpacked(run)
+        built.recompute(recompute, spared)
+
     with ExitStack() as stack:
         if layout.world_size > 1:
             stack.enter_context(_imagined_ranks(rank, layout.world_size))
@@ -138,24 +146,21 @@ def rehearse(
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(_Assumptions())
             trace = stack.enter_context(MemoryTrace())
-            return _steps(run, layout, micro_batches, recompute, torch.device("cpu"), trace, steps, unpacked)
-        return _steps(run, layout, micro_batches, recompute, device, None, steps, unpacked)
+            return _steps(run, layout, micro_batches, prepare, torch.device("cpu"), trace, steps)
+        return _steps(run, layout, micro_batches, prepare, device, None, steps)
 
 
 def _steps(
     run: Run,
     layout: Layout,
     micro_batches: Sequence[Sequence[Sample]],
-    recompute: Recompute,
+    prepare: Callable[[Built], None],
     device: torch.device,
     trace: MemoryTrace | None,
     steps: int,
-    unpacked: bool,
 ) -> Rehearsal:
     built = _build(run, layout, device, fake=trace is not None)
-    if unpacked:
-        built.keep_unpacked(run)
-    built.recompute(recompute)
+    prepare(built)
     built.module.train()
     parameters = [p for p in built.module.parameters() if p.requires_grad]
     groups = parameter_groups(built.module, run.training, run.tuning)

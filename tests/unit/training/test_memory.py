@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,38 @@ def test_fit_when_zero_bubble_splits_the_backward_pass_recomputes_nothing(
     policy, device = CutPolicy(packed=True, max_tokens=4000), torch.device("cuda")
     fit = fit_to_memory(policy, module, sizes, None, device=device, outlook=outlook)
     assert (fit.recompute == "none") == kept
+
+
+@pytest.mark.parametrize(("asked", "spares"), [(None, True), (None, False), ("full", True)])
+@pytest.mark.usefixtures("little_free")
+def test_fit_when_a_part_of_the_layers_has_room_spares_them(
+    asked: Recompute | None,
+    spares: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    free = 300 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 1000, 80 << 30))
+    monkeypatch.setattr(logging.getLogger("fourfold"), "propagate", True)
+    caplog.set_level(logging.INFO, "fourfold")
+    tiny_config("llama", num_hidden_layers=12).save_pretrained(tmp_path / "llama")
+    keys = {"model_name_or_path": str(tmp_path / "llama"), "dataset": "d", "output_dir": "o", "bf16": True}
+    run, module = load(keys, verb="train"), tiny_model("llama")
+    sizes = StepSizes(longest=20_000, step=20_000, smallest=20_000, mean=20_000.0)
+    outlook = Outlook.of(run, module, Layout(), build_cluster("h100"), sizes, packed=True, document=64.0)
+    policy, device = CutPolicy(packed=True, max_tokens=20_000), torch.device("cuda")
+    fit = fit_to_memory(policy, module, sizes, asked, device=device, outlook=outlook, spares=spares)
+    assert fit.recompute != "none"
+    if asked is None and spares:
+        assert 0 < fit.spared < 12
+        now = replace(outlook, spared=fit.spared)
+        assert now.to_come(fit.recompute, 20_000) <= 0.93 * free
+        assert replace(now, spared=fit.spared + 1).to_come(fit.recompute, 20_000) > 0.93 * free
+        assert f"in the backward pass, but for {fit.spared} of 12 layers;" in caplog.text
+    else:
+        assert fit.spared == 0
+        assert "but for" not in caplog.text
 
 
 def test_fit_when_the_device_has_little_free_cuts_and_tells(

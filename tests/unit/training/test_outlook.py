@@ -29,8 +29,11 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
     """The outlook of a LoRA run on a tiny model."""
     monkeypatch.setenv("FOURFOLD_CACHE", str(tmp_path / "cache"))
 
-    def make(family: str = "llama", layout: Layout | None = None, **keys: Any) -> Outlook:
-        tiny_config(family).save_pretrained(tmp_path / family)
+    def make(
+        family: str = "llama", layout: Layout | None = None, num_hidden_layers: int | None = None, **keys: Any
+    ) -> Outlook:
+        layers = {} if num_hidden_layers is None else {"num_hidden_layers": num_hidden_layers}
+        tiny_config(family, **layers).save_pretrained(tmp_path / family)
         given = {"model_name_or_path": str(tmp_path / family), "dataset": "d", "output_dir": "o", "bf16": True, **keys}
         run, layout = load(given, verb="train"), layout or Layout()
         sizes = StepSizes(longest=64, step=400, smallest=200, mean=300.0)
@@ -45,6 +48,27 @@ def test_outlook_when_made_has_the_real_lengths(look: Look) -> None:
     assert outlook.job.sequence == 30
     assert outlook.job.tokens_per_step == 4 * 300
     assert outlook.heaviest.tokens_per_step == pytest.approx(4 * 400, abs=29)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_layers_when_there_is_room_are_spared(look: Look, family: str, recompute: Recompute) -> None:
+    outlook, tokens = look(family, num_hidden_layers=6), 100_000
+    least, most = outlook.to_come(recompute, tokens), outlook.to_come("none", tokens)
+    found = [outlook.sparing(recompute, tokens, room) for room in (least - 1, least, (least + most) // 2, 2 * most)]
+    assert [each.spared for each in found[:2]] == [0, 0]
+    assert 1 <= found[2].spared <= 3
+    assert found[3].spared == 5
+    assert least < found[2].to_come(recompute, tokens) <= (least + most) // 2
+    assert found[2].memory(recompute, tokens).allocated > outlook.memory(recompute, tokens).allocated
+    assert outlook.cost("none", tokens).step_s < found[2].cost(recompute, tokens).step_s
+    assert found[2].cost(recompute, tokens).step_s < outlook.cost(recompute, tokens).step_s
+    assert outlook.sparing("none", tokens, 2 * most).spared == 0
+
+
+def test_layers_when_they_are_of_a_pipeline_are_not_spared(look: Look) -> None:
+    outlook = look(layout=Layout(pp=2), num_hidden_layers=6)
+    assert outlook.sparing("full", 100_000, 1 << 50).spared == 0
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fourfold.training.rehearse as rehearsing
 from fourfold.config.load import load
@@ -81,6 +82,31 @@ def test_rehearse_when_experts_are_chosen_more_often_takes_more(folders: dict[st
     layout = Layout(dp_shard=4, ep=4)
     even, twice = (rehearse(run, layout, Workload((512,), expert_load=load)).peak.total for load in (1.0, 2.0))
     assert even < twice
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_rehearse_when_layers_are_spared_keeps_more_and_computes_less_again(
+    tuning: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    forward = LlamaMLP.forward
+
+    def counted(self: Any, x: Any) -> Any:
+        calls[-1] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    run = load({"model_name_or_path": str(folders["llama"]), **_TUNINGS[tuning]})
+    peaks = []
+    for spared in range(_SIZES["num_hidden_layers"]):
+        calls.append(0)
+        peaks.append(rehearse(run, Layout(), Workload((512,)), recompute="full", spared=spared).peak.total)
+    calls.append(0)
+    peaks.append(rehearse(run, Layout(), Workload((512,))).peak.total)
+    layers, steps = _SIZES["num_hidden_layers"], 2
+    assert [count - calls[-1] for count in calls[:-1]] == [steps * (layers - spared) for spared in range(layers)]
+    assert peaks == sorted(peaks)
+    assert peaks[0] < peaks[-1]
 
 
 def test_build_when_a_pipeline_cuts_packed_layers_away_lets_go_of_them(
