@@ -76,7 +76,7 @@ class Case:
         targets: what gets an adapter, as `lora_target` names it; everything if empty.
         router: weight of the experts' load-balancing loss.
         bias_router: make every token choose the first half of the experts (deepseek_v3).
-        recompute: what the backward pass computes again.
+        recompute: what the backward pass computes again; spared: of how many layers nothing.
         dropout: of the adapters' inputs.
         longest: tokens of a sample at most.
         stage: sft and kd leave the first third of a sample out of the loss, pt trains on all of it; rm, dpo and kto
@@ -98,6 +98,7 @@ class Case:
     router: float = 0.0
     bias_router: bool = False
     recompute: Recompute = "none"
+    spared: int = 0
     dropout: float = 0.0
     longest: int = 24
     stage: str = "sft"
@@ -297,7 +298,7 @@ def train(
     if case.offload_activations:
         offload_activations(inner, list(decoder_blocks(inner)[1]), smallest=1)
     if case.recompute != "none":
-        enable_recompute(module, case.recompute, noise)
+        enable_recompute(module, case.recompute, noise, case.spared)
     policy = CutPolicy(
         packed=case.packed,
         max_tokens=case.max_tokens,

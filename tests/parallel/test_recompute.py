@@ -62,6 +62,20 @@ def test_training_when_split_and_selectively_recomputed_equals_one_process(
     assert_together_same(under(_with(CASES[case], "selective"), layout), references[case])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_when_a_layer_is_spared_equals_without(kind: Recompute, references: dict[str, Curve]) -> None:
+    spared = replace(_with(CASES["llama-lora-dropout"], kind), spared=1)
+    assert_same(alone(spared), references["llama-lora-dropout"], loss=1e-6)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2), Layout(tp=2)], ids=Layout.describe)
+def test_training_when_split_and_a_layer_is_spared_equals_one_process(
+    layout: Layout, references: dict[str, Curve]
+) -> None:
+    spared = replace(_with(CASES["llama-full"], "full"), spared=1)
+    assert_together_same(under(spared, layout), references["llama-full"])
+
+
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_bytes_kept_when_recomputed_are_fewer(tuning: str) -> None:

@@ -69,7 +69,8 @@ class ParallelConfig(Section):
     recompute: Literal["auto", "none", "selective", "full"] = key(
         "auto",
         "What the backward pass computes again: nothing, all but the results of products, or whole layers; auto takes "
-        "the least that fits. gradient_checkpointing: true means full.",
+        "the least that fits, and leaves out as many layers as there is room for. gradient_checkpointing: true means "
+        "full.",
     )
     offload_activations: bool = key(
         False, "Keep in host memory what the backward pass needs; recompute: auto is then full."

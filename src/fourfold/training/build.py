@@ -40,13 +40,11 @@ from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import LossFunction, Step, no_figures
 from fourfold.planning.job import LOW_MEMORY_CHUNK
 from fourfold.training.fast import NOTHING_FAST, Fast, what_goes
-from fourfold.training.memory import enable_recompute
+from fourfold.training.memory import SWITCH, enable_recompute
 from fourfold.training.precision import Precision, cast_experts, narrow_outputs
 
 log = get_logger(__name__)
 
-_SWITCH = "gradient_checkpointing"
-"""Transformers' name, at each layer."""
 _FIRST_WITH_FLOAT8 = (8, 9)
 """Compute capability."""
 
@@ -151,7 +149,7 @@ class Built:
     @property
     def spares_layers(self) -> bool:
         """Whether some layers may be computed again, and others not."""
-        return self.fast.compiled or all(hasattr(layer, _SWITCH) for layer in self._layers())
+        return self.fast.compiled or all(hasattr(layer, SWITCH) for layer in self._layers())
 
     def recompute(self, kind: Recompute, spared: int = 0) -> Recompute:
         """Have the backward pass compute decoder layers again; returns what it will do.
@@ -168,9 +166,7 @@ class Built:
                 recompute_compiled(layers[: len(layers) - spared])
             return "full" if kind == "full" else "none"
         if kind != "none":
-            enable_recompute(self.module, kind, self.noise)
-            for layer in self._layers()[-spared:] if spared else []:
-                setattr(layer, _SWITCH, False)
+            enable_recompute(self.module, kind, self.noise, spared)
         return kind
 
     def _layers(self) -> list[nn.Module]:

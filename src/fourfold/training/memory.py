@@ -15,6 +15,7 @@ from fourfold.base.units import GIB, format_bytes, format_count
 from fourfold.dataset.collate import CutPolicy
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.patches import recompute_noise_ignored
+from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.expert import find_experts
 from fourfold.parallel.recompute import Recompute, settings
@@ -198,12 +199,18 @@ _WORDS: Mapping[Recompute, str] = {
 }
 
 
-def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys) -> None:
-    """Compute every decoder layer's activations again in the backward pass, all of them or what is cheap.
+SWITCH = "gradient_checkpointing"
+"""Transformers' name, at each layer, for whether it is computed again."""
+
+
+def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys, spared: int = 0) -> None:
+    """Compute decoder layers' activations again in the backward pass, all of them or what is cheap.
 
     Args:
         kind: selective or full.
         noise: whose keys a layer's dropout reads; each micro-batch's are put back.
+        spared: layers of which nothing is computed again: the last ones, whose activations are needed first. They must
+            have the switch.
     """
     model = base_model(module)
     random = bool(getattr(model.config, "attention_dropout", 0.0)) or any(
@@ -213,3 +220,5 @@ def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys) -> N
     kwargs = settings(kind, remember=noise.remembered, random=random, grouped_biases=biases)
     with recompute_noise_ignored():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    for layer in list(decoder_blocks(model)[1])[-spared:] if spared else ():
+        setattr(layer, SWITCH, False)
