@@ -97,7 +97,7 @@ def test_plan_when_told_to_write_without_a_file_is_refused(capsys: pytest.Captur
 def test_plan_when_nothing_fits_tells_what_would_and_writes_nothing(plan: PlanIt, file: Path) -> None:
     before = file.read_text(encoding="utf-8")
     done = plan("--gpu", "rtx4090")
-    assert done.code == 0
+    assert done.code == 1
     assert "NOTHING FITS" in done.out
     assert "finetuning_type: lora" in done.out
     done = plan("--gpu", "rtx4090", "--write")

@@ -54,7 +54,7 @@ def plan(
     plot: Plot = None,
     write: Write = False,
 ) -> None:
-    """Tell what fits, what is fastest and why, before the run."""
+    """Tell what fits, what is fastest and why, before the run; exit code 1 where nothing fits."""
     with clear_errors():
         asked = _read("plan", words)
         if write and asked.file is None:
@@ -69,6 +69,8 @@ def plan(
             log.info("Drawn: %s", plot)
         if write and asked.file is not None:
             _write(found, asked.file)
+        if found.best is None:
+            raise typer.Exit(1)
 
 
 def plan_run(run: Run, cluster: Cluster) -> Plan:

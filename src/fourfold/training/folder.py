@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,22 @@ def claim(run: Run) -> Path:
             "by overwrite_output_dir=true, or name another folder."
         )
     check_named(output.resume_from_checkpoint, folder)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be made ({error.strerror}). Name another folder.") from error
     _lock(folder)
+    if is_new:
+        _MADE.append(folder)
     prune(folder, None)
     return folder
 
 
 _LOCKED: dict[tuple[int, int], int] = {}
 """Descriptors of the folders that this process has locked, by device and inode."""
+_MADE: list[Path] = []
+"""Folders that were not there before this process claimed them."""
 
 
 def _lock(folder: Path) -> None:
@@ -96,7 +102,10 @@ def _lock(folder: Path) -> None:
 
 
 def release() -> None:
-    """Let others have what this process has claimed."""
+    """Let others have what this process has claimed; a new folder into which nothing was written is removed."""
+    while _MADE:
+        with suppress(OSError):  # it is not empty
+            _MADE.pop().rmdir()
     while _LOCKED:
         os.close(_LOCKED.popitem()[1])
 

@@ -43,3 +43,12 @@ def test_folder_when_another_run_is_at_work_in_it_is_refused_until_it_ends(tmp_p
         assert folder.claim(run_in(tmp_path / "out")) == tmp_path / "out"  # of this process
     finally:
         folder.release()
+
+
+def test_folder_when_nothing_was_written_into_it_is_there_again_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new", "used"):
+        folder.claim(run_in(tmp_path / name))
+    (tmp_path / "used" / "file").touch()
+    folder.release()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "used"]
