@@ -90,9 +90,10 @@ def _throughput(name: str, row: dict[str, Any], rows: Rows) -> Iterator[Verdict]
         return
     if "step" in (off := errors(row)):
         yield at_most(f"{name}: step predicted", abs(off["step"]), STEP_PERCENT, " %")
-    if "bubble" in row and row.get("predicted_bubble"):
-        apart = 100 * abs(row["bubble"] / row["predicted_bubble"] - 1)
-        yield at_most(f"{name}: bubble {row['bubble']:.3f} beside the formula's", apart, BUBBLE_PERCENT, " %")
+    bubble = row.get("bubble_of_kernels", row.get("bubble"))
+    if bubble is not None and row.get("predicted_bubble"):
+        apart = 100 * abs(bubble / row["predicted_bubble"] - 1)
+        yield at_most(f"{name}: bubble {bubble:.3f} beside the formula's", apart, BUBBLE_PERCENT, " %")
     target = SPEEDS[case].target
     if target is not None:
         yield at_least(f"{name}: tokens/s of a GPU", row["tokens_per_sec_per_gpu"], target)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -151,8 +151,11 @@ def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     """One row of what the ranks found: times of the slowest, memory of each; None for ranks that had no part."""
     rows = [row for row in found if row is not None]
     slowest = max(rows, key=lambda row: row["step_s"])
+    busy = [row.pop("busy_s") for row in rows if "busy_s" in row]
+    idle = {"busy_s": busy, "bubble_of_kernels": 1 - fmean(busy) / slowest["traced_pass_s"]} if busy else {}
     return {
         **slowest,
+        **idle,
         "ranks": len(rows),
         "losses": rows[0]["losses"],
         **{key: [row[key] for row in rows] for key in ("loaded_gib", "allocated_gib", "reserved_gib")},
@@ -160,21 +163,27 @@ def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def idle_of(ready: Ready, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
-    """What a pipeline idles in forward and backward of a step."""
+    """What a pipeline idles in forward and backward of a step: by passes of two lengths; and by this rank's kernels
+    but those that wait for another rank, which tells idling from work where micro-batches do not take equally long."""
+
+    def seconds_of(count: int) -> float:
+        ready.optimizer.zero_grad(set_to_none=True)
+        _wait(device)
+        began = time.perf_counter()
+        ready.step.forward_backward(batches[:count])
+        _wait(device)
+        return time.perf_counter() - began
+
     many, few = len(batches), len(batches) // 2
-    times = {}
-    for count in (many, few):
-        seconds = []
-        for _ in range(TIMED):
-            ready.optimizer.zero_grad(set_to_none=True)
-            _wait(device)
-            began = time.perf_counter()
-            ready.step.forward_backward(batches[:count])
-            _wait(device)
-            seconds.append(time.perf_counter() - began)
-        times[count] = median(seconds[1:])
+    times = {count: median([seconds_of(count) for _ in range(TIMED)][1:]) for count in (many, few)}
     each, share = bubble_of(times[many], times[few], many, few)
-    return {"micro_batches": many, "micro_batch_s": each, "pass_s": times[many], "bubble": share}
+    found = {"micro_batches": many, "micro_batch_s": each, "pass_s": times[many], "bubble": share}
+    if device.type != "cuda":
+        return found
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        traced_s = seconds_of(many)
+    _, work = _kernels(profiler)
+    return {**found, "traced_pass_s": traced_s, "busy_s": 1e-3 * _merged(work)}
 
 
 def bubble_of(longer_s: float, shorter_s: float, many: int, few: int) -> tuple[float, float]:
@@ -208,11 +217,16 @@ def _traced(ready: Ready, batches: Sequence[Batch], mesh: Mesh, trace: Path) -> 
         ready.train(batches)
         _wait(mesh.device)
     profiler.export_chrome_trace(str(trace))
+    exchange, work = _kernels(profiler)
+    either = _merged([*exchange, *work])
+    return {"busy_ms": either, "exchange_ms": _merged(exchange), "exchange_alone_ms": either - _merged(work)}
+
+
+def _kernels(profiler: profile) -> tuple[list[Any], list[Any]]:
+    """When kernels ran that exchange something with other ranks, and when all others did."""
     kernels = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
-    exchange = _merged([event.time_range for event in kernels if "nccl" in event.name.lower()])
-    rest = _merged([event.time_range for event in kernels if "nccl" not in event.name.lower()])
-    either = _merged([event.time_range for event in kernels])
-    return {"busy_ms": either, "exchange_ms": exchange, "exchange_alone_ms": either - rest}
+    exchange = [event.time_range for event in kernels if "nccl" in event.name.lower()]
+    return exchange, [event.time_range for event in kernels if "nccl" not in event.name.lower()]
 
 
 def _merged(ranges: Sequence[Any]) -> float:
