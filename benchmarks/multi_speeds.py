@@ -27,7 +27,7 @@ class Speed:
         sequences: lengths of a micro-batch's documents on a data-parallel rank.
         batches: micro-batches of a step.
         note: how it is cut down from what it stands for.
-        target: tokens/s of each GPU; where 4 GPUs have room for all of what it is meant for, or on 8.
+        target: tokens/s of each GPU, from the issue; for 8, and for 4 where the same rows fit.
         bubble: also find out what the pipeline idles, by a step of half as many micro-batches.
         seconds: that it is expected to take, loading included.
     """

@@ -154,6 +154,7 @@ def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     busy = [row.pop("busy_s") for row in rows if "busy_s" in row]
     idle = {"busy_s": busy, "bubble_of_kernels": 1 - fmean(busy) / slowest["traced_pass_s"]} if busy else {}
     return {
+        **rows[0],  # which alone has what was traced
         **slowest,
         **idle,
         "ranks": len(rows),

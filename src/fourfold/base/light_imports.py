@@ -2,8 +2,9 @@
 
 `generate` with an assistant model asks scikit-learn for a curve, losses of object detection ask SciPy for a matching,
 and what reads images and videos asks torchvision. Where these packages are installed, each import of the library
-brings them along, with pandas and models of torchvision's own: some 2 s of a start on an H100's host. Nothing here
-needs any of them. To be imported before the rest of Transformers.
+brings them along, with pandas and models of torchvision's own: some 2 s of a start on an H100's host. Fourfold
+needs none of them; in its process Transformers' image processors do without torchvision. To be imported before the rest
+of Transformers.
 """
 
 from __future__ import annotations

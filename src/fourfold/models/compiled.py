@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -35,11 +35,24 @@ class Compiled:
 
     Attributes:
         is_asked: they are compiled without gradients, too.
-        failed: of what could not be compiled, and runs as it is: with gradients True, without them False.
+        trains_plain, asks_plain: they could not be compiled with gradients, or without, and run so as they are.
     """
 
     is_asked: bool = False
-    failed: set[bool] = field(default_factory=set)
+    trains_plain: bool = False
+    asks_plain: bool = False
+
+    @property
+    def runs_plain(self) -> bool:
+        """Whether they run as they are now."""
+        return self.trains_plain if torch.is_grad_enabled() else self.asks_plain
+
+    def give_up(self) -> None:
+        """Run them as they are from now on: with gradients, or without, as it is now."""
+        if torch.is_grad_enabled():
+            self.trains_plain = True
+        else:
+            self.asks_plain = True
 
     @contextmanager
     def asked(self) -> Iterator[None]:
@@ -80,12 +93,12 @@ class CompiledForward:
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() in self._shared.failed:
+        if self._shared.runs_plain:
             return self._own(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)
         except self._errors as error:  # not others: a layer that is computed again is stopped by an exception
-            self._shared.failed.add(torch.is_grad_enabled())
+            self._shared.give_up()
             what = "" if torch.is_grad_enabled() else " where they have no gradients"
             reason = str(error).strip().partition("\n")[0]
             log.warning("torch_compile: the layers of this model are not compiled%s (%s).", what, reason)

@@ -75,7 +75,7 @@ _OPERATORS.define(
 
 
 def _as_batch(tensor: Tensor, documents: int) -> Tensor:
-    """[1, heads, S, d] -> [documents, heads, S / documents, d], a view where positions lie one after the other."""
+    """[1, heads, S, d] -> [documents, heads, S / documents, d], a view."""
     return tensor[0].transpose(0, 1).unflatten(0, (documents, -1)).transpose(1, 2)
 
 

@@ -317,7 +317,7 @@ class StepModel:
             self._use_packed_attention()
 
     def asked(self) -> AbstractContextManager[None]:
-        """Within it the model is asked before it is trained on the same rows."""
+        """Within it the model is asked as part of a step that trains it."""
         return nullcontext() if self.compiled is None else self.compiled.asked()
 
     def _compiles_loss(self) -> bool:

@@ -1,8 +1,8 @@
 """Linear layers of trained weights whose masters are wider than the products: fp32 masters, products in 16 bits.
 
 Autocast copies each master for its product and keeps the copy for the backward pass: two bytes a number of all layers
-for as long as their activations live. Here each direction is one operator that copies for itself, and the weight's
-gradient is written in the master's dtype by the product that makes it, neither rounded to 16 bits nor cast back.
+for as long as their activations live. Here each direction is one operator that copies for itself, and on CUDA the
+gradient of an fp32 master is written by the product that makes it, neither rounded to 16 bits nor cast back.
 """
 
 from __future__ import annotations

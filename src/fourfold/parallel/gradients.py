@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 _BUCKET_MB = 100
+_MOST_TOGETHER = 2**26
+"""Numbers whose gradients may wait for each other before they are added: 256 MiB in fp32."""
 
 
 class GradientSync(Protocol):
@@ -64,13 +66,23 @@ class FsdpSync:
 
 
 def add_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """What `loss.backward()` does where every gradient is there already, but all are added by a few kernels together.
+    """What `loss.backward()` does, but many small gradients, which must be there already, are added by a few kernels.
 
     Nothing that waits for single gradients (DDP, FSDP) hears of it.
     """
+    if sum(parameter.numel() for parameter in parameters) > _MOST_TOGETHER:
+        loss.backward()
+        return
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    pairs = [(p.grad, new) for p, new in zip(parameters, found, strict=True) if p.grad is not None and new is not None]
-    torch._foreach_add_([old for old, _ in pairs], [new for _, new in pairs])  # pyright: ignore[reportPrivateImportUsage]
+    places: list[Tensor] = []
+    added: list[Tensor] = []
+    for parameter, new in zip(parameters, found, strict=True):
+        if new is not None:
+            assert parameter.grad is not None
+            places.append(parameter.grad)
+            added.append(new)
+    if added:
+        torch._foreach_add_(places, added)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def replicate(module: nn.Module, group: dist.ProcessGroup | None) -> DistributedDataParallel:

@@ -165,7 +165,7 @@ class Step:
         observe: further figures of the step that was trained, over all ranks.
         staged: runs the micro-batches through a pipeline instead of one after the other.
         module: the model, put into evaluation mode while it is only asked.
-        asked: context of what is asked of it.
+        asked: context of what is asked of it while it is trained.
         reference: within it the model is its own reference: adapters do nothing.
         teacher: the second model of a run that has one.
         graphs: what replays micro-batches; None where each is run as it is.
@@ -247,7 +247,7 @@ class Step:
         loss = torch.stack(parts).sum()
         return loss if self.scale is None else self.scale(loss), found
 
-    def work(self, parameters: Sequence[nn.Parameter], batch: Batch, denominators: dict[str, Tensor]) -> LossTerms:
+    def work(self, batch: Batch, denominators: dict[str, Tensor], *, parameters: Sequence[nn.Parameter]) -> LossTerms:
         """One micro-batch on the device, forward and backward: what `graphs` records.
 
         Args:
@@ -370,7 +370,7 @@ class Step:
         if self.module is not None and training:
             self.module.eval()
         try:
-            with self.asked():
+            with self.asked() if training else nullcontext():  # an evaluation asks as it scores
                 yield
         finally:
             if self.module is not None and training:

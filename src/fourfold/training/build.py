@@ -108,7 +108,10 @@ class Built:
             return step
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         return replace(
-            step, graphs=Graphs(self.mesh.device, trained, partial(step.work, trained), compiled=self.fast.compiled)
+            step,
+            graphs=Graphs(
+                self.mesh.device, trained, partial(step.work, parameters=trained), compiled=self.fast.compiled
+            ),
         )
 
     def keep_unpacked(self, run: Run) -> int:

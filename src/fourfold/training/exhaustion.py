@@ -33,6 +33,7 @@ class Place:
         micro_batch_tokens: the limit of a micro-batch that was at work; 0 where none was.
         longest_sample: tokens of the longest sample, which is not cut.
         recompute: what the backward pass computed again; None where there was none.
+        spared: layers of which it computed nothing again.
         generates: whether answers were generated.
     """
 
@@ -40,6 +41,7 @@ class Place:
     micro_batch_tokens: int = 0
     longest_sample: int = 0
     recompute: Recompute | None = None
+    spared: int = 0
     generates: bool = False
 
 
@@ -107,7 +109,7 @@ def _advice(run: Run, mesh: Mesh, place: Place) -> Iterator[str]:
         )
     if place.recompute == "none":
         yield "parallel.recompute: selective, which computes the cheap rest of each layer again instead of keeping it."
-    if place.recompute in ("none", "selective"):
+    if place.recompute in ("none", "selective") or place.spared:
         yield "parallel.recompute: full (or gradient_checkpointing: true) keeps least; about a third slower."
     if tuning.finetuning_type != "lora":
         yield f"finetuning_type: lora instead of {tuning.finetuning_type}: the base needs no gradients then."

@@ -93,7 +93,7 @@ def fit(parts: Parts) -> dict[str, float]:
 def _place(parts: Parts, budget: Budget, state: TrainState) -> Place:
     """Where the training is."""
     what = f"in step {state.step + 1} of {budget.max_steps}"
-    return Place(what, parts.policy.max_tokens, parts.sizes().longest, recompute=parts.recompute)
+    return Place(what, parts.policy.max_tokens, parts.sizes().longest, recompute=parts.recompute, spared=parts.spared)
 
 
 def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:

@@ -220,5 +220,7 @@ def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys, spar
     kwargs = settings(kind, remember=noise.remembered, random=random, grouped_biases=biases)
     with recompute_noise_ignored():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    # which reentrant checkpoints need alone; frozen layers at the bottom would have gradients, and keep what these take
+    model.disable_input_require_grads()
     for layer in list(decoder_blocks(model)[1])[-spared:] if spared else ():
         setattr(layer, SWITCH, False)

@@ -153,7 +153,8 @@ class Outlook:
         Args:
             room: bytes for a step, beside the loaded model.
         """
-        if recompute == "none" or self.layout.pp > 1:
+        # under freeze tuning few layers keep anything, and those are the last ones
+        if recompute == "none" or self.layout.pp > 1 or self.heaviest.tuning == "freeze":
             return self
         each, left = self._kept_by_a_layer(recompute, micro_batch), room - self.to_come(recompute, micro_batch)
         count = min(left // each, self.shape.num_layers - 1) if each > 0 else 0

@@ -31,7 +31,7 @@ def on_cpu() -> Iterator[None]:
     def forward(
         query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None
     ) -> tuple[Tensor, Tensor]:
-        assert query.transpose(1, 2).is_contiguous()  # else it would be copied to become a batch
+        assert query.transpose(1, 2).is_contiguous()  # as layers give them
         sums = query.new_zeros((documents, query.shape[1], query.shape[2] // documents, 1), dtype=torch.float32)
         return _as_the_kernel_leaves_it(_attention(query, key, value, documents, scale)), sums
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
+from fourfold.parallel import gradients
 from fourfold.parallel.gradients import add_gradients
 
 
-def test_gradients_when_added_together_are_what_backward_adds() -> None:
+@pytest.mark.parametrize("most", [0, 2**26])  # one by one, and together
+def test_gradients_when_added_together_are_what_backward_adds(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_MOST_TOGETHER", most)
     torch.manual_seed(0)
     one = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     one.register_parameter("unused", nn.Parameter(torch.ones(4)))

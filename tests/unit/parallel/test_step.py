@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
+from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel
 from fourfold.parallel.reduce import clip_gradients
-from fourfold.parallel.step import Step, StepResult
+from fourfold.parallel.step import Scorer, Step, StepResult
 
 
 def _model() -> LlamaForCausalLM:
@@ -92,3 +93,39 @@ def test_clip_gradients_when_zero_leaves_them_alone() -> None:
     parameter.grad = torch.tensor([3.0, 4.0])
     clip_gradients([parameter], 0.0)
     assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+class _Asking(TokenLoss):
+    """Asks the model for log-probabilities before each step."""
+
+    def prepare(self, batches: Sequence[Batch], scorer: Scorer) -> list[Batch]:
+        scorer.document_logps(batches, reference=False)
+        return list(batches)
+
+
+def test_step_when_it_asks_its_model_does_so_as_part_of_the_training_alone() -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def asked() -> Iterator[None]:
+        entered.append("asked")
+        yield
+
+    model, policy = _model(), CutPolicy(packed=True, max_tokens=40)
+    step = Step(
+        StepModel(model, packed=True),
+        _Asking(),
+        torch.device("cpu"),
+        nullcontext,
+        lambda: filler(policy),
+        module=model,
+        asked=asked,
+    )
+    batches = cut(_samples(), policy)
+    model.eval()
+    step.forward(batches)
+    assert entered == []
+    model.train()
+    step.forward_backward(batches)
+    assert entered == ["asked"]
+    assert model.training

@@ -71,6 +71,11 @@ def test_layers_when_they_are_of_a_pipeline_are_not_spared(look: Look) -> None:
     assert outlook.sparing("full", 100_000, 1 << 50).spared == 0
 
 
+def test_layers_when_most_are_frozen_are_not_spared(look: Look) -> None:
+    outlook = look(num_hidden_layers=6, finetuning_type="freeze", freeze_trainable_layers=2)
+    assert outlook.sparing("full", 100_000, 1 << 50).spared == 0
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_bytes_to_come_when_tokens_are_added_grow_by_what_layers_keep(look: Look, recompute: Recompute) -> None:
     outlook = look()

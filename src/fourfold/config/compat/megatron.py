@@ -44,7 +44,9 @@ class MegatronKeys(Section):
     recompute_method: Literal["uniform", "block"] | None = settled(
         None, "Which layers are recomputed.", "all layers are treated alike"
     )
-    recompute_num_layers: int | None = settled(None, "How many layers are recomputed.", "all layers are treated alike")
+    recompute_num_layers: int | None = settled(
+        None, "How many layers are recomputed.", "recompute: auto leaves out as many as there is room for"
+    )
     account_for_embedding_in_pipeline_split: bool = settled(False, "Count the embedding as a layer.", _STAGES)
     account_for_loss_in_pipeline_split: bool = settled(False, "Count the loss as a layer.", _STAGES)
     bias_activation_fusion: bool = settled(True, "Fuse bias and activation.", _FUSED)
