@@ -136,8 +136,12 @@ def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
     """What is left beside a step goes to layers of which nothing is computed again."""
     after = outlook.unpacked() if fit.unpacks else outlook
     after = after.keeping_logits() if fit.keeps_logits else after
-    room = int(free * _SHARE) - (after.loaded() - outlook.loaded())
-    return replace(outlook, spared=after.sparing(fit.recompute, largest, room).spared)
+    return replace(outlook, spared=after.sparing(fit.recompute, largest, _room_after(outlook, after, free)).spared)
+
+
+def _room_after(outlook: Outlook, after: Outlook, free: int) -> int:
+    """Bytes that a step may take once the loaded model has become another."""
+    return int(free * _SHARE) - (after.loaded() - outlook.loaded())
 
 
 def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
@@ -150,14 +154,15 @@ def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: i
     if not outlook.may_unpack:
         return False
     after = outlook.unpacked()
-    return after.loaded() - outlook.loaded() + after.to_come(recompute, largest) <= int(free * _SHARE)
+    return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
 
 
 def logits_fit(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
     """Whether logits of more than one chunk may be kept; see `unpacking_fits`."""
     if not outlook.may_keep_logits or largest <= outlook.job.chunk:
         return False
-    return outlook.keeping_logits().to_come(recompute, largest) <= int(free * _SHARE)
+    after = outlook.keeping_logits()
+    return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
 
 
 def fit_to_bytes(
