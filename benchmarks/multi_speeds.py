@@ -151,6 +151,17 @@ _FOUR: dict[str, Speed] = {
         },
         ranks=4,
     ),
+    "8b-lora-pp4-interleaved_1f1b-own-groups": Speed(
+        _8B,
+        "lora",
+        Layout(pp=4, pp_schedule="interleaved_1f1b", pp_layers=(5, 4, 4, 4, 4, 4, 4, 3), pp_overlap_p2p=True),
+        "none",
+        (4096,),
+        8,
+        note="sends and receives in groups of their own",
+        bubble=True,
+        seconds=30,
+    ),
     "70b-lora-fsdp4-8k-compiled": Speed(
         _70B, "lora compiled", Layout(dp_shard=4), "full", _ROW, target=1200, seconds=120
     ),

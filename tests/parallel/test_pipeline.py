@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from cells import LAYOUTS, Cell
-from harness import Case, alone, assert_together_same, run_ranks, under
+from harness import Case, alone, assert_together_same, run_ranks, train, under
 
 from fourfold.base.errors import PlanError
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.launch import Machines, WorkerError, launch
 from fourfold.parallel.mesh import build_mesh, start_process_group
+from fourfold.parallel.pipeline import _Stage
 from fourfold.parallel.stages import cut_stages
 from fourfold.planning.layout import Layout
 from tiny_models import tiny_model
 
 _CPU = torch.device("cpu")
 _FOUR = (("num_hidden_layers", 4),)
+_SIX = (("num_hidden_layers", 6),)
 _EIGHT = (("num_hidden_layers", 8),)
 
 
@@ -36,6 +40,13 @@ CASES = {
         LAYOUTS["pp2-interleaved_1f1b"],
     ),
     "zbv-tied": (Case("qwen3", overrides=_FOUR), _pp(2, "zbv")),
+    "interleaved-own-groups": (Case(overrides=_FOUR), _pp(2, "interleaved_1f1b", pp_overlap_p2p=True)),
+    "interleaved-own-groups-3": (Case("qwen3", overrides=_SIX), _pp(3, "interleaved_1f1b", pp_overlap_p2p=True)),
+    "interleaved-own-groups-replicas": (
+        Case(tuning="lora", overrides=_FOUR),
+        _pp(2, "interleaved_1f1b", pp_overlap_p2p=True, dp_replicate=2),
+    ),
+    "interleaved-own-groups-4": (Case(overrides=_EIGHT), _pp(4, "interleaved_1f1b", pp_overlap_p2p=True)),
     "scaled-embeddings": (Case("granite"), _pp(2)),
     "replicas": (Case("qwen3"), _pp(2, dp_replicate=2)),
     "shared-positions-between-two-stages": (
@@ -56,6 +67,27 @@ def test_training_when_in_stages_equals_one_process(name: str) -> None:
     case, layout = CASES[name]
     torch.set_num_threads(1)
     assert_together_same(under(case, layout), alone(case))
+
+
+@pytest.mark.parametrize(("ranks", "case"), [(2, Case(overrides=_FOUR)), (3, Case(overrides=_SIX))])
+def test_messages_when_groups_are_apart_are_sent_by_others_than_they_are_received(ranks: int, case: Case) -> None:
+    def work() -> dict[tuple[str, bool], set[int]]:
+        used: dict[tuple[str, bool], set[int]] = {}
+        by_lane = _Stage._by_lane
+
+        def noted(self: _Stage, ops: list[dist.P2POp], way: Any, source: int) -> list[dist.P2POp]:
+            for op in (found := by_lane(self, ops, way, source)):
+                used.setdefault((way, op.op is dist.isend), set()).add(id(op.group))
+            return found
+
+        with mock.patch.object(_Stage, "_by_lane", noted):
+            layout = _pp(ranks, "interleaved_1f1b", pp_overlap_p2p=True)
+            train(case, build_mesh(layout, _CPU))
+        return used
+
+    for used in run_ranks(ranks, work):
+        assert len(used) == 4  # both ways, sent and received
+        assert sum(map(len, used.values())) == len(set.union(*used.values())) == 4
 
 
 def test_bytes_when_uneven_stages_are_asked_for_are_theirs() -> None:

@@ -22,8 +22,8 @@ class ParallelConfig(Section):
     title: ClassVar[str] = "Parallel"
     NESTED: ClassVar[tuple[str, ...]] = (
         "dp_replicate", "dp_shard", "cp", "tp", "pp", "ep", "sequence_parallel", "loss_parallel", "pp_schedule",
-        "pp_microbatches", "pp_layers_per_stage", "reshard_after_forward", "cp_method", "offload", "offload_folder",
-        "recompute", "offload_activations",
+        "pp_microbatches", "pp_layers_per_stage", "pp_overlap_p2p", "reshard_after_forward", "cp_method", "offload",
+        "offload_folder", "recompute", "offload_activations",
     )  # fmt: skip
 
     strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp", "tp", "pp", "custom"] = key(
@@ -52,6 +52,11 @@ class ParallelConfig(Section):
         None, "Micro-batches in the pipeline per step, at least; default: as many as ranks.", ge=1
     )
     pp_layers_per_stage: tuple[int, ...] | None = key(None, "Layers of each stage, first to last; default: even.")
+    pp_overlap_p2p: bool = key(
+        False,
+        "With interleaved_1f1b: sends and receives between stages have process groups of their own, so that none waits "
+        "behind another. By computation it is what makes the schedule worth it; not measured on GPUs yet.",
+    )
     cp_method: Literal["allgather", "ulysses", "ring"] = key(
         "allgather",
         "How context-parallel ranks see each other's keys: gathered, passed round a ring (least memory), or heads "

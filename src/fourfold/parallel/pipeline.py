@@ -26,6 +26,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from fourfold.parallel.lanes import Lanes, Way, open_lanes
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.sharded import local
 from fourfold.parallel.stages import Part, StageCut
@@ -123,13 +124,38 @@ class _StageModule(nn.Module):
 
 
 class _Stage(PipelineStage):
-    """A stage that tells its module which micro-batch it is called with."""
+    """A stage that tells its module which micro-batch it is called with, and sends and receives by lanes, if any."""
+
+    lanes: Lanes | None = None
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As PyTorch's."""
         assert isinstance(self.submod, _StageModule)
         self.submod.number = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As PyTorch's."""
+        return self._by_lane(super().get_fwd_recv_ops(fwd_chunk_id), "forward", self.stage_index - 1)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As PyTorch's."""
+        return self._by_lane(super().get_fwd_send_ops(fwd_chunk_id), "forward", self.stage_index)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As PyTorch's."""
+        return self._by_lane(super().get_bwd_recv_ops(bwd_chunk_id), "backward", self.stage_index)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As PyTorch's."""
+        return self._by_lane(super().get_bwd_send_ops(bwd_chunk_id), "backward", self.stage_index - 1)
+
+    def _by_lane(self, ops: list[dist.P2POp], way: Way, source: int) -> list[dist.P2POp]:
+        """The same messages by the lane of the edge that begins at a stage; its ranks are numbered as the group's."""
+        if self.lanes is not None:
+            for op in ops:
+                op.group = self.lanes.of(way, source % self.lanes.ranks)
+        return ops
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # torch 2.11 greets both neighbours before the first step, and in zbv the one rank that has two stages in a
@@ -150,6 +176,8 @@ class Pipeline:
         group = mesh.group(("pp",))
         assert group is not None, "a pipeline has several ranks"
         self._group = group
+        overlaps = mesh.layout.pp_overlap_p2p and mesh.layout.pp_schedule == "interleaved_1f1b"
+        self._lanes = open_lanes(mesh) if overlaps else None
 
     def count(self, wanted: int) -> int:
         """The least number of micro-batches from `wanted` on that the schedule can run."""
@@ -206,7 +234,7 @@ class Pipeline:
         hidden = tuple(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape, dtype in wires)
         loss = torch.empty((), device="meta", requires_grad=True)
         number = torch.empty(1, dtype=torch.int64, device="meta")
-        return _Stage(
+        stage = _Stage(
             _StageModule(part, forward),
             part.index,
             self.cut.num_stages,
@@ -215,3 +243,5 @@ class Pipeline:
             output_args=(loss,) if part.is_last else hidden,
             group=self._group,
         )
+        stage.lanes = self._lanes
+        return stage

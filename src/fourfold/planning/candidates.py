@@ -146,6 +146,7 @@ def _settled(sizes: dict[str, Any], shape: ModelShape, wishes: Wishes, barred: d
         pp_schedule=parallel.pp_schedule,
         pp_microbatches=parallel.pp_microbatches or 0,
         pp_layers=parallel.pp_layers_per_stage or (),
+        pp_overlap_p2p=parallel.pp_overlap_p2p,
     )
     schedules: list[Any] = [parallel.pp_schedule]
     if sizes["pp"] > 1 and not wishes.is_given("pp_schedule") and not base.pp_layers:

@@ -33,6 +33,7 @@ class Layout:
         pp_schedule: order of work in the pipeline.
         pp_microbatches: micro-batches of a step in the pipeline at least; 0 for as many as it needs.
         pp_layers: layers of each stage, first to last; empty for an even split.
+        pp_overlap_p2p: interleaved stages send and receive by groups of their own.
     """
 
     dp_replicate: int = 1
@@ -51,6 +52,7 @@ class Layout:
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = "1f1b"
     pp_microbatches: int = 0
     pp_layers: tuple[int, ...] = ()
+    pp_overlap_p2p: bool = False
 
     @property
     def world_size(self) -> int:
@@ -146,6 +148,7 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
         pp_schedule=config.pp_schedule,
         pp_microbatches=config.pp_microbatches or 0,
         pp_layers=config.pp_layers_per_stage or (),
+        pp_overlap_p2p=config.pp_overlap_p2p,
     )
 
 
