@@ -10,6 +10,7 @@ receives and what it sends in one direction are then never in one group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.parallel.mesh import Mesh
+from fourfold.planning.axes import AXES
+from fourfold.planning.layout import Layout
 
 Way = Literal["forward", "backward"]
 
@@ -56,11 +59,7 @@ def open_lanes(mesh: Mesh) -> Lanes:
     They are set up by all of their ranks at once, and each edge is used once: a group that is set up by its first
     message would hold its host until the other ranks come to theirs, which may be waiting for this one.
     """
-    whole = mesh.device_mesh
-    assert whole is not None, "a pipeline has several ranks"
-    names = whole.mesh_dim_names
-    assert names is not None
-    rows = whole.mesh.movedim(names.index("pp"), -1).reshape(-1, mesh.layout.pp).tolist()
+    rows = pipelines(mesh.layout)
     own = next(row for row in rows if dist.get_rank() in row)
     colours = range(3 if len(own) % 2 else 2)
     found = {way: tuple(_group(rows, own, mesh.device) for _ in colours) for way in ("forward", "backward")}
@@ -71,6 +70,14 @@ def open_lanes(mesh: Mesh) -> Lanes:
         for colour in colours:
             _greet(lanes, way, colour, own, mesh.device)
     return lanes
+
+
+def pipelines(layout: Layout) -> list[list[int]]:
+    """The ranks of each pipeline of a job: a mesh counts through its last axis first."""
+    names = [axis.name for axis in AXES]
+    apart = math.prod(getattr(layout, name) for name in names[names.index("pp") + 1 :])
+    firsts = [rank for rank in range(layout.world_size) if rank // apart % layout.pp == 0]
+    return [[first + apart * place for place in range(layout.pp)] for first in firsts]
 
 
 def _group(rows: list[list[int]], own: list[int], device: torch.device) -> dist.ProcessGroup:

@@ -42,6 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {
         "llama": save_tiny_model(root / "llama", "llama", **_SIZES),
+        "deep": save_tiny_model(root / "deep", "llama", **{**_SIZES, "num_hidden_layers": 4}),
         "tied": save_tiny_model(root / "tied", "llama", **_SIZES, tie_word_embeddings=True),
         "experts": save_tiny_model(root / "experts", "qwen3_moe", **_SIZES, **_EXPERTS),
     }
@@ -107,6 +108,13 @@ def test_rehearse_when_layers_are_spared_keeps_more_and_computes_less_again(
     assert [count - calls[-1] for count in calls[:-1]] == [steps * (layers - spared) for spared in range(layers)]
     assert peaks == sorted(peaks)
     assert peaks[0] < peaks[-1]
+
+
+def test_rehearse_when_stages_send_by_groups_of_their_own_takes_as_much(folders: dict[str, Path]) -> None:
+    run = load({"model_name_or_path": str(folders["deep"]), **_TUNINGS["lora"]})
+    layouts = [Layout(pp=2, pp_schedule="interleaved_1f1b", pp_overlap_p2p=apart) for apart in (False, True)]
+    one, other = (rehearse(run, layout, Workload((64,), 4)).peak.total for layout in layouts)
+    assert one == other
 
 
 def test_build_when_a_pipeline_cuts_packed_layers_away_lets_go_of_them(
