@@ -8,10 +8,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from step_clock import StepClock, StepFigures, peak_rss_bytes
 
 GIB = 2**30
+Mark = torch.cuda.Event | float
+"""A moment of a device's stream, or of the host's clock in seconds."""
 
 
 @dataclass
@@ -27,17 +30,17 @@ class DeviceClock(StepClock):
 
     process_started: float = 0.0
     startup_s: float | None = None
-    _marks: list[torch.cuda.Event | float] = field(default_factory=list)
+    _marks: list[Mark] = field(default_factory=list)
 
     def begin(self) -> None:
         """Call before each step."""
         self.turn()
         if not self._marks:
-            self._marks.append(_mark())
+            self._marks.append(mark(on_gpu=torch.cuda.is_available()))
 
     def end(self, tokens: int) -> StepFigures:
         """Call after each step; its `seconds` are there after `settle`."""
-        self._marks.append(_mark())
+        self._marks.append(mark(on_gpu=torch.cuda.is_available()))
         self.steps.append(StepFigures(len(self.steps) + 1, 0.0, 0.0, tokens, peak_rss_bytes()))
         if self.startup_s is None:
             synchronize()
@@ -48,12 +51,7 @@ class DeviceClock(StepClock):
         """Read the marks, once all steps are over."""
         synchronize()
         for step, first, second in zip(self.steps, self._marks, self._marks[1:], strict=False):
-            if isinstance(first, float) or isinstance(second, float):
-                assert isinstance(first, float)
-                assert isinstance(second, float)
-                step.seconds = second - first
-            else:
-                step.seconds = 1e-3 * first.elapsed_time(second)
+            step.seconds = seconds_between(first, second)
 
     def figures(self, warmup: int, samples_per_step: float) -> dict[str, Any]:
         """Speed over the steps after the first `warmup`, by the median step and by all of them."""
@@ -97,9 +95,29 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def _mark() -> torch.cuda.Event | float:
-    if not torch.cuda.is_available():
+def mark(*, on_gpu: bool) -> Mark:
+    """Now: for the GPU, once it has done what it was given, or else for the host."""
+    if not on_gpu:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def seconds_between(first: Mark, second: Mark) -> float:
+    """From one mark to another of the same kind; the GPU must have come to both."""
+    if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
+        return 1e-3 * first.elapsed_time(second)
+    assert isinstance(first, float)
+    assert isinstance(second, float)
+    return second - first
+
+
+def profiled(*, on_gpu: bool) -> list[ProfilerActivity]:
+    """What torch's profiler is to watch."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+
+
+def gpu_events(profiler: profile) -> list[Any]:
+    """Of what was profiled, what ran on the GPU."""
+    return [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]

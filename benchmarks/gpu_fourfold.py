@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from environment import environment
 from fourfold.base.log import setup_logging
 from fourfold.config.load import load
-from gpu_clock import GIB, DeviceClock, device_name, peak_memory, synchronize
+from gpu_clock import GIB, DeviceClock, device_name, gpu_events, peak_memory, profiled, synchronize
 from recorder import Prepared, prepare
 
 
@@ -96,8 +96,7 @@ class _Profiler:
 
     def __init__(self, skipped: int) -> None:
         self._left = skipped
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        self._profile = profile(activities=activities)
+        self._profile = profile(activities=profiled(on_gpu=torch.cuda.is_available()))
         self._started = 0.0
 
     def __call__(self) -> None:
@@ -113,7 +112,7 @@ class _Profiler:
         wall_ms = 1e3 * (time.perf_counter() - self._started)
         self._profile.stop()
         on_cuda = torch.cuda.is_available()
-        kernels = [event for event in self._profile.events() or [] if event.device_type.name == "CUDA"]
+        kernels = gpu_events(self._profile)
         sort_by = "self_device_time_total" if on_cuda else "self_cpu_time_total"
         table = self._profile.key_averages().table(sort_by=sort_by, row_limit=70, max_name_column_width=70)
         return {

@@ -28,6 +28,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.step import StepResult
 from fourfold.parallel.whole import everyone
 from fourfold.training.host_speed import host_op_seconds
+from gpu_clock import gpu_events, mark, profiled, seconds_between
 from multi_assembly import Ready, assemble, free, made_up, peak_gib, random_model
 from multi_layouts import TINY_WIDTHS
 from multi_speeds import Speed
@@ -116,35 +117,19 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
 def _timed(ready: Ready, batches: Sequence[Batch], device: torch.device) -> tuple[list[float], list[StepResult]]:
     """Seconds of each step, and what it found."""
     results: list[StepResult] = []
-    ends = [_mark(device)]
+    on_gpu = device.type == "cuda"
+    ends = [mark(on_gpu=on_gpu)]
     unread: Callable[[], tuple[StepResult, float]] | None = None
     for _ in range(TIMED):
         begun = ready.begin(batches)
-        ends.append(_mark(device))
+        ends.append(mark(on_gpu=on_gpu))
         if unread is not None:
             results.append(unread()[0])
         unread = begun
     assert unread is not None
     results.append(unread()[0])
     _wait(device)
-    return [_seconds_between(*pair) for pair in pairwise(ends)], results
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | float:
-    """Now, for the device."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds_between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
-    if isinstance(first, torch.cuda.Event) and isinstance(second, torch.cuda.Event):
-        return first.elapsed_time(second) / 1e3
-    assert isinstance(first, float)
-    assert isinstance(second, float)
-    return second - first
+    return [seconds_between(*pair) for pair in pairwise(ends)], results
 
 
 def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -213,8 +198,7 @@ def _traced(ready: Ready, batches: Sequence[Batch], mesh: Mesh, trace: Path) -> 
         ready.train(batches)
         _wait(mesh.device)
         return {}
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (mesh.device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    with profile(activities=profiled(on_gpu=mesh.device.type == "cuda")) as profiler:
         ready.train(batches)
         _wait(mesh.device)
     profiler.export_chrome_trace(str(trace))
@@ -225,7 +209,7 @@ def _traced(ready: Ready, batches: Sequence[Batch], mesh: Mesh, trace: Path) -> 
 
 def _kernels(profiler: profile) -> tuple[list[Any], list[Any]]:
     """When kernels ran that exchange something with other ranks, and when all others did."""
-    kernels = [event for event in profiler.events() or [] if event.device_type.name == "CUDA"]
+    kernels = gpu_events(profiler)
     exchange = [event.time_range for event in kernels if "nccl" in event.name.lower()]
     return exchange, [event.time_range for event in kernels if "nccl" not in event.name.lower()]
 

@@ -20,7 +20,11 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-_SCHEDULES = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
+from fourfold.planning.layout import Layout
+from fourfold.planning.stages import num_stages, rank_of_stage, stages_of_rank
+
+Schedule = Literal["interleaved_1f1b", "zbv"]
+_SCHEDULES: dict[Schedule, Any] = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
 _FORWARD_S, _BACKWARD_S, _MESSAGE_S = 1.0, 2.0, 0.02
 _SECONDS = {
     "FORWARD": _FORWARD_S / 2,
@@ -37,11 +41,11 @@ Key = tuple[str, int, int]
 """F or B, the stage that a message goes to, or that has computed, and the micro-batch."""
 
 
-def orders(schedule: str, ranks: int, micro_batches: int) -> dict[int, list[Any]]:
+def orders(schedule: Schedule, ranks: int, micro_batches: int) -> dict[int, list[Any]]:
     """What each rank does, in order, sends and receives included."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        numbers = [0, ranks] if schedule == "interleaved_1f1b" else [0, 2 * ranks - 1]
+        numbers = stages_of_rank(Layout(pp=ranks, pp_schedule=schedule), 0)
         wire = torch.empty(1, 2, device="meta")
         stages = [
             PipelineStage(nn.Linear(2, 2), number, 2 * ranks, torch.device("cpu"), input_args=wire, output_args=wire)
@@ -54,7 +58,7 @@ def orders(schedule: str, ranks: int, micro_batches: int) -> dict[int, list[Any]
         dist.destroy_process_group()
 
 
-def idle_share(actions: dict[int, list[Any]], schedule: str, streams: Literal["one", "four"]) -> float:
+def idle_share(actions: dict[int, list[Any]], schedule: Schedule, streams: Literal["one", "four"]) -> float:
     """Of a step, what the busiest rank idles."""
     done: dict[Key, float] = {}
     arrived: dict[Key, float] = {}
@@ -69,13 +73,13 @@ def idle_share(actions: dict[int, list[Any]], schedule: str, streams: Literal["o
 
 def _pass(
     actions: dict[int, list[Any]],
-    schedule: str,
+    schedule: Schedule,
     streams: Literal["one", "four"],
     done: dict[Key, float],
     arrived: dict[Key, float],
 ) -> tuple[dict[Key, float], dict[Key, float], float]:
     """When stages have computed, messages have arrived, and all is over, from what is known of them."""
-    ranks, found, total = len(actions), {}, 0.0
+    layout, found, total = Layout(pp=len(actions), pp_schedule=schedule), {}, 0.0
     sent: dict[Key, float] = {}
     asked: dict[Key, float] = {}
     for rank, own in actions.items():
@@ -87,8 +91,8 @@ def _pass(
                 way = "F" if kind == "FORWARD" else "B"
                 other = stage - 1 if way == "F" else stage + 1
                 starts = 0.0
-                if kind != "BACKWARD_WEIGHT" and 0 <= other < 2 * ranks:
-                    here = _rank_of(other, ranks, schedule) == rank
+                if kind != "BACKWARD_WEIGHT" and 0 <= other < num_stages(layout):
+                    here = rank_of_stage(layout, other) == rank
                     starts = (done if here else arrived).get((way, other if here else stage, number), _NEVER)
                 computing = max(computing, starts) + _SECONDS[kind]
                 if kind == "FORWARD" or kind in _INPUT_BACKWARD:
@@ -105,12 +109,6 @@ def _pass(
 
 def _kind(action: Any) -> str:
     return action.computation_type.name
-
-
-def _rank_of(stage: int, ranks: int, schedule: str) -> int:
-    if schedule == "interleaved_1f1b":
-        return stage % ranks
-    return stage if stage < ranks else 2 * ranks - 1 - stage
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourfold.models.trained_linear import TrainedLinear, exchange
+
 MULTIPLE = 16
 """What positions, rows and columns of a product in float8 must be a multiple of."""
 
@@ -107,17 +109,10 @@ def _scaled(
     return product(left, right.t(), scale_a=of_left, scale_b=of_right, out_dtype=dtype, use_fast_accum=fast)
 
 
-class Float8Linear(nn.Linear):
+class Float8Linear(TrainedLinear):
     """A linear layer whose products are in float8."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [..., in] -> [..., out]."""
-        device = input.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        out = _Product.apply(input.reshape(-1, input.shape[-1]).to(compute), self.weight)
-        assert isinstance(out, Tensor)
-        out = out if self.bias is None else out + self.bias.to(compute)
-        return out.view(*input.shape[:-1], out.shape[-1])
+    product = _Product.apply
 
 
 def use_float8(blocks: Iterable[nn.Module], *, parts: int = 1) -> int:
@@ -129,12 +124,7 @@ def use_float8(blocks: Iterable[nn.Module], *, parts: int = 1) -> int:
         how many layers do.
     """
     _load_kernel()
-    count = 0
-    for block in blocks:
-        for layer in block.modules():
-            if type(layer) is not nn.Linear or not layer.weight.requires_grad:
-                continue
-            if all(size % (MULTIPLE * parts) == 0 for size in (layer.in_features, layer.out_features)):
-                layer.__class__ = Float8Linear
-                count += 1
-    return count
+    multiple = MULTIPLE * parts
+    return exchange(
+        blocks, Float8Linear, lambda layer: layer.in_features % multiple == 0 and layer.out_features % multiple == 0
+    )

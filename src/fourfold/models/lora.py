@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fourfold.base.peft import Linear as PeftLinear
 from fourfold.base.peft import LoraLayer
 from fourfold.models.low_rank import FrozenWeight, low_rank
+from fourfold.models.trained_linear import compute_dtype
 from fourfold.parallel.packed import is_plain, state_of
 
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -65,7 +66,7 @@ def _terms(layer: LoraLayer, adapter: str | None, x: Tensor) -> _Terms | None:
     if adapter is None or (layer.training and not isinstance(layer.lora_dropout[adapter], nn.Identity)):
         return None
     base = layer.get_base_layer()
-    if not _is_frozen(base, _compute_dtype(x)):
+    if not _is_frozen(base, compute_dtype(x)):
         return None
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
@@ -80,12 +81,6 @@ def _is_frozen(base: Any, compute: torch.dtype) -> bool:
     return is_plain(base.weight) and not trained and base.weight.dtype == compute
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What autocast makes of a product with x, or x's own dtype without it."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def _is_over_bits(base: nn.Module) -> bool:
     """Whether a layer is bitsandbytes' linear layer of 4 bits, packed by now or not."""
     return type(base).__name__ == "Linear4bit"
@@ -93,7 +88,7 @@ def _is_over_bits(base: nn.Module) -> bool:
 
 def _product(x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms]) -> Tensor:
     """x [..., in] times one weight, or several one below the other -> [..., out]."""
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute)
     biases = [each.base.bias.to(compute) for each in terms if each.base.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)

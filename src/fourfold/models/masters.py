@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.models.trained_linear import TrainedLinear, compute_dtype, exchange
+
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
 _OPERATORS.define("wide_product(Tensor x, Tensor weight) -> Tensor")
 _OPERATORS.define("wide_product_back(Tensor grad, Tensor x, Tensor weight, bool wants_x) -> (Tensor, Tensor)")
@@ -57,19 +59,16 @@ class _WideProduct(torch.autograd.Function):
         return grad_x if wants_x else None, grad_weight
 
 
-class WideLinear(nn.Linear):
+class WideLinear(TrainedLinear):
     """A linear layer of a trained weight, under autocast without a copy that is kept."""
+
+    product = _WideProduct.apply
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
-        device = input.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-        if self.weight.dtype == compute or not torch.is_grad_enabled():
+        if self.weight.dtype == compute_dtype(input) or not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        out = _WideProduct.apply(input.reshape(-1, input.shape[-1]).to(compute), self.weight)
-        assert isinstance(out, Tensor)
-        out = out if self.bias is None else out + self.bias.to(compute)
-        return out.view(*input.shape[:-1], out.shape[-1])
+        return super().forward(input)
 
 
 def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
@@ -80,10 +79,4 @@ def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
     Returns:
         how many layers do.
     """
-    count = 0
-    for block in blocks:
-        for layer in block.modules():
-            if type(layer) is nn.Linear and layer.weight.requires_grad and layer.weight.dtype != compute:
-                layer.__class__ = WideLinear
-                count += 1
-    return count
+    return exchange(blocks, WideLinear, lambda layer: layer.weight.dtype != compute)

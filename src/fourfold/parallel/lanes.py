@@ -10,7 +10,6 @@ receives and what it sends in one direction are then never in one group.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fourfold.parallel.mesh import Mesh
-from fourfold.planning.axes import AXES
-from fourfold.planning.layout import Layout
+from fourfold.planning.stages import pipelines
 
 Way = Literal["forward", "backward"]
 
@@ -59,10 +57,9 @@ def open_lanes(mesh: Mesh) -> Lanes:
     They are set up by all of their ranks at once, and each edge is used once: a group that is set up by its first
     message would hold its host until the other ranks come to theirs, which may be waiting for this one.
     """
-    rows = pipelines(mesh.layout)
-    own = next(row for row in rows if dist.get_rank() in row)
+    own = next(row for row in pipelines(mesh.layout) if mesh.rank in row)
     colours = range(3 if len(own) % 2 else 2)
-    found = {way: tuple(_group(rows, own, mesh.device) for _ in colours) for way in ("forward", "backward")}
+    found = {way: tuple(_group(mesh) for _ in colours) for way in ("forward", "backward")}
     lanes = Lanes(len(own), **found)
     for way in ("forward", "backward"):
         for group in found[way]:
@@ -72,19 +69,9 @@ def open_lanes(mesh: Mesh) -> Lanes:
     return lanes
 
 
-def pipelines(layout: Layout) -> list[list[int]]:
-    """The ranks of each pipeline of a job: a mesh counts through its last axis first."""
-    names = [axis.name for axis in AXES]
-    apart = math.prod(getattr(layout, name) for name in names[names.index("pp") + 1 :])
-    firsts = [rank for rank in range(layout.world_size) if rank // apart % layout.pp == 0]
-    return [[first + apart * place for place in range(layout.pp)] for first in firsts]
-
-
-def _group(rows: list[list[int]], own: list[int], device: torch.device) -> dist.ProcessGroup:
-    """A group of this rank's pipeline, as each of the others gets one of theirs."""
-    made = [dist.new_group(row, device_id=device if device.type == "cuda" else None) for row in rows]
-    found = made[rows.index(own)]
-    assert isinstance(found, dist.ProcessGroup)
+def _group(mesh: Mesh) -> dist.ProcessGroup:
+    found = mesh.new_pipeline_group(range(mesh.layout.pp), at_once=True)
+    assert found is not None, "every rank is in a pipeline"
     return found
 
 

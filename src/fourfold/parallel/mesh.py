@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fourfold.base.errors import MemoryExhaustedError
 from fourfold.planning.axes import AXES
 from fourfold.planning.layout import Layout
+from fourfold.planning.stages import pipelines
 
 _NAMES = tuple(axis.name for axis in AXES)
 _FSDP_NAMES = tuple(name for name in _NAMES if name != "cp")
@@ -86,6 +87,23 @@ class Mesh:
         if len(axes) == 1:
             return self.device_mesh.get_group(axes[0])
         return self.device_mesh[tuple(axes)]._flatten("_".join(axes)).get_group()
+
+    def new_pipeline_group(self, places: Sequence[int], *, at_once: bool = False) -> dist.ProcessGroup | None:
+        """A further group of some ranks of this rank's pipeline, None if it is none of them; every rank of the job must
+        call, and all make the groups of all pipelines.
+
+        Args:
+            places: in the pipeline.
+            at_once: set it up now on a GPU, by all of its ranks, not by its first use.
+        """
+        mine = None
+        for ranks in pipelines(self.layout):
+            chosen = [ranks[place] for place in places]
+            group = dist.new_group(chosen, device_id=self.device if at_once and self.device.type == "cuda" else None)
+            if self.rank in chosen:
+                assert isinstance(group, dist.ProcessGroup)
+                mine = group
+        return mine
 
 
 def single(device: torch.device) -> Mesh:

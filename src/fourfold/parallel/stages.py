@@ -200,7 +200,7 @@ def cut_stages(root: PreTrainedModel, mesh: Mesh, compute: torch.dtype | None) -
         if not (is_tied and has_last):
             setattr(decoder, embed_name, None)
     alone = has_first and has_last
-    tied = _tie_group(mesh) if is_tied and layout.pp_schedule != "zbv" else None
+    tied = mesh.new_pipeline_group((0, layout.pp - 1)) if is_tied and layout.pp_schedule != "zbv" else None
     return StageCut(parts, total, first_weight.shape[1], dtype, tied if (has_first or has_last) and not alone else None)
 
 
@@ -213,19 +213,6 @@ def note_tied(shares: Shares, root: PreTrainedModel, cut: StageCut) -> None:
     for name, weight in embedding.named_parameters(recurse=False):
         known = shares.get(embedding, name) or Share(tuple(weight.shape))
         shares.put(embedding, name, replace(known, stages=2, sum_over=cut.tied))
-
-
-def _tie_group(mesh: Mesh) -> dist.ProcessGroup | None:
-    """The first and the last rank of this rank's pipeline; every rank of the job makes the groups of all pipelines."""
-    mine = None
-    apart = mesh.layout.world_size // mesh.layout.pp  # pp is the first axis
-    for first in range(apart):
-        last = first + (mesh.layout.pp - 1) * apart
-        group = dist.new_group([first, last])
-        if mesh.rank in (first, last):
-            assert isinstance(group, dist.ProcessGroup)
-            mine = group
-    return mine
 
 
 def _places(root: PreTrainedModel, decoder: nn.Module) -> tuple[str, str, str]:

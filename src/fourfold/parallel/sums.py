@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,8 +53,8 @@ class Sums:
 
     def figures(self) -> Callable[[], list[Figure]]:
         """The sums as numbers, terms first; what is returned waits for the device (`numbers_of`)."""
-        found = [*((name, term, True) for name, term in self.terms.items())]
-        found += [(name, term, False) for name, term in self.metrics.items()]
+        kinds = ((self.terms, True), (self.metrics, False))
+        found = [(name, term, is_term) for terms, is_term in kinds for name, term in terms.items()]
         numbers = numbers_of([term.total for _, term, _ in found])
 
         def read() -> list[Figure]:
@@ -78,9 +77,9 @@ def numbers_of(scalars: Sequence[Tensor]) -> Callable[[], list[float]]:
     on_host.copy_(together, non_blocking=True)
     there = torch.cuda.Event()
     there.record()
-    return partial(_wait_and_list, there, on_host)
 
+    def read() -> list[float]:
+        there.synchronize()
+        return on_host.tolist()
 
-def _wait_and_list(there: torch.cuda.Event, on_host: Tensor) -> list[float]:
-    there.synchronize()
-    return on_host.tolist()
+    return read

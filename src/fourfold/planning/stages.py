@@ -30,6 +30,12 @@ def rank_of_stage(layout: Layout, stage: int) -> int:
     return next(rank for rank in range(layout.pp) if index in stages_of_rank(layout, rank))
 
 
+def pipelines(layout: Layout) -> list[list[int]]:
+    """The ranks of each pipeline of a job: pp is the first axis of its mesh, which counts through the last first."""
+    apart = layout.world_size // layout.pp
+    return [[first + apart * place for place in range(layout.pp)] for first in range(apart)]
+
+
 def stage_layers(layout: Layout, num_layers: int) -> list[range]:
     """The layers of each stage, first to last.
 

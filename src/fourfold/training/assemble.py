@@ -66,7 +66,7 @@ class Parts:
     Attributes:
         built: the model on its rank.
         base: which model an adapter is trained on; None for other tunings.
-        recompute: what the backward pass computes again, but in `spared` layers; settled with `policy`.
+        recompute: what the backward pass computes again, but in the outlook's `spared` layers; settled with `policy`.
         planned: what the planner chose the layout with; None where it did not.
         teacher: the second model of stage kd.
         clock: tells how long the start took, once the first step is done.
@@ -81,7 +81,6 @@ class Parts:
     built: Built
     base: BaseIdentity | None = None
     recompute: Recompute = "none"
-    spared: int = 0
     planned: Form | None = None
     teacher: LoadedTeacher | None = None
     clock: StartClock = field(default_factory=StartClock)
@@ -152,12 +151,12 @@ class Parts:
         )
         # Ranks that share micro-batches must cut and recompute alike, whatever each has free.
         largest = self.split.reducer.largest
-        self.spared = -largest(-fit.spared)
-        if self.spared < fit.spared:
-            log.info("Other ranks have less room: nothing is computed again in %d layers", self.spared)
-        self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))], self.spared)
+        spared = -largest(-fit.spared)
+        if spared < fit.spared:
+            log.info("Other ranks have less room: nothing is computed again in %d layers", spared)
+        self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))], spared)
         if self.outlook is not None:
-            self.outlook = replace(self.outlook, spared=self.spared)
+            self.outlook = replace(self.outlook, spared=spared)
         if fit.unpacks:
             self._keep_unpacked()
         if fit.keeps_logits:

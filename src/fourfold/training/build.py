@@ -107,12 +107,8 @@ class Built:
         if not (self.fast.graphs and getattr(objective, "is_fixed", False)):
             return step
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        return replace(
-            step,
-            graphs=Graphs(
-                self.mesh.device, trained, partial(step.work, parameters=trained), compiled=self.fast.compiled
-            ),
-        )
+        work = partial(step.work, parameters=trained)
+        return replace(step, graphs=Graphs(self.mesh.device, trained, work, compiled=self.fast.compiled))
 
     def keep_unpacked(self, run: Run) -> int:
         """Unpack the model's 4-bit weights for good; returns how many were packed."""

@@ -93,7 +93,9 @@ def fit(parts: Parts) -> dict[str, float]:
 def _place(parts: Parts, budget: Budget, state: TrainState) -> Place:
     """Where the training is."""
     what = f"in step {state.step + 1} of {budget.max_steps}"
-    return Place(what, parts.policy.max_tokens, parts.sizes().longest, recompute=parts.recompute, spared=parts.spared)
+    policy = parts.policy  # which settles the rest
+    spared = 0 if parts.outlook is None else parts.outlook.spared
+    return Place(what, policy.max_tokens, parts.sizes().longest, recompute=parts.recompute, spared=spared)
 
 
 def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:

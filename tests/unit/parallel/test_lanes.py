@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fourfold.parallel.lanes import colour_of, pipelines
+from fourfold.parallel.lanes import colour_of
 from fourfold.planning.layout import Layout
+from fourfold.planning.stages import pipelines
 
 
 @pytest.mark.parametrize("ranks", range(2, 10))
