@@ -103,14 +103,17 @@ def random_model(run: Run, mesh: Mesh) -> Model:
     return blank_model(run, precision.load, precision.master, mesh.device, on_meta=mesh.layout.splits_model)
 
 
-def assemble(run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Recompute = "none") -> Ready:
+def assemble(
+    run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Recompute = "none", spared: int = 0
+) -> Ready:
     """Split a model and put its step and its optimizer together.
 
     Args:
         max_tokens: positions of a micro-batch on a data-parallel rank.
+        spared: the last layers, of which nothing is computed again.
     """
     built = build(run, resolve(run), mesh, *model, wishes=Fast(compiled=bool(run.training.torch_compile)))
-    built.recompute(recompute)
+    built.recompute(recompute, spared)
     built.module.train()
     groups = parameter_groups(built.module, run.training, run.tuning)
     optimizer = registry.load("fourfold.training.optimizers", run.training.optim, key="optim")

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from fourfold.base.errors import PlanError
-from fourfold.planning.cost import cut_step, estimate_cost
+from fourfold.planning.cost import cut_step
 from fourfold.planning.device import Device, Link
 from fourfold.planning.hardware import build_cluster, find_device
-from fourfold.planning.memory import estimate_memory
+from fourfold.training.outlook import Outlook
 from rehearsed import GIB, described, point_of
 
 STAND_IN = "h100"
@@ -47,8 +47,8 @@ def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str,
     point = point_of(row["fields"])
     _, shape, job = described(point)
     layout, tokens = point.layout, sum(point.sequences)
-    memory = estimate_memory(shape, job, layout, point.recompute, tokens, device=card)
-    cost = estimate_cost(shape, job, layout, build_cluster(card, layout.world_size), point.recompute, job.micro_batch)
+    outlook = Outlook(shape, job, job, layout, build_cluster(card, layout.world_size), spared=point.spared)
+    memory, cost = outlook.memory(point.recompute, tokens), outlook.cost(point.recompute, job.micro_batch)
     found = {
         "predicted_allocated_gib": memory.allocated / GIB,
         "predicted_reserved_gib": memory.reserved / GIB,
@@ -61,7 +61,6 @@ def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str,
         found["predicted_micro_batches"] = cut_step(job, layout, job.micro_batch).count
     if link is not None:
         linked = replace(card, link=Link(card.link.kind, link, card.link.latency_s, share=1.0))
-        cluster = build_cluster(linked, layout.world_size)
-        measured = estimate_cost(shape, job, layout, cluster, point.recompute, job.micro_batch)
-        found["predicted_step_s_by_measured_link"] = measured.step_s
+        by_link = replace(outlook, cluster=build_cluster(linked, layout.world_size))
+        found["predicted_step_s_by_measured_link"] = by_link.cost(point.recompute, job.micro_batch).step_s
     return found

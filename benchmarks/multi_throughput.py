@@ -80,7 +80,7 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
     free(mesh.device)
     held_before_gib = peak_gib(mesh.device)[0]
     started = time.perf_counter()
-    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute)
+    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute, point.spared)
     loaded_s, (loaded_gib, _) = time.perf_counter() - started, peak_gib(mesh.device)
     batches = _batches(ready, point, shape.vocab, mesh)
     for _ in range(WARM):

@@ -60,6 +60,7 @@ class Point:
         model: folder of examples/models; layers: cut to so many, 0 for all.
         sequences: lengths of a micro-batch's documents.
         stage: rank of the pipeline.
+        spared: layers of which nothing is computed again where others are.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Point:
     batches: int = 1
     stage: int = 0
     layers: int = 0
+    spared: int = 0
 
     @property
     def name(self) -> str:

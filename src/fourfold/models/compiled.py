@@ -5,13 +5,14 @@ whose input has no gradient, and for the others. Training runs it, and what a st
 (compiled once more); evaluation and generation run the layers as they are.
 
 The compiler keeps the results of products and of attention for the backward pass and computes what lies between them
-again, as `selective` recompute does, without its cost.
+again, as `selective` recompute does, without its cost. Told to keep a layer's inputs alone, it computes again what the
+backward pass reads and no more: not the layer's last product, a quarter of a llama's layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,9 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import IGNORE_INDEX
 
 log = get_logger(__name__)
+
+Backend = str | Callable[..., Any]
+"""What torch.compile takes: a name, or what compiles a graph."""
 
 _MOST_VARIANTS = 64
 """Kinds of layers and of inputs that may be compiled; torch gives up after 8 by itself."""
@@ -67,42 +71,65 @@ class Compiled:
 class CompiledForward:
     """Stands in for a layer's `forward`: compiled where it is trained.
 
-    Attributes:
-        recompute: compute the layer again in the backward pass, all of it.
-
     Args:
         shared: the same for all layers of a model.
     """
 
-    def __init__(self, layer: nn.Module, shared: Compiled, backend: str | Callable[..., Any]) -> None:
-        self._layer, self._own, self._shared = layer, layer.forward, shared
+    def __init__(self, layer: nn.Module, shared: Compiled, backend: Backend) -> None:
+        self._layer, self._own, self._shared, self._backend = layer, layer.forward, shared, backend
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and few runs on a CPU need it
 
         self._errors = TorchDynamoException
-        self._compiled = torch.compile(layer.forward, fullgraph=True, dynamic=True, backend=backend)
-        self.recompute = False
+        self._recomputes = False
+        self._compiled = self._compile(backend)
+
+    def recompute(self) -> None:
+        """Keep the layer's inputs alone for the backward pass, and compute it again there."""
+        self._recomputes = True
+        self._compiled = self._compile(_keeping_inputs(self._backend))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
         if not torch.is_grad_enabled():
             return (self._run if self._shared.is_asked else self._own)(*args, **kwargs)
-        if not self._layer.training:
-            return self._own(*args, **kwargs)
-        if self.recompute:
-            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return self._run(*args, **kwargs)
+        return (self._run if self._layer.training else self._own)(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self._shared.runs_plain:
-            return self._own(*args, **kwargs)
+            return self._plain(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)
-        except self._errors as error:  # not others: a layer that is computed again is stopped by an exception
+        except self._errors as error:
             self._shared.give_up()
             what = "" if torch.is_grad_enabled() else " where they have no gradients"
             reason = str(error).strip().partition("\n")[0]
             log.warning("torch_compile: the layers of this model are not compiled%s (%s).", what, reason)
-            return self._own(*args, **kwargs)
+            return self._plain(*args, **kwargs)
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        if self._recomputes and torch.is_grad_enabled():
+            return checkpoint(self._own, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self._own(*args, **kwargs)
+
+    def _compile(self, backend: Backend) -> Callable[..., Any]:
+        return torch.compile(self._own, fullgraph=True, dynamic=True, backend=backend)
+
+
+@lru_cache(maxsize=8)
+def _keeping_inputs(backend: Backend) -> Callable[..., Any]:
+    """A backend that keeps a function's inputs alone for its backward pass; one for all layers, which share by it what
+    was compiled."""
+    import torch._functorch.config
+    from torch._dynamo.backends.registry import lookup_backend
+
+    inner: Callable[..., Any] = lookup_backend(backend)
+    patched: Callable[..., AbstractContextManager[None]] = torch._functorch.config.patch
+
+    def compile_(graph: Any, inputs: Any, **options: Any) -> Any:
+        with patched(activation_memory_budget=0.0):
+            return inner(graph, inputs, **options)
+
+    return compile_
 
 
 @lru_cache(maxsize=8)
@@ -154,7 +181,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenNll.apply(logits, targets.clone())  # type: ignore[return-value]
 
 
-def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., Any] = "inductor") -> Compiled:
+def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor") -> Compiled:
     """Have layers compiled when they are first trained; in place.
 
     A layer that cannot be compiled ends it for all of them, with a warning; with gradients and without apart.
@@ -182,7 +209,7 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: str | Callable[..., 
 
 
 def recompute_compiled(layers: Sequence[nn.Module]) -> None:
-    """Have compiled layers computed again in the backward pass, all of each."""
+    """Have compiled layers keep their inputs alone, and computed again in the backward pass."""
     for layer in layers:
         assert isinstance(layer.forward, CompiledForward)
-        layer.forward.recompute = True
+        layer.forward.recompute()

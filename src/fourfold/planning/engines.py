@@ -16,6 +16,7 @@ class Engine:
         attention: from how many tokens of a document on fused attention is how much faster; the longest first.
         adapters: share of what adapters cost that is left.
         linear: dtype of the products of a layer's plain matrices if it is not the job's, e.g. fp8.
+        repeats_last: whether a layer that is computed again repeats its last product, which no gradient needs.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Engine:
     attention: tuple[tuple[int, float], ...] = ()
     adapters: float = 1.0
     linear: str | None = None
+    repeats_last: bool = True
 
     def attention_speed(self, document: int) -> float:
         """How much faster fused attention over documents of so many tokens is than PyTorch's own."""
@@ -34,7 +36,14 @@ class Engine:
 EAGER = Engine("eager")
 """The engine as it is. A kernel of a layer comes with allocations, views and autograd's own work: 27 us each on a host
 that takes 9.5 us for a small operator (`benchmarks/host_time.py`, pure bf16)."""
-COMPILED = Engine("compiled", kernels=0.3, traffic=0.2, attention=((16_384, 1.6), (2048, 1.35)), adapters=0.5)
+COMPILED = Engine(
+    "compiled",
+    kernels=0.3,
+    traffic=0.2,
+    attention=((16_384, 1.6), (2048, 1.35)),
+    adapters=0.5,
+    repeats_last=False,
+)
 """Layers compiled by torch: fitted to runs on an H100 (benchmarks/results/gpu_h100.json): Llama-3-8B with LoRA,
 Llama-3.2-3B in full, Qwen3-30B-A3B of 8 layers. Siblings have one pair of thin products (models/lora.py)."""
 CUDNN_CARDS = ("h", "b", "gb")

@@ -220,10 +220,11 @@ def layer_seconds(
     layer = shape.kinds[kind]
     products = layer_products(shape, kind, job, place.tp, place.ep)
     linear = engine.linear or ("fp8" if job.float8 and mode != "frozen" else job.compute)
-    product = sum(
+    of_products = [
         product_seconds(device, each, place.tokens, linear if each.groups == 1 else job.compute, job.compute_bytes)
         for each in products
-    )
+    ]
+    product = sum(of_products)
     heads = shape.heads / (place.tp if _cuts_attention(layer) else 1)
     between = _between(shape, layer, job, place, heads, products, engine)
     width = job.compute_bytes / 2 * place.tokens
@@ -257,6 +258,7 @@ def layer_seconds(
         host = HOST_CHECKPOINT if recompute == "full" else seen
         host += HOST_PACKED_AGAIN * sum(each.packed for each in products)
         again = forward if recompute == "full" else around[0] + ends
+        again -= of_products[-1] if recompute == "full" and not engine.repeats_last else 0.0
         launch_again = launch + host * op_s
     groups = weight_groups(layer, job, mode) if place.splits_backward else 0
     launch_back = 2 * launch + (1 + groups) * launch_again + groups * place.walked * device.host_op_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,6 +91,51 @@ def test_compiled_layers_when_lengths_differ_give_what_plain_ones_give(joined: b
     assert graphs == 2  # the first layer, whose input has no gradient, and the others
 
 
+def _products(graphs: list[Any]) -> Callable[..., Any]:
+    """A backend that runs graphs as they are, and notes how many products each has."""
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def note(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        return nop(graph, inputs)
+
+    return aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+
+
+def _kept(layers: nn.ModuleList, x: Tensor) -> int:
+    """Numbers that a pass through layers keeps, but for weights."""
+    held: dict[int, int] = {}
+    owned = {parameter.untyped_storage().data_ptr() for parameter in layers.parameters()}
+
+    def pack(found: Tensor) -> Tensor:
+        if found.untyped_storage().data_ptr() not in owned:
+            held[found.untyped_storage().data_ptr()] = found.numel()
+        return found
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found):
+        for layer in layers:
+            x = layer(x)
+    return sum(held.values())
+
+
+def test_compiled_layers_when_computed_again_keep_their_inputs_and_leave_out_the_last_product() -> None:
+    into, out_of = partial(nn.Linear, _SIZE, 4 * _SIZE, bias=False), partial(nn.Linear, 4 * _SIZE, _SIZE, bias=False)
+    layers = nn.ModuleList(nn.Sequential(into(), nn.SiLU(), out_of()) for _ in range(3))
+    x = torch.randn(5, _SIZE)
+    graphs: list[int] = []
+    torch._dynamo.reset()
+    compile_layers(list(layers), backend=_products(graphs))
+    assert _kept(layers, x) > 3 * x.numel()
+    # of the first layer, whose input has no gradient, and of the others
+    assert graphs == [2, 3, 2, 4]
+    graphs.clear()
+    recompute_compiled(list(layers))
+    assert _kept(layers, x) == 3 * x.numel()
+    assert graphs == [2, 4, 2, 5]
+
+
 def test_compiled_layers_when_only_asked_run_as_they_are() -> None:
     model = adapted()
     layers = [module for module in model.modules() if isinstance(module, _Layer)]
@@ -173,7 +220,7 @@ def test_compiled_layers_when_they_have_experts_share_two_graphs_and_are_counted
         assert float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
     assert loads == other_loads
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-    assert graphs == (4 if recompute else 2)  # what is computed again is not counted again
+    assert graphs == 2
 
 
 def _refuse(*_: object) -> object:
