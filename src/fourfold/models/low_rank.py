@@ -139,7 +139,7 @@ def _unpacked_by_library(packed: FrozenWeight) -> Tensor:
 
 _OPERATORS = torch.library.Library("fourfold", "DEF")
 _WEIGHT = "Tensor[] tensors, int[] sizes, str kind, ScalarType dtype"
-_OPERATORS.define(f"low_rank(Tensor x, {_WEIGHT}, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)")
+_OPERATORS.define(f"low_rank(Tensor x, {_WEIGHT}, Tensor? bias, Tensor low, Tensor b) -> Tensor")
 _OPERATORS.define(f"low_rank_back(Tensor grad, {_WEIGHT}, Tensor low_grad, Tensor a) -> Tensor")
 
 
@@ -151,15 +151,14 @@ def _low_rank(
     kind: str,
     dtype: torch.dtype,
     bias: Tensor | None,
-    a: Tensor,
+    low: Tensor,
     b: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """y [T, out] and the thin l = s x A^T [T, r], for x [T, in] and what is in its dtype.
+) -> Tensor:
+    """y [T, out] for x [T, in], the thin l = s x A^T [T, r], and what is in their dtype.
 
-    The low-rank term is written first and the large product added to it, which hides in that product.
+    The low-rank term is written first and the large product added to it, which hides in that product. The thin one is
+    not made here, since a layer that is computed again needs it of its last product, and y not.
     """
-    low = x @ (scale * a).T
     out = x.new_empty(x.shape[0], b.shape[0])
     if bias is None:
         torch.mm(low, b.T, out=out)
@@ -167,7 +166,7 @@ def _low_rank(
         torch.addmm(bias, low, b.T, out=out)
     for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), x.dtype):
         out[:, rows].addmm_(x, weight.T)
-    return out, low
+    return out
 
 
 @torch.library.impl(_OPERATORS, "low_rank_back", "CompositeExplicitAutograd")
@@ -200,7 +199,8 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:
         """See `low_rank`; adapters: A of each weight, then B of each."""
         a, b = _side_by_side(adapters, x.dtype)
-        y, low = torch.ops.fourfold.low_rank(x, *weight, bias, a, b, scale)
+        low = x @ (scale * a).T
+        y = torch.ops.fourfold.low_rank(x, *weight, bias, low, b)
         ctx.save_for_backward(x, low, *adapters, *weight.tensors)
         ctx.num_adapters, ctx.scale = len(adapters), scale
         ctx.sizes, ctx.kind, ctx.dtype = weight.sizes, weight.kind, weight.dtype
@@ -253,6 +253,6 @@ def low_rank(
         [T, out].
     """
     if not torch.is_grad_enabled():  # where a compiler would forget the adapters of a function with a gradient
-        side_by_side = _side_by_side([*a, *b], x.dtype)
-        return torch.ops.fourfold.low_rank(x, *weight, bias, *side_by_side, scale)[0]
+        of_input, of_output = _side_by_side([*a, *b], x.dtype)
+        return torch.ops.fourfold.low_rank(x, *weight, bias, x @ (scale * of_input).T, of_output)
     return _LowRank.apply(x, weight, bias, scale, *a, *b)  # type: ignore[return-value]

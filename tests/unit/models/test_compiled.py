@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -91,26 +90,26 @@ def test_compiled_layers_when_lengths_differ_give_what_plain_ones_give(joined: b
     assert graphs == 2  # the first layer, whose input has no gradient, and the others
 
 
-def _products(graphs: list[Any]) -> Callable[..., Any]:
-    """A backend that runs graphs as they are, and notes how many products each has."""
+def _products(operator: Any, graphs: list[int]) -> Callable[..., Any]:
+    """A backend that runs graphs as they are, and notes how many calls of an operator each has."""
     from functorch.compile import nop
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def note(graph: Any, inputs: Any) -> Any:
-        graphs.append(sum(node.target is torch.ops.aten.mm.default for node in graph.graph.nodes))
+        graphs.append(sum(node.target is operator for node in graph.graph.nodes))
         return nop(graph, inputs)
 
     return aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
 
 
-def _kept(layers: nn.ModuleList, x: Tensor) -> int:
-    """Numbers that a pass through layers keeps, but for weights."""
+def _kept(layers: Sequence[nn.Module], x: Tensor) -> int:
+    """Numbers that a pass through layers keeps in tensors that are neither weights nor a single number."""
     held: dict[int, int] = {}
-    owned = {parameter.untyped_storage().data_ptr() for parameter in layers.parameters()}
+    owned = {parameter.untyped_storage().data_ptr() for layer in layers for parameter in layer.parameters()}
 
     def pack(found: Tensor) -> Tensor:
-        if found.untyped_storage().data_ptr() not in owned:
+        if found.dim() and found.untyped_storage().data_ptr() not in owned:
             held[found.untyped_storage().data_ptr()] = found.numel()
         return found
 
@@ -120,20 +119,35 @@ def _kept(layers: nn.ModuleList, x: Tensor) -> int:
     return sum(held.values())
 
 
-def test_compiled_layers_when_computed_again_keep_their_inputs_and_leave_out_the_last_product() -> None:
-    into, out_of = partial(nn.Linear, _SIZE, 4 * _SIZE, bias=False), partial(nn.Linear, 4 * _SIZE, _SIZE, bias=False)
-    layers = nn.ModuleList(nn.Sequential(into(), nn.SiLU(), out_of()) for _ in range(3))
+class _Mlp(nn.Sequential):
+    def __init__(self) -> None:
+        into, out_of = nn.Linear(_SIZE, 4 * _SIZE, bias=False), nn.Linear(4 * _SIZE, _SIZE, bias=False)
+        super().__init__(into, nn.SiLU(), out_of)
+
+
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_compiled_layers_when_computed_again_keep_their_inputs_and_leave_out_the_last_product(
+    has_adapters: bool,
+) -> None:
+    model: nn.Module = nn.Sequential(*(_Mlp() for _ in range(3)))
+    operator = torch.ops.aten.mm.default
+    # forward and backward of the first layer, whose input has no gradient, and of the others
+    expected, again = [2, 3, 2, 4], [2, 4, 2, 5]
+    if has_adapters:
+        model = get_peft_model(model, LoraConfig(target_modules=r"\d\.[02]"))  # type: ignore[arg-type]
+        assert use_short_forward(model) == 6
+        operator, expected, again = torch.ops.fourfold.low_rank.default, [2, 0, 2, 0], [2, 1, 2, 1]
+    layers = [module for module in model.modules() if isinstance(module, _Mlp)]
     x = torch.randn(5, _SIZE)
     graphs: list[int] = []
     torch._dynamo.reset()
-    compile_layers(list(layers), backend=_products(graphs))
+    compile_layers(layers, backend=_products(operator, graphs))
     assert _kept(layers, x) > 3 * x.numel()
-    # of the first layer, whose input has no gradient, and of the others
-    assert graphs == [2, 3, 2, 4]
+    assert graphs == expected
     graphs.clear()
-    recompute_compiled(list(layers))
+    recompute_compiled(layers)
     assert _kept(layers, x) == 3 * x.numel()
-    assert graphs == [2, 4, 2, 5]
+    assert graphs == again
 
 
 def test_compiled_layers_when_only_asked_run_as_they_are() -> None:
