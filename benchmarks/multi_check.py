@@ -90,7 +90,7 @@ def _throughput(name: str, row: dict[str, Any], rows: Rows) -> Iterator[Verdict]
         return
     if "step" in (off := errors(row)):
         yield at_most(f"{name}: step predicted", abs(off["step"]), STEP_PERCENT, " %")
-    bubble = row.get("bubble_of_kernels", row.get("bubble"))
+    bubble = row.get("bubble")
     if bubble is not None and row.get("predicted_bubble"):
         apart = 100 * abs(bubble / row["predicted_bubble"] - 1)
         yield at_most(f"{name}: bubble {bubble:.3f} beside the formula's", apart, BUBBLE_PERCENT, " %")

@@ -29,7 +29,7 @@ class Speed:
         note: how it is cut down from what it stands for.
         target: tokens/s of each GPU, from the issue; for 8, and for 4 where the same rows fit.
         spared: the last layers, of which nothing is computed again.
-        bubble: also find out what the pipeline idles, by a step of half as many micro-batches.
+        bubble: also find out what the pipeline idles, by passes of two lengths.
         seconds: that it is expected to take, loading included.
     """
 
@@ -201,10 +201,10 @@ _FOUR: dict[str, Speed] = {
     "8b-qlora-tp4": Speed(_8B, "qlora", Layout(tp=4), "none", _ROW),
 }
 _INTERLEAVED = _FOUR["8b-lora-pp4-interleaved_1f1b"]
-_FOUR["8b-lora-pp4-interleaved_1f1b-own-groups"] = replace(
+_FOUR["8b-lora-pp4-interleaved_1f1b-one-group"] = replace(
     _INTERLEAVED,
-    layout=replace(_INTERLEAVED.layout, pp_overlap_p2p=True),
-    note=f"{_INTERLEAVED.note}; sends and receives in groups of their own",
+    layout=replace(_INTERLEAVED.layout, pp_overlap_p2p=False),
+    note=f"{_INTERLEAVED.note}; all sends and receives in one group",
 )
 _EIGHT: dict[str, Speed] = {
     "8b-full-fsdp8": Speed(_8B, "full", Layout(dp_shard=8), "selective", _ROW, target=9000),

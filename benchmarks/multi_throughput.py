@@ -1,9 +1,10 @@
 """Speed and memory of a rank's share of a job, random weights made on the device, every collective for real.
 
 A step is timed from where the device ends the one before to where it ends this one, and read once the next is begun,
-as a run does. What a pipeline idles comes from a second step of half as many micro-batches: a micro-batch takes what
-the two steps differ by, over the number by which they do; what is left of the longer step is idle (or happens once a
-step: the optimizer is not in it).
+as a run does. What a pipeline idles comes from a pass of twice as many micro-batches: a micro-batch takes what the two
+passes differ by, over the number by which they do; what is left of the shorter one is idle (the optimizer is not in
+it). Fewer would not do: below twice as many as it has stages zero bubble idles less. gpipe, which keeps the
+activations of all of them, is timed with half as many instead.
 """
 
 from __future__ import annotations
@@ -150,36 +151,37 @@ def merge_ranks(found: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
 
 def idle_of(ready: Ready, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
     """What a pipeline idles in forward and backward of a step: by passes of two lengths; and by this rank's kernels
-    but those that wait for another rank, which tells idling from work where micro-batches do not take equally long."""
+    but those that wait for another rank, in which the host's pace and unequal stages count as idling, too."""
 
     def seconds_of(count: int) -> float:
         ready.optimizer.zero_grad(set_to_none=True)
         _wait(device)
         began = time.perf_counter()
-        ready.step.forward_backward(batches[:count])
+        ready.step.forward_backward([*batches, *batches][:count])
         _wait(device)
         return time.perf_counter() - began
 
-    many, few = len(batches), len(batches) // 2
-    times = {count: median([seconds_of(count) for _ in range(TIMED)][1:]) for count in (many, few)}
-    each, share = bubble_of(times[many], times[few], many, few)
-    found = {"micro_batches": many, "micro_batch_s": each, "pass_s": times[many], "bubble": share}
+    layout, own = ready.built.mesh.layout, len(batches)
+    other = own // 2 if layout.pp_schedule == "gpipe" else 2 * own
+    own_s, other_s = (median([seconds_of(count) for _ in range(TIMED)][1:]) for count in (own, other))
+    each, share = bubble_of(own_s, other_s, own, other)
+    found = {"micro_batches": own, "micro_batch_s": each, "pass_s": own_s, "bubble": share}
     if device.type != "cuda":
         return found
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        traced_s = seconds_of(many)
+        traced_s = seconds_of(own)
     _, work = _kernels(profiler)
     return {**found, "traced_pass_s": traced_s, "busy_s": 1e-3 * _merged(work)}
 
 
-def bubble_of(longer_s: float, shorter_s: float, many: int, few: int) -> tuple[float, float]:
-    """Seconds of a micro-batch, and the share of the longer pass that is not micro-batches.
+def bubble_of(pass_s: float, other_s: float, count: int, other: int) -> tuple[float, float]:
+    """Seconds of a micro-batch, and the share of a pass that is not micro-batches.
 
     Args:
-        longer_s, shorter_s: passes of `many` and of `few` micro-batches.
+        pass_s, other_s: passes of `count` and of `other` micro-batches.
     """
-    each = (longer_s - shorter_s) / (many - few)
-    return each, 1 - many * each / longer_s
+    each = (other_s - pass_s) / (other - count)
+    return each, 1 - count * each / pass_s
 
 
 def _batches(ready: Ready, point: Point, vocabulary: int, mesh: Mesh) -> list[Batch]:

@@ -40,13 +40,11 @@ CASES = {
         LAYOUTS["pp2-interleaved_1f1b"],
     ),
     "zbv-tied": (Case("qwen3", overrides=_FOUR), _pp(2, "zbv")),
-    "interleaved-own-groups": (Case(overrides=_FOUR), _pp(2, "interleaved_1f1b", pp_overlap_p2p=True)),
-    "interleaved-own-groups-3": (Case("qwen3", overrides=_SIX), _pp(3, "interleaved_1f1b", pp_overlap_p2p=True)),
-    "interleaved-own-groups-replicas": (
-        Case(tuning="lora", overrides=_FOUR),
-        _pp(2, "interleaved_1f1b", pp_overlap_p2p=True, dp_replicate=2),
-    ),
-    "interleaved-own-groups-4": (Case(overrides=_EIGHT), _pp(4, "interleaved_1f1b", pp_overlap_p2p=True)),
+    "interleaved": (Case(overrides=_FOUR), _pp(2, "interleaved_1f1b")),
+    "interleaved-3": (Case("qwen3", overrides=_SIX), _pp(3, "interleaved_1f1b")),
+    "interleaved-replicas": (Case(tuning="lora", overrides=_FOUR), _pp(2, "interleaved_1f1b", dp_replicate=2)),
+    "interleaved-4": (Case(overrides=_EIGHT), _pp(4, "interleaved_1f1b")),
+    "interleaved-one-group": (Case(overrides=_FOUR), _pp(2, "interleaved_1f1b", pp_overlap_p2p=False)),
     "scaled-embeddings": (Case("granite"), _pp(2)),
     "replicas": (Case("qwen3"), _pp(2, dp_replicate=2)),
     "shared-positions-between-two-stages": (
@@ -81,8 +79,7 @@ def test_messages_when_groups_are_apart_are_sent_by_others_than_they_are_receive
             return found
 
         with mock.patch.object(_Stage, "_by_lane", noted):
-            layout = _pp(ranks, "interleaved_1f1b", pp_overlap_p2p=True)
-            train(case, build_mesh(layout, _CPU))
+            train(case, build_mesh(_pp(ranks, "interleaved_1f1b"), _CPU))
         return used
 
     for used in run_ranks(ranks, work):

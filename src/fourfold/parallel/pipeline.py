@@ -176,8 +176,7 @@ class Pipeline:
         group = mesh.group(("pp",))
         assert group is not None, "a pipeline has several ranks"
         self._group = group
-        overlaps = mesh.layout.pp_overlap_p2p and mesh.layout.pp_schedule == "interleaved_1f1b"
-        self._lanes = open_lanes(mesh) if overlaps else None
+        self._lanes = open_lanes(mesh) if mesh.layout.overlaps_p2p else None
 
     def count(self, wanted: int) -> int:
         """The least number of micro-batches from `wanted` on that the schedule can run."""

@@ -60,7 +60,7 @@ def _settings(layout: Layout) -> dict[str, Any]:
     rest = {
         "pp_microbatches": layout.pp_microbatches or None,
         "pp_layers_per_stage": list(layout.pp_layers) or None,
-        "pp_overlap_p2p": layout.pp_overlap_p2p or None,
+        "pp_overlap_p2p": None if layout.pp_overlap_p2p else False,
         "reshard_after_forward": layout.reshard,
         "offload": layout.offload if layout.offload != "none" else None,
         # kept where the user gave them for axes that are not in use, so that the layout is the same

@@ -54,7 +54,10 @@ with 0.6 by -9 to +15. In a trace of one (Llama-3-8B in full, compiled, 6,144 to
 exchange, 20 of them alone, and the products beside it a tenth slower: kernels of NCCL hold multiprocessors, share the
 memory's speed and the card's power."""
 _NO_GAIN_PP = 4
-"""Ranks from which on interleaved stages save no bubble; see `bubble_seconds`."""
+"""Ranks from which on interleaved stages that share a group save no bubble; see `bubble_seconds`."""
+_INTERLEAVED_COST = 1.15
+"""What computation of a micro-batch takes beside messages of interleaved stages that have groups of their own: receives
+that wait hold multiprocessors. 4 H100: 0.115 s a micro-batch and 1.10 to 1.16 s a step of eight, 1f1b 0.104, 1.10 to 1.12."""
 OPTIMIZER_NUMBERS = {"adamw_8bit": 4.0, "sgd": 3.0, "adafactor": 4.0}
 """Numbers of the master dtype that an optimizer reads and writes for each trained one; see _ADAMW_NUMBERS."""
 _ADAMW_NUMBERS = 7.0
@@ -94,9 +97,10 @@ def bubble_seconds(layout: Layout, forward: float, input_grad: float, weight_gra
     """What a rank of a pipeline idles in a step, from its times for one micro-batch over all its stages.
 
     With t their sum: (p - 1) t for gpipe and 1f1b. With two interleaved stages a rank it would be half of that
-    (arXiv:2104.04473, sections 2.2.1 and 2.2.2), and is for p = 2; torch's runtime of several stages gives every send
-    and receive to one stream in a fixed order, where a send waits behind a receive whose sender is still computing.
-    Going through that order gives 1.0 to 1.1 times (p - 1) t for p = 4, and more beyond; 4 H100 measured 0.995.
+    (arXiv:2104.04473, sections 2.2.1 and 2.2.2), and is for p = 2 or where messages have groups of their own: 4 H100
+    measured 1.03 times that. In one group torch's runtime of several stages gives every send and receive to one stream
+    in a fixed order, where a send waits behind a receive whose sender is still computing. Going through that order
+    gives 1.0 to 1.1 times (p - 1) t for p = 4, and more beyond; 4 H100 measured 0.995 and 1.18.
     zbv has two stages a rank, too, and lets gradients of weights fill what is left: (p - 1) / 2 (F + B - 2 W), nothing
     if the three take equally long (arXiv:2401.10241, section 6, with the terms of its ZB-H2 for halves of a stage).
     """
@@ -105,8 +109,10 @@ def bubble_seconds(layout: Layout, forward: float, input_grad: float, weight_gra
         return 0.0
     if layout.pp_schedule == "zbv":
         return (p - 1) / 2 * max(forward + input_grad - 2 * weight_grad, 0.0)
-    saved = min(p / _NO_GAIN_PP, 1.0) if num_stages(layout) > p else 1.0
-    return saved * (p - 1) * (forward + input_grad + weight_grad)
+    share = 1.0
+    if num_stages(layout) > p:
+        share = 0.5 if layout.overlaps_p2p else min(p / _NO_GAIN_PP, 1.0)
+    return share * (p - 1) * (forward + input_grad + weight_grad)
 
 
 def bubble_share(idle_s: float, busy_s: float) -> float:
@@ -231,7 +237,8 @@ class _Rank:
         forward = self.head.forward + sum(each.count * each.seconds.forward for each in self.layers)
         backward = self.head.backward + sum(each.count * each.seconds.backward for each in self.layers)
         weight_grad = self.head.weight_grad + sum(each.count * each.seconds.weight_grad for each in self.layers)
-        return Seconds(forward, backward, weight_grad)
+        beside = _INTERLEAVED_COST if self.layout.overlaps_p2p else 1.0
+        return Seconds(beside * forward, beside * backward, beside * weight_grad)
 
     @cached_property
     def waits(self) -> Seconds:

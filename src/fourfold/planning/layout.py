@@ -52,7 +52,7 @@ class Layout:
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = "1f1b"
     pp_microbatches: int = 0
     pp_layers: tuple[int, ...] = ()
-    pp_overlap_p2p: bool = False
+    pp_overlap_p2p: bool = True
 
     @property
     def world_size(self) -> int:
@@ -81,6 +81,11 @@ class Layout:
     def reshards(self) -> bool:
         """Whether dp_shard frees gathered weights after the forward pass."""
         return self.zero == 3 if self.reshard is None else self.reshard
+
+    @property
+    def overlaps_p2p(self) -> bool:
+        """Whether sends and receives between stages have groups of their own."""
+        return self.pp > 1 and self.pp_schedule == "interleaved_1f1b" and self.pp_overlap_p2p
 
     @property
     def splits_backward(self) -> bool:

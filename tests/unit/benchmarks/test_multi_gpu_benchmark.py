@@ -144,9 +144,10 @@ def _halved(sample: Sample) -> Sample:
     return Sample({"": cut}, sample.index)
 
 
-def test_bubble_when_a_pass_is_as_the_formula_says_is_its_share() -> None:
+@pytest.mark.parametrize("other", [4, 16])
+def test_bubble_when_a_pass_is_as_the_formula_says_is_its_share(other: int) -> None:
     # 1f1b: a pass of m micro-batches of 2 s over p ranks takes (m + p - 1) 2 s, of which p - 1 are idle
-    each, share = bubble_of(2 * (8 + 3), 2 * (4 + 3), many=8, few=4)
+    each, share = bubble_of(2 * (8 + 3), 2 * (other + 3), 8, other)
     assert each == pytest.approx(2)
     assert share == pytest.approx(3 / 11)
 
