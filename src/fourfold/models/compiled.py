@@ -201,6 +201,7 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor"
         if hasattr(functorch, setting):
             setattr(functorch, setting, True)
     torch._dynamo.config.optimize_ddp = False  # it cuts a function at DDP's buckets; a layer's gradients come together
+    torch._dynamo.config.specialize_float = True  # scales of adapters are constants, not inputs to read from the host
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
     shared = Compiled()
     for layer in layers:

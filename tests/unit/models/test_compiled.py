@@ -104,12 +104,12 @@ def _products(operator: Any, graphs: list[int]) -> Callable[..., Any]:
 
 
 def _kept(layers: Sequence[nn.Module], x: Tensor) -> int:
-    """Numbers that a pass through layers keeps in tensors that are neither weights nor a single number."""
+    """Numbers that a pass through layers keeps, but for weights."""
     held: dict[int, int] = {}
     owned = {parameter.untyped_storage().data_ptr() for layer in layers for parameter in layer.parameters()}
 
     def pack(found: Tensor) -> Tensor:
-        if found.dim() and found.untyped_storage().data_ptr() not in owned:
+        if found.untyped_storage().data_ptr() not in owned:
             held[found.untyped_storage().data_ptr()] = found.numel()
         return found
 
