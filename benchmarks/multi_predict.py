@@ -47,7 +47,8 @@ def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str,
     point = point_of(row["fields"])
     _, shape, job = described(point)
     layout, tokens = point.layout, sum(point.sequences)
-    outlook = Outlook(shape, job, job, layout, build_cluster(card, layout.world_size), spared=point.spared)
+    cluster = build_cluster(card, layout.world_size)
+    outlook = Outlook(shape, job, job, layout, cluster, spared=point.spared, gathered=point.gathered)
     memory, cost = outlook.memory(point.recompute, tokens), outlook.cost(point.recompute, job.micro_batch)
     found = {
         "predicted_allocated_gib": memory.allocated / GIB,

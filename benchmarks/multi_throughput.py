@@ -81,7 +81,8 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
     free(mesh.device)
     held_before_gib = peak_gib(mesh.device)[0]
     started = time.perf_counter()
-    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute, point.spared)
+    model, tokens = random_model(run, mesh), sum(point.sequences)
+    ready = assemble(run, mesh, model, tokens, point.recompute, point.spared, point.gathered)
     loaded_s, (loaded_gib, _) = time.perf_counter() - started, peak_gib(mesh.device)
     batches = _batches(ready, point, shape.vocab, mesh)
     for _ in range(WARM):

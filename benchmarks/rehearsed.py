@@ -61,6 +61,7 @@ class Point:
         sequences: lengths of a micro-batch's documents.
         stage: rank of the pipeline.
         spared: layers of which nothing is computed again where others are.
+        gathered: layers whose weights stay gathered where others' do not.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Point:
     stage: int = 0
     layers: int = 0
     spared: int = 0
+    gathered: int = 0
 
     @property
     def name(self) -> str:

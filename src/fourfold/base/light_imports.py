@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from unittest import mock
 
-import transformers.utils
+from fourfold.base.distributions import distributions_kept
+
+with distributions_kept():
+    import transformers.utils
 
 with (
+    distributions_kept(),
     mock.patch.object(transformers.utils, "is_sklearn_available", return_value=False, create=True),
     mock.patch.object(transformers.utils, "is_scipy_available", return_value=False, create=True),
     mock.patch.object(transformers.utils, "is_torchvision_available", return_value=False, create=True),

@@ -11,11 +11,40 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fourfold.parallel.packed import store_packed_as
+
+
+class ReduceScatter:
+    """What FSDP scatters gradients by, on CUDA: their shards, which stay until the optimizer has used them, lie in the
+    memory of the stream that computes.
+
+    FSDP asks for them on its own stream, and PyTorch's allocator keeps memory for the stream that asked first: a share of
+    all gradients, which nothing else could use while activations are there.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for what is sent, asked for on the computing stream, or for what arrives, on FSDP's own.
+
+        FSDP's stream has been told to wait for the computing one before it asks, so what that one is done with may be
+        written to; the allocator is told that FSDP's stream uses it, so that it is not given away too early.
+        """
+        asking = torch.cuda.current_stream(device)
+        with torch.cuda.stream(torch.cuda.default_stream(device)):
+            found = torch.empty(*size, dtype=dtype, device=device)
+        if asking != torch.cuda.default_stream(device):
+            found.record_stream(asking)
+        return found
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> dist.Work | None:
+        """As PyTorch's own."""
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def shard(
@@ -60,4 +89,6 @@ def shard(
             # factor alone would ask gloo for a reduction that it does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.device_type == "cuda":
+                module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     return sharded

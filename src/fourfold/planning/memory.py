@@ -120,7 +120,7 @@ def _of_rank(
     }
     terms["slack"] = 0
     if device is not None:
-        pools = _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
+        pools = _pools(shape, job, layout, layers, outer, positions, moments, stage)
         lasting = sum(terms[name] for name in ("parameters", "scales", "optimizer", "teacher", "buffers"))
         reserved = replace(pools, computing=pools.computing + lasting).reserved
         terms["slack"] = max(reserved - Memory(pp_rank, terms).allocated, 0)
@@ -135,7 +135,6 @@ def _pools(
     outer: Part,
     positions: int,
     moments: Sequence[_Moment],
-    gradients: int,
     stage: Stage,
 ) -> Pools:
     """What comes and goes, by the stream that asks for it."""
@@ -148,12 +147,11 @@ def _pools(
         largest = _largest_gradient(shape, job, layout, stage)
         if job.engine != "eager":  # few blocks come and go within a compiled layer, and the loss makes nothing in fp32
             logits = largest = 0
-        return Pools(moving, moving, 0, 0, logits, largest)
+        return Pools(moving, moving, 0, logits, largest)
     reduced = 4 if job.is_mixed else job.compute_bytes
     arriving = root.whole + unit.whole
     sent = (root.whole_trained + unit.whole_trained) * job.compute_bytes // layout.shards if job.is_mixed else 0
-    whole_gradients = layout.pp > 1 or layout.zero == 1
-    held = [sum(moment) - (0 if whole_gradients else moment.gradients) for moment in moments]
+    held = [sum(moment) for moment in moments]
     held[0] -= arriving
     for number, moment in enumerate(moments[1:], start=1):
         if moment.gathered >= root.whole + 2 * unit.whole:  # the next unit is still as it arrives
@@ -163,7 +161,7 @@ def _pools(
     if moving - int(_LASTING_ROOT * root.whole) > largest:
         # it finds room where activations were; in fp32 less of it between the keys and values that cp ranks exchange
         largest = largest // 2 if layout.cp > 1 and job.is_mixed else 0
-    return Pools(moving, moving, arriving + unit.whole + sent, gradients, logits, largest)
+    return Pools(moving, moving, arriving + unit.whole + sent, logits, largest)
 
 
 def _largest_gradient(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> int:

@@ -1,8 +1,8 @@
 """What the allocator reserves beyond what it has handed out: fragments, and memory that other streams cannot use.
 
 PyTorch's allocator gives memory to the stream that asks, and keeps it for that stream. FSDP gathers on a stream of its
-own and leaves the shards of gradients on another, so a rank reserves the most that each of the three ever held, which
-they do not hold at the same time. Within a stream, growing segments (`expandable_segments`, which the command sets)
+own, so a rank reserves the most that each of the two ever held, which they do not hold at the same time; shards of
+gradients are asked for where the rest is (parallel/fsdp.py). Within a stream, growing segments (`expandable_segments`, which the command sets)
 leave few holes: about as much as the largest blocks that come and go.
 
 Measured on an H100 over the points of `benchmarks/memory_grid.py`, stream by stream.
@@ -29,7 +29,6 @@ class Pools:
         moving: of these, what comes and goes.
         gathering: the most that FSDP's gathering stream holds: the root and two units as they arrive, and shards as
             they are sent.
-        reduced: shards of gradients, which lie on the reducing stream.
         logits: of one chunk, fp32.
         largest: the largest block that the backward pass makes anew: a gradient, or a unit's, laid out to be sent.
     """
@@ -37,7 +36,6 @@ class Pools:
     computing: int
     moving: int
     gathering: int
-    reduced: int
     logits: int
     largest: int
 
@@ -45,4 +43,4 @@ class Pools:
     def reserved(self) -> int:
         """What all streams have at the end of a step."""
         holes = _LEAST_SLACK + self.largest + int(_LOGITS_SHARE * self.logits + _GROWN_SHARE * self.moving)
-        return self.computing + self.gathering + self.reduced + holes
+        return self.computing + self.gathering + holes

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
@@ -167,6 +168,12 @@ class Built:
         if kind != "none":
             enable_recompute(self.module, kind, self.noise, spared)
         return kind
+
+    def keep_gathered(self, count: int) -> None:
+        """Leave the weights of the last layers, which are needed first, gathered between forward and backward pass."""
+        for layer in self._layers()[-count:] if count else ():
+            assert isinstance(layer, FSDPModule)
+            layer.set_reshard_after_forward(False)
 
     def _layers(self) -> list[nn.Module]:
         return list(decoder_blocks(base_model(self.module))[1])

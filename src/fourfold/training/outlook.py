@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from fourfold.planning.activations import kept
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
+from fourfold.planning.flops import local_numel
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
 from fourfold.planning.job import Job, Recompute, Teacher, may_keep_logits, unpacks
@@ -88,6 +90,7 @@ class Outlook:
         heaviest: the same with the largest of them.
         pp_rank: this rank's place in the pipeline.
         spared: layers of which nothing is computed again where others are.
+        gathered: layers whose weights stay gathered from the forward to the backward pass where others' do not.
     """
 
     shape: ModelShape
@@ -97,6 +100,7 @@ class Outlook:
     cluster: Cluster
     pp_rank: int = 0
     spared: int = 0
+    gathered: int = 0
 
     @classmethod
     def of(
@@ -142,10 +146,12 @@ class Outlook:
         found = estimate_memory(
             self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device
         )
-        if not self.spared or recompute == "none":
-            return found
-        more = self.spared * self._kept_by_a_layer(recompute, micro_batch)
-        return replace(found, terms={**found.terms, "activations": found.terms["activations"] + more})
+        terms = dict(found.terms)
+        if self.spared and recompute != "none":
+            terms["activations"] += self.spared * self._kept_by_a_layer(recompute, micro_batch)
+        if self.gathered:
+            terms["gathered"] += self.gathered * self._gathered_of_a_layer
+        return replace(found, terms=terms)
 
     def sparing(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
         """The same with as many layers, of which nothing is computed again, as there is room for.
@@ -159,6 +165,26 @@ class Outlook:
         each, left = self._kept_by_a_layer(recompute, micro_batch), room - self.to_come(recompute, micro_batch)
         count = min(left // each, self.shape.num_layers - 1) if each > 0 else 0
         return replace(self, spared=max(count, 0))
+
+    def gathering(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
+        """The same with as many layers, whose weights stay gathered, as there is room for.
+
+        Args:
+            room: as of `sparing`.
+        """
+        layout, each = self.layout, self._gathered_of_a_layer
+        asked = layout.reshard is not None or layout.pp > 1 or layout.offload == "params"
+        if asked or layout.shards == 1 or not layout.reshards or each <= 0:
+            return self
+        left = room - self.to_come(recompute, micro_batch)
+        return replace(self, gathered=max(min(left // each, self.shape.num_layers), 0))
+
+    @cached_property
+    def _gathered_of_a_layer(self) -> int:
+        """Bytes of the largest layer's weights, gathered."""
+        place = Layout(tp=self.layout.tp, ep=self.layout.ep, dp_shard=self.layout.ep)
+        sizes = [sum(local_numel(each, self.shape, place) for each in layer.weights) for layer in self.shape.kinds]
+        return math.ceil(max(sizes) * self.job.compute_bytes)
 
     def _kept_by_a_layer(self, recompute: Recompute, micro_batch: int) -> int:
         """Bytes more that the largest layer keeps where nothing of it is computed again: while others are, one of them
@@ -208,12 +234,17 @@ class Outlook:
         Raises:
             PlanError: the device lacks the compute dtype.
         """
+        def seconds(recompute: Recompute, layout: Layout) -> float:
+            return estimate_cost(self.shape, self.job, layout, self.cluster, recompute, max_tokens).step_s
+
         found = estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
-        if not self.spared or recompute == "none":
-            return found
-        whole = estimate_cost(self.shape, self.job, self.layout, self.cluster, "none", max_tokens)
-        share = self.spared / self.shape.num_layers
-        step_s = found.step_s + share * (whole.step_s - found.step_s)
+        step_s = found.step_s
+        if self.spared and recompute != "none":
+            share = self.spared / self.shape.num_layers
+            step_s += share * (seconds("none", self.layout) - found.step_s)
+        if self.gathered:
+            share = self.gathered / self.shape.num_layers
+            step_s += share * (seconds(recompute, replace(self.layout, reshard=False)) - found.step_s)
         return replace(found, step_s=step_s, tokens_per_s=found.tokens_per_s * found.step_s / step_s)
 
 
