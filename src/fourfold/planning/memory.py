@@ -24,7 +24,7 @@ from fourfold.planning.in_flight import Flight, flights
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layer_sums import LayerSums, sum_layers
 from fourfold.planning.layout import Layout
-from fourfold.planning.reserved import Pools
+from fourfold.planning.reserved import Pools, gradients_join
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches
 from fourfold.planning.states import Part, Stage, cut_numel, optimizer_bytes, outer_part, stage_of
@@ -120,7 +120,7 @@ def _of_rank(
     }
     terms["slack"] = 0
     if device is not None:
-        pools = _pools(shape, job, layout, layers, outer, positions, moments, stage)
+        pools = _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
         lasting = sum(terms[name] for name in ("parameters", "scales", "optimizer", "teacher", "buffers"))
         reserved = replace(pools, computing=pools.computing + lasting).reserved
         terms["slack"] = max(reserved - Memory(pp_rank, terms).allocated, 0)
@@ -135,6 +135,7 @@ def _pools(
     outer: Part,
     positions: int,
     moments: Sequence[_Moment],
+    gradients: int,
     stage: Stage,
 ) -> Pools:
     """What comes and goes, by the stream that asks for it."""
@@ -147,11 +148,13 @@ def _pools(
         largest = _largest_gradient(shape, job, layout, stage)
         if job.engine != "eager":  # few blocks come and go within a compiled layer, and the loss makes nothing in fp32
             logits = largest = 0
-        return Pools(moving, moving, 0, logits, largest)
+        return Pools(moving, moving, 0, 0, logits, largest)
     reduced = 4 if job.is_mixed else job.compute_bytes
     arriving = root.whole + unit.whole
     sent = (root.whole_trained + unit.whole_trained) * job.compute_bytes // layout.shards if job.is_mixed else 0
-    held = [sum(moment) for moment in moments]
+    joined = gradients_join(gradients, root.whole_trained * reduced)
+    apart = not joined and layout.pp == 1 and layout.zero > 1
+    held = [sum(moment) - (moment.gradients if apart else 0) for moment in moments]
     held[0] -= arriving
     for number, moment in enumerate(moments[1:], start=1):
         if moment.gathered >= root.whole + 2 * unit.whole:  # the next unit is still as it arrives
@@ -159,9 +162,12 @@ def _pools(
     moving = max(held)
     largest = root.whole_trained * reduced
     if moving - int(_LASTING_ROOT * root.whole) > largest:
-        # it finds room where activations were; in fp32 less of it between the keys and values that cp ranks exchange
-        largest = largest // 2 if layout.cp > 1 and job.is_mixed else 0
-    return Pools(moving, moving, arriving + unit.whole + sent, logits, largest)
+        # it finds room where activations were; in fp32 less of it between the keys and values that cp ranks exchange, or
+        # between gradients where little else is kept
+        less = (layout.cp > 1 and job.is_mixed) or (joined and layers.replayed > 0)
+        largest = largest // 2 if less else 0
+    sent += arriving + unit.whole
+    return Pools(moving, moving, sent, 0 if joined else gradients, logits, largest)
 
 
 def _largest_gradient(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> int:
