@@ -104,18 +104,16 @@ def random_model(run: Run, mesh: Mesh) -> Model:
 
 
 def assemble(
-    run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Recompute = "none", spared: int = 0, gathered: int = 0
+    run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Recompute = "none", spared: int = 0
 ) -> Ready:
     """Split a model and put its step and its optimizer together.
 
     Args:
         max_tokens: positions of a micro-batch on a data-parallel rank.
         spared: the last layers, of which nothing is computed again.
-        gathered: the last layers, whose weights stay gathered from the forward to the backward pass.
     """
     built = build(run, resolve(run), mesh, *model, wishes=Fast(compiled=bool(run.training.torch_compile)))
     built.recompute(recompute, spared)
-    built.keep_gathered(gathered)
     built.module.train()
     groups = parameter_groups(built.module, run.training, run.tuning)
     optimizer = registry.load("fourfold.training.optimizers", run.training.optim, key="optim")

@@ -137,7 +137,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(POINTS), help="points in this order, separated by commas")
-    parser.add_argument("--cases", default="", help="of them those whose name has one of these, separated by commas; $ is its end")
+    parser.add_argument(
+        "--cases", default="", help="of them those whose name has one of these, separated by commas; $ is its end"
+    )
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which the call has ended")
     parser.add_argument("--gpus", type=int, choices=(2, 4, 8), help="default: all that there are")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/benchmarks")))

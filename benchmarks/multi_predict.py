@@ -14,7 +14,7 @@ from fourfold.planning.cost import cut_step
 from fourfold.planning.device import Device, Link
 from fourfold.planning.hardware import build_cluster, find_device
 from fourfold.training.outlook import Outlook
-from rehearsed import GIB, described, point_of
+from rehearsed import GIB, Point, described, point_of
 
 STAND_IN = "h100"
 """The card that a run without one is predicted for, so that tiny runs try this out as well."""
@@ -43,13 +43,24 @@ def predict(row: dict[str, Any], gpu: str | None, links: dict[str, Any] | None =
         return {"unpredicted": str(error)}
 
 
+def outlook_of(point: Point, card: Device, stage: int = 0) -> Outlook:
+    """What the planner knows of a point's run.
+
+    Args:
+        stage: the rank's place in the pipeline.
+    """
+    _, shape, job = described(point)
+    layout = point.layout
+    cluster = build_cluster(card, layout.world_size)
+    return Outlook(shape, job, job, layout, cluster, pp_rank=stage, spared=point.spared)
+
+
 def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str, Any]:
     point = point_of(row["fields"])
-    _, shape, job = described(point)
-    layout, tokens = point.layout, sum(point.sequences)
-    cluster = build_cluster(card, layout.world_size)
-    outlook = Outlook(shape, job, job, layout, cluster, spared=point.spared, gathered=point.gathered)
-    memory, cost = outlook.memory(point.recompute, tokens), outlook.cost(point.recompute, job.micro_batch)
+    outlook = outlook_of(point, card)
+    layout, job = point.layout, outlook.job
+    memory = outlook.memory(point.recompute, sum(point.sequences))
+    cost = outlook.cost(point.recompute, job.micro_batch)
     found = {
         "predicted_allocated_gib": memory.allocated / GIB,
         "predicted_reserved_gib": memory.reserved / GIB,

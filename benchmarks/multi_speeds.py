@@ -29,7 +29,6 @@ class Speed:
         note: how it is cut down from what it stands for.
         target: tokens/s of each GPU, from the issue; for 8, and for 4 where the same rows fit.
         spared: the last layers, of which nothing is computed again.
-        gathered: the last layers, whose weights stay gathered from the forward to the backward pass.
         bubble: also find out what the pipeline idles, by passes of two lengths.
         seconds: that it is expected to take, loading included.
     """
@@ -42,7 +41,6 @@ class Speed:
     batches: int = 1
     layers: int = 0
     spared: int = 0
-    gathered: int = 0
     note: str = ""
     target: float | None = None
     bubble: bool = False
@@ -133,20 +131,6 @@ _FOUR: dict[str, Speed] = {
     "8b-full-fsdp4": Speed(_8B, "full", Layout(dp_shard=4), "selective", _ROW),
     "8b-full-fsdp4-8k-compiled": Speed(_8B, "full compiled", Layout(dp_shard=4), "none", _ROW, target=9000, seconds=60),
     "8b-full-fsdp4-8k-float8": Speed(_8B, "full float8", Layout(dp_shard=4), "none", _ROW, target=11000, seconds=60),
-    **{
-        f"8b-full-fsdp4-8k-{kind}-gathered": Speed(
-            _8B,
-            f"full {kind}",  # type: ignore[arg-type]
-            Layout(dp_shard=4),
-            "none",
-            _ROW,
-            gathered=18,
-            note="weights of 18 of 32 layers stay gathered, as a run chooses by itself",
-            target=target,
-            seconds=60,
-        )
-        for kind, target in (("compiled", 9000), ("float8", 11000))
-    },
     "8b-lora-ddp4-compiled": Speed(_8B, "lora compiled", Layout(dp_replicate=4), "none", _ROW, seconds=40),
     "8b-full-fsdp2-tp2": Speed(_8B, "full", Layout(dp_shard=2, tp=2), "none", _ROW),
     "8b-full-pp2-fsdp2": Speed(_8B, "full", Layout(pp=2, dp_shard=2), "full", _ROW, 4),
@@ -164,9 +148,6 @@ _FOUR: dict[str, Speed] = {
         ranks=4,
     ),
     "70b-lora-fsdp4-8k-compiled": Speed(
-        _70B, "lora compiled", Layout(dp_shard=4), "full", _ROW, target=1200, seconds=120
-    ),
-    "70b-lora-fsdp4-8k-compiled-spared": Speed(
         _70B,
         "lora compiled",
         Layout(dp_shard=4),
@@ -175,7 +156,7 @@ _FOUR: dict[str, Speed] = {
         spared=6,
         note="6 of 80 layers not computed again, as a run without `recompute` chooses",
         target=1200,
-        seconds=120,
+        seconds=100,
     ),
     "30b-16layers-full-fsdp4-compiled": Speed(
         _30B, "full compiled", Layout(dp_shard=4), "none", (4096,) * 2, layers=16, note="16 of 48 layers", seconds=50

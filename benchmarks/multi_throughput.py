@@ -33,7 +33,7 @@ from gpu_clock import gpu_events, mark, profiled, seconds_between
 from multi_assembly import Ready, assemble, free, made_up, peak_gib, random_model
 from multi_layouts import TINY_WIDTHS
 from multi_speeds import Speed
-from rehearsed import MODELS, Point, described
+from rehearsed import MODELS, Point, described, joins_gradients
 
 WARM, TIMED = 2, 4
 _TINY_LAYERS = 8
@@ -81,8 +81,9 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
     free(mesh.device)
     held_before_gib = peak_gib(mesh.device)[0]
     started = time.perf_counter()
-    model, tokens = random_model(run, mesh), sum(point.sequences)
-    ready = assemble(run, mesh, model, tokens, point.recompute, point.spared, point.gathered)
+    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute, point.spared)
+    if joins_gradients(point):
+        ready.built.join_gradients()
     loaded_s, (loaded_gib, _) = time.perf_counter() - started, peak_gib(mesh.device)
     batches = _batches(ready, point, shape.vocab, mesh)
     for _ in range(WARM):

@@ -61,7 +61,6 @@ class Point:
         sequences: lengths of a micro-batch's documents.
         stage: rank of the pipeline.
         spared: layers of which nothing is computed again where others are.
-        gathered: layers whose weights stay gathered where others' do not.
     """
 
     model: str
@@ -73,7 +72,6 @@ class Point:
     stage: int = 0
     layers: int = 0
     spared: int = 0
-    gathered: int = 0
 
     @property
     def name(self) -> str:
@@ -135,6 +133,11 @@ def predicted_memory(point: Point, card: Device | None) -> Memory:
     )
 
 
+def joins_gradients(point: Point) -> bool:
+    """What a run on an 80 GB card decides about FSDP's shards of gradients; the size of the card does not matter."""
+    return predicted_memory(point, find_device("h100")).joins_gradients
+
+
 def measure(point: Point, device: torch.device | None, steps: int = 4) -> dict[str, Any]:
     """One point: what was measured, and what is predicted."""
     run, _, _ = described(point)
@@ -147,6 +150,7 @@ def measure(point: Point, device: torch.device | None, steps: int = 4) -> dict[s
         recompute=point.recompute,
         device=device,
         steps=2 if device is None else steps,
+        joins_gradients=joins_gradients(point),
     )
     row: dict[str, Any] = {
         "measured_gib": found.peak.total / GIB,

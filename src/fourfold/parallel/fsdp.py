@@ -17,16 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fourfold.parallel.packed import store_packed_as
-from fourfold.parallel.sharded import local
-from fourfold.planning.reserved import gradients_join
 
 
 class ReduceScatter:
-    """What FSDP scatters gradients by where their shards, which stay until the optimizer has used them, are to lie in the
-    memory of the stream that computes (`planning.reserved.gradients_join`).
+    """What FSDP scatters gradients by where their shards, which stay until the optimizer has used them, are to lie in
+    the memory of the stream that computes.
 
-    FSDP asks for them on its own stream, and PyTorch's allocator keeps memory for the stream that asked first: a share of
-    all gradients, which nothing else could use while activations are there.
+    FSDP asks for them on its own stream, and PyTorch's allocator keeps memory for the stream that asked first: a share
+    of all gradients, which nothing else could use while activations are there.
     """
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -83,7 +81,6 @@ def shard(
     settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": host}
     for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **settings)
-    joins = mesh.device_type == "cuda" and _gradients_join(root, blocks, mesh.size(-1), compute)
     sharded = fully_shard(root, reshard_after_forward=False, **settings)
     assert isinstance(sharded, FSDPModule)
     for module in root.modules():
@@ -92,16 +89,11 @@ def shard(
             # factor alone would ask gloo for a reduction that it does not have.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if joins:
-                module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]
     return sharded
 
 
-def _gradients_join(root: nn.Module, blocks: Sequence[nn.Module], ranks: int, compute: torch.dtype | None) -> bool:
-    """See `planning.reserved.gradients_join`; blocks are sharded by now, the rest is not."""
-    of_blocks = {id(parameter): parameter for block in blocks for parameter in block.parameters()}
-    trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    outside = [local(parameter) for parameter in trained if id(parameter) not in of_blocks]
-    shards = sum(local(parameter).nbytes for parameter in trained if id(parameter) in of_blocks)
-    whole = sum(parameter.numel() * (4 if compute else parameter.itemsize) for parameter in outside)
-    return gradients_join(shards + sum(parameter.nbytes for parameter in outside) // ranks, whole)
+def join_gradients(root: nn.Module) -> None:
+    """Have the shards of a sharded model's gradients lie where all else does, on CUDA; see `ReduceScatter`."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_reduce_scatter(ReduceScatter())  # type: ignore[arg-type]

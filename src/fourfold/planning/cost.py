@@ -57,7 +57,8 @@ _NO_GAIN_PP = 4
 """Ranks from which on interleaved stages that share a group save no bubble; see `bubble_seconds`."""
 _INTERLEAVED_COST = 1.15
 """What computation of a micro-batch takes beside messages of interleaved stages that have groups of their own: receives
-that wait hold multiprocessors. 4 H100: 0.115 s a micro-batch and 1.10 to 1.16 s a step of eight, 1f1b 0.104, 1.10 to 1.12."""
+that wait hold multiprocessors. 4 H100: 0.115 s a micro-batch and 1.10 to 1.16 s a step of eight, 1f1b 0.104 and 1.10 to
+1.12."""
 OPTIMIZER_NUMBERS = {"adamw_8bit": 4.0, "sgd": 3.0, "adafactor": 4.0}
 """Numbers of the master dtype that an optimizer reads and writes for each trained one; see _ADAMW_NUMBERS."""
 _ADAMW_NUMBERS = 7.0

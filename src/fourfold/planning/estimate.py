@@ -43,11 +43,13 @@ class Memory:
         rank: the most loaded one.
         terms: bytes by TERMS.
         room: of the device, bytes; None where it is not known.
+        joins_gradients: shards of gradients lie in the computing stream's memory (parallel/fsdp.py).
     """
 
     rank: int
     terms: dict[str, int] = field(hash=False)
     room: int | None = None
+    joins_gradients: bool = False
 
     @property
     def allocated(self) -> int:

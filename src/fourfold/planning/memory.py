@@ -24,7 +24,7 @@ from fourfold.planning.in_flight import Flight, flights
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layer_sums import LayerSums, sum_layers
 from fourfold.planning.layout import Layout
-from fourfold.planning.reserved import Pools, gradients_join
+from fourfold.planning.reserved import Pools, gradients_may_join
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches
 from fourfold.planning.states import Part, Stage, cut_numel, optimizer_bytes, outer_part, stage_of
@@ -118,13 +118,16 @@ def _of_rank(
         "buffers": (_WORKSPACE if device is not None else 0) + _received(shape, job, layout, stage, positions, batches),
         "context": 0 if device is None else _CONTEXT + (COMMUNICATOR if layout.world_size > 1 else 0),
     }
-    terms["slack"] = 0
+    terms["slack"], joins = 0, False
     if device is not None:
-        pools = _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
         lasting = sum(terms[name] for name in ("parameters", "scales", "optimizer", "teacher", "buffers"))
-        reserved = replace(pools, computing=pools.computing + lasting).reserved
-        terms["slack"] = max(reserved - Memory(pp_rank, terms).allocated, 0)
-    return Memory(pp_rank, terms, None if device is None else device.memory_bytes)
+        reserved = {
+            joined: replace(pools, computing=pools.computing + lasting).reserved
+            for joined, pools in _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
+        }
+        joins = reserved.get(True, math.inf) < reserved[False]
+        terms["slack"] = max(reserved[joins] - Memory(pp_rank, terms).allocated, 0)
+    return Memory(pp_rank, terms, None if device is None else device.memory_bytes, joins)
 
 
 def _pools(
@@ -137,8 +140,8 @@ def _pools(
     moments: Sequence[_Moment],
     gradients: int,
     stage: Stage,
-) -> Pools:
-    """What comes and goes, by the stream that asks for it."""
+) -> Iterator[tuple[bool, Pools]]:
+    """What comes and goes, by the stream that asks for it; with gradients apart, and joined if they may be."""
     unit, root = layers.largest, outer
     shared = layout.tp > 1 and layout.loss_parallel
     scored = min(job.chunk, _scored(job, stage, positions))
@@ -148,26 +151,29 @@ def _pools(
         largest = _largest_gradient(shape, job, layout, stage)
         if job.engine != "eager":  # few blocks come and go within a compiled layer, and the loss makes nothing in fp32
             logits = largest = 0
-        return Pools(moving, moving, 0, 0, logits, largest)
+        yield False, Pools(moving, moving, 0, 0, logits, largest)
+        return
     reduced = 4 if job.is_mixed else job.compute_bytes
     arriving = root.whole + unit.whole
     sent = (root.whole_trained + unit.whole_trained) * job.compute_bytes // layout.shards if job.is_mixed else 0
-    joined = gradients_join(gradients, root.whole_trained * reduced)
-    apart = not joined and layout.pp == 1 and layout.zero > 1
-    held = [sum(moment) - (moment.gradients if apart else 0) for moment in moments]
-    held[0] -= arriving
-    for number, moment in enumerate(moments[1:], start=1):
-        if moment.gathered >= root.whole + 2 * unit.whole:  # the next unit is still as it arrives
-            held[number] -= unit.whole
-    moving = max(held)
-    largest = root.whole_trained * reduced
-    if moving - int(_LASTING_ROOT * root.whole) > largest:
-        # it finds room where activations were; in fp32 less of it between the keys and values that cp ranks exchange, or
-        # between gradients where little else is kept
-        less = (layout.cp > 1 and job.is_mixed) or (joined and layers.replayed > 0)
-        largest = largest // 2 if less else 0
-    sent += arriving + unit.whole
-    return Pools(moving, moving, sent, 0 if joined else gradients, logits, largest)
+    at_once = [arriving, *(unit.whole if m.gathered >= root.whole + 2 * unit.whole else 0 for m in moments[1:])]
+    root_sent = root.whole_trained * reduced
+    whole_gradients = layout.pp > 1 or layout.zero == 1
+    for joined in (False, True) if gradients_may_join(gradients, root_sent) else (False,):
+        there = joined or whole_gradients
+        moving = max(
+            sum(moment) - (0 if there else moment.gradients) - still_arriving
+            for moment, still_arriving in zip(moments, at_once, strict=True)
+        )
+        largest = root_sent
+        if moving - int(_LASTING_ROOT * root.whole) > largest:
+            # it finds room where activations were; less of it between the keys and values that cp ranks exchange in
+            # fp32, or between gradients where little else is kept and head and embedding are two
+            among = joined and layers.replayed > 0 and layout.pp == layout.cp == 1 and not shape.tied
+            halved = job.is_mixed and (among or layout.cp > 1)
+            largest = largest // 2 if halved else largest if among else 0
+        gathering = arriving + unit.whole + sent
+        yield joined, Pools(moving, moving, gathering, 0 if joined else gradients, logits, largest)
 
 
 def _largest_gradient(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> int:

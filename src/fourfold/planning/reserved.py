@@ -1,9 +1,10 @@
 """What the allocator reserves beyond what it has handed out: fragments, and memory that other streams cannot use.
 
 PyTorch's allocator gives memory to the stream that asks, and keeps it for that stream. FSDP gathers on a stream of its
-own and leaves the shards of gradients on another, unless they are told to lie with the rest (parallel/fsdp.py); so a rank
-reserves the most that each of them ever held, which they do not hold at the same time. Within a stream, growing segments (`expandable_segments`, which the command sets)
-leave few holes: about as much as the largest blocks that come and go.
+own and leaves the shards of gradients on another, unless they are told to lie with the rest (parallel/fsdp.py); so a
+rank reserves the most that each of them ever held, which they do not hold at the same time. Within a stream, growing
+segments (`expandable_segments`, which the command sets) leave few holes: about as much as the largest blocks that come
+and go.
 
 Measured on an H100 over the points of `benchmarks/memory_grid.py`, stream by stream.
 """
@@ -23,11 +24,11 @@ _FEW_GRADIENTS = 1 << 28
 """Bytes of shards of gradients that are not worth anything but PyTorch's own way."""
 
 
-def gradients_join(shards: int, root: int) -> bool:
-    """Whether shards of gradients lie in the computing stream's memory, which activations can use while they are not there.
+def gradients_may_join(shards: int, root: int) -> bool:
+    """Whether shards of gradients may lie in the computing stream's memory, which activations can use before they come.
 
     The largest block that a backward pass asks for, at its end, is the gradient of embedding and head as it is sent;
-    shards that came before it lie where it would have found room. One H100, a rank of 4 to 64: 1.4 to 4.0 GiB less
+    shards that came before it lie where it would have found room. One H100, a rank of 4 to 64: up to 4.1 GiB less
     reserved where the shards are at least half as large as that block, and up to 3.0 GiB more where they are not.
 
     Args:

@@ -148,8 +148,6 @@ class Parts:
             outlook=self.outlook,
             planned=self.planned,
             spares=self.built.spares_layers and not self.run.parallel.offload_activations,
-            # answering shards all weights again whenever it ends
-            gathers=kind != "prompt" and self.run.parallel.memory != "low",
         )
         # Ranks that share micro-batches must cut and recompute alike, whatever each has free.
         largest = self.split.reducer.largest
@@ -157,12 +155,10 @@ class Parts:
         if spared < fit.spared:
             log.info("Other ranks have less room: nothing is computed again in %d layers", spared)
         self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))], spared)
-        gathered = -largest(-fit.gathered)
-        if gathered:
-            self.built.keep_gathered(gathered)
-            log.info("Weights of %d layers stay gathered until their backward pass, since there is room", gathered)
         if self.outlook is not None:
-            self.outlook = replace(self.outlook, spared=spared, gathered=gathered)
+            self.outlook = replace(self.outlook, spared=spared)
+            if self.outlook.joins_gradients(self.recompute, sizes.largest_micro_batch(fit.policy.max_tokens)):
+                self.built.join_gradients()
         if fit.unpacks:
             self._keep_unpacked()
         if fit.keeps_logits:

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
@@ -31,6 +30,7 @@ from fourfold.models.targets import decoder_blocks
 from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
+from fourfold.parallel.fsdp import join_gradients
 from fourfold.parallel.graphs import Graphs
 from fourfold.parallel.host_embedding import keep_on_host
 from fourfold.parallel.local_experts import use_local_experts
@@ -169,11 +169,10 @@ class Built:
             enable_recompute(self.module, kind, self.noise, spared)
         return kind
 
-    def keep_gathered(self, count: int) -> None:
-        """Leave the weights of the last layers, which are needed first, gathered between forward and backward pass."""
-        for layer in self._layers()[-count:] if count else ():
-            assert isinstance(layer, FSDPModule)
-            layer.set_reshard_after_forward(False)
+    def join_gradients(self) -> None:
+        """Have FSDP's shards of gradients lie in memory that activations can use before they come."""
+        if self.mesh.device.type == "cuda":
+            join_gradients(self.module)
 
     def _layers(self) -> list[nn.Module]:
         return list(decoder_blocks(base_model(self.module))[1])

@@ -119,14 +119,20 @@ def _rehearse_rank(
     batches = min(of_step, max(_MOST_BATCHES, _fewest(layout)))
     stage = rank // (layout.world_size // layout.pp)
     workload = Workload((min(job.sequence, best.micro_batch),) * in_batch, batches, job.trained_share)
-    settings = {"rank": rank, "recompute": best.recompute, "device": device, "unpacked": best.unpacked}
+    card = None if device is None else plan.cluster.device
+    memory = estimate_memory(plan.shape, job, layout, best.recompute, best.micro_batch, rank=stage, device=card)
+    settings = {
+        "rank": rank,
+        "recompute": best.recompute,
+        "device": device,
+        "unpacked": best.unpacked,
+        "joins_gradients": memory.joins_gradients,
+    }
     found = rehearse(run, layout, workload, **settings, steps=steps)
     worst = None
     if layout.ep > 1:
         loaded = Workload(workload.sequences, batches, job.trained_share, _WORST_LOAD)
         worst = rehearse(run, layout, loaded, **settings)
-    card = None if device is None else plan.cluster.device
-    memory = estimate_memory(plan.shape, job, layout, best.recompute, best.micro_batch, rank=stage, device=card)
     part = held_part(plan.shape, job, layout, stage)
     held = {
         "parameters": part.weights,

@@ -55,7 +55,6 @@ class Fit:
         unpacks: there is room to keep 4-bit weights unpacked beside it.
         keeps_logits: there is room to keep the logits of all chunks.
         spared: layers of which nothing is computed again, since there is room.
-        gathered: layers whose weights stay gathered from the forward to the backward pass, since there is room.
     """
 
     policy: CutPolicy
@@ -63,7 +62,6 @@ class Fit:
     unpacks: bool = False
     keeps_logits: bool = False
     spared: int = 0
-    gathered: int = 0
 
 
 def choose_fit(
@@ -95,7 +93,6 @@ def fit_to_memory(
     outlook: Outlook | None,
     planned: Form | None = None,
     spares: bool = False,
-    gathers: bool = False,
 ) -> Fit:
     """Choose for a loaded model on its device. A CPU's memory is left to the system: nothing is cut for it.
 
@@ -105,7 +102,6 @@ def fit_to_memory(
         outlook: what the planner knows of the run; None if nothing, and then nothing is cut either.
         planned: what the layout was chosen with; taken if the steps are as large as that and it fits what is free.
         spares: some layers may be computed again, and others not.
-        gathers: weights of some layers may stay gathered.
     """
     chosen_by_user = recompute is not None
     if planned is not None:
@@ -123,7 +119,8 @@ def fit_to_memory(
         unpacks=unpacking_fits(outlook, fit.recompute, largest, free),
         keeps_logits=logits_fit(outlook, fit.recompute, largest, free),
     )
-    outlook = _with_rest(outlook, fit, largest, free, spares=spares and not chosen_by_user, gathers=gathers)
+    if spares and not chosen_by_user:
+        outlook = _with_rest(outlook, fit, largest, free)
     log.info(
         "Activations are %s%s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
@@ -132,20 +129,14 @@ def fit_to_memory(
         format_bytes(free),
         format_bytes(outlook.to_come(fit.recompute, largest)),
     )
-    return replace(fit, spared=outlook.spared, gathered=outlook.gathered)
+    return replace(fit, spared=outlook.spared)
 
 
-def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int, *, spares: bool, gathers: bool) -> Outlook:
-    """What is left beside a step goes to layers of which nothing is computed again, then to weights that stay gathered:
-    a GiB of the first saves four times as much."""
+def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
+    """What is left beside a step goes to layers of which nothing is computed again."""
     after = outlook.unpacked() if fit.unpacks else outlook
     after = after.keeping_logits() if fit.keeps_logits else after
-    room = _room_after(outlook, after, free)
-    if spares:
-        after = after.sparing(fit.recompute, largest, room)
-    if gathers:
-        after = after.gathering(fit.recompute, largest, room)
-    return replace(outlook, spared=after.spared, gathered=after.gathered)
+    return replace(outlook, spared=after.sparing(fit.recompute, largest, _room_after(outlook, after, free)).spared)
 
 
 def _room_after(outlook: Outlook, after: Outlook, free: int) -> int:

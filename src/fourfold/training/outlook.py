@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -20,7 +19,6 @@ from fourfold.planning.activations import kept
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
-from fourfold.planning.flops import local_numel
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
 from fourfold.planning.job import Job, Recompute, Teacher, may_keep_logits, unpacks
@@ -90,7 +88,6 @@ class Outlook:
         heaviest: the same with the largest of them.
         pp_rank: this rank's place in the pipeline.
         spared: layers of which nothing is computed again where others are.
-        gathered: layers whose weights stay gathered from the forward to the backward pass where others' do not.
     """
 
     shape: ModelShape
@@ -100,7 +97,6 @@ class Outlook:
     cluster: Cluster
     pp_rank: int = 0
     spared: int = 0
-    gathered: int = 0
 
     @classmethod
     def of(
@@ -136,9 +132,17 @@ class Outlook:
         """Of the most loaded rank of the job, with micro-batches of so many tokens on a data-parallel rank."""
         return self._memory(recompute, micro_batch, None)
 
+    def memory_of_rank(self, recompute: Recompute, micro_batch: int) -> Memory:
+        """The same of this rank."""
+        return self._memory(recompute, max(micro_batch, 1), self.pp_rank)
+
+    def joins_gradients(self, recompute: Recompute, micro_batch: int) -> bool:
+        """Whether this rank reserves less if FSDP's shards of gradients lie with the rest."""
+        return self.memory_of_rank(recompute, micro_batch).joins_gradients
+
     def to_come(self, recompute: Recompute, micro_batch: int) -> int:
         """Bytes that a step takes on this rank beside the loaded model."""
-        found = self._memory(recompute, max(micro_batch, 1), self.pp_rank)
+        found = self.memory_of_rank(recompute, micro_batch)
         return sum(size for name, size in found.terms.items() if name not in _LOADED)
 
     def _memory(self, recompute: Recompute, micro_batch: int, rank: int | None) -> Memory:
@@ -146,12 +150,10 @@ class Outlook:
         found = estimate_memory(
             self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device
         )
-        terms = dict(found.terms)
-        if self.spared and recompute != "none":
-            terms["activations"] += self.spared * self._kept_by_a_layer(recompute, micro_batch)
-        if self.gathered:
-            terms["gathered"] += self.gathered * self._gathered_of_a_layer
-        return replace(found, terms=terms)
+        if not self.spared or recompute == "none":
+            return found
+        more = self.spared * self._kept_by_a_layer(recompute, micro_batch)
+        return replace(found, terms={**found.terms, "activations": found.terms["activations"] + more})
 
     def sparing(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
         """The same with as many layers, of which nothing is computed again, as there is room for.
@@ -165,26 +167,6 @@ class Outlook:
         each, left = self._kept_by_a_layer(recompute, micro_batch), room - self.to_come(recompute, micro_batch)
         count = min(left // each, self.shape.num_layers - 1) if each > 0 else 0
         return replace(self, spared=max(count, 0))
-
-    def gathering(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
-        """The same with as many layers, whose weights stay gathered, as there is room for.
-
-        Args:
-            room: as of `sparing`.
-        """
-        layout, each = self.layout, self._gathered_of_a_layer
-        asked = layout.reshard is not None or layout.pp > 1 or layout.offload == "params"
-        if asked or layout.shards == 1 or not layout.reshards or each <= 0:
-            return self
-        left = room - self.to_come(recompute, micro_batch)
-        return replace(self, gathered=max(min(left // each, self.shape.num_layers), 0))
-
-    @cached_property
-    def _gathered_of_a_layer(self) -> int:
-        """Bytes of the largest layer's weights, gathered."""
-        place = Layout(tp=self.layout.tp, ep=self.layout.ep, dp_shard=self.layout.ep)
-        sizes = [sum(local_numel(each, self.shape, place) for each in layer.weights) for layer in self.shape.kinds]
-        return math.ceil(max(sizes) * self.job.compute_bytes)
 
     def _kept_by_a_layer(self, recompute: Recompute, micro_batch: int) -> int:
         """Bytes more that the largest layer keeps where nothing of it is computed again: while others are, one of them
@@ -234,17 +216,12 @@ class Outlook:
         Raises:
             PlanError: the device lacks the compute dtype.
         """
-        def seconds(recompute: Recompute, layout: Layout) -> float:
-            return estimate_cost(self.shape, self.job, layout, self.cluster, recompute, max_tokens).step_s
-
         found = estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
-        step_s = found.step_s
-        if self.spared and recompute != "none":
-            share = self.spared / self.shape.num_layers
-            step_s += share * (seconds("none", self.layout) - found.step_s)
-        if self.gathered:
-            share = self.gathered / self.shape.num_layers
-            step_s += share * (seconds(recompute, replace(self.layout, reshard=False)) - found.step_s)
+        if not self.spared or recompute == "none":
+            return found
+        whole = estimate_cost(self.shape, self.job, self.layout, self.cluster, "none", max_tokens)
+        share = self.spared / self.shape.num_layers
+        step_s = found.step_s + share * (whole.step_s - found.step_s)
         return replace(found, step_s=step_s, tokens_per_s=found.tokens_per_s * found.step_s / step_s)
 
 

@@ -119,6 +119,7 @@ def rehearse(
     steps: int = 2,
     unpacked: bool = False,
     spared: int = 0,
+    joins_gradients: bool = False,
 ) -> Rehearsal:
     """Run one rank of a job; collectives do nothing.
 
@@ -128,12 +129,15 @@ def rehearse(
         steps: at least 2: the first one also makes the optimizer's state.
         unpacked: 4-bit weights are unpacked once and kept.
         spared: layers of which nothing is computed again.
+        joins_gradients: FSDP's shards of gradients lie where the rest does, as `planning.estimate.Memory` says.
     """
 
     def prepare(built: Built) -> None:
         if unpacked:
             built.keep_unpacked(run)
         built.recompute(recompute, spared)
+        if joins_gradients and device is not None:
+            built.join_gradients()
 
     with ExitStack() as stack:
         if layout.world_size > 1:

@@ -319,17 +319,19 @@ def test_step_when_a_pipeline_wants_more_micro_batches_fills_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "share"), [("gpipe", 3 / 11), ("1f1b", 3 / 11), ("interleaved_1f1b", 3 / 11), ("zbv", 0.0)]
+    ("schedule", "share"), [("gpipe", 3 / 11), ("1f1b", 3 / 11), ("interleaved_1f1b", 3 / 19), ("zbv", 0.0)]
 )
 def test_bubble_when_passes_take_equally_long_is_that_of_the_schedule(schedule: Any, share: float) -> None:
     idle = bubble_seconds(Layout(pp=4, pp_schedule=schedule), 1.0, 1.0, 1.0)
     assert bubble_share(idle, 8 * 3.0) == pytest.approx(share)
 
 
-def test_bubble_when_two_ranks_interleave_is_half_and_from_four_on_that_of_1f1b() -> None:
+def test_bubble_when_interleaved_messages_share_a_group_is_half_for_two_ranks_and_from_four_on_that_of_1f1b() -> None:
     for ranks, share in ((2, 0.5), (3, 0.75), (8, 1.0)):
-        idle = bubble_seconds(Layout(pp=ranks, pp_schedule="interleaved_1f1b"), 1.0, 1.0, 1.0)
-        assert idle == pytest.approx(share * (ranks - 1) * 3.0)
+        together = Layout(pp=ranks, pp_schedule="interleaved_1f1b", pp_overlap_p2p=False)
+        assert bubble_seconds(together, 1.0, 1.0, 1.0) == pytest.approx(share * (ranks - 1) * 3.0)
+        apart = replace(together, pp_overlap_p2p=True)
+        assert bubble_seconds(apart, 1.0, 1.0, 1.0) == pytest.approx((ranks - 1) * 1.5)
 
 
 def test_bubble_when_zero_bubble_has_no_weight_gradients_is_that_of_two_stages() -> None:
