@@ -73,9 +73,11 @@ def plan(
             raise typer.Exit(1)
 
 
-def plan_run(run: Run, cluster: Cluster) -> Plan:
+def plan_run(run: Run, cluster: Cluster, *, eager: bool = False) -> Plan:
     """The plan of a run's job on a cluster, from the shape of its model; what is unusual is logged.
 
+    Args:
+        eager: layers are taken to run as they are, though the run may compile them.
     Raises:
         ModelError: no such model, or one whose shape cannot be read.
         PlanError: sizes or a dtype that cannot work.
@@ -95,7 +97,8 @@ def plan_run(run: Run, cluster: Cluster) -> Plan:
     if teacher is not None:
         job = replace(job, teacher=Teacher.of(teacher, find_shape(teacher.model, _reader(teacher, "teacher_model"))))
         log.info("The teacher's memory is in the plan, its time is not.")
-    return search(shape, job, cluster, Wishes.of(run))
+    wishes = Wishes.of(run)
+    return search(shape, job, cluster, replace(wishes, compiles=False) if eager else wishes)
 
 
 def read_run(verb: Verb, words: Sequence[str] | None) -> Run:

@@ -34,7 +34,7 @@ def rehearse(
     with clear_errors():
         run = read_run("rehearse", words)
         cluster = cluster_of(gpu, gpus, nodes, hardware, nproc=run.parallel.nproc)
-        plan = plan_run(run, cluster)
+        plan = plan_run(run, cluster, eager=True)  # which is how it is rehearsed
         from fourfold.training.dry_run import as_text, rehearse_plan
         from fourfold.training.rehearse import left_out
 

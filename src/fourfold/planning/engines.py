@@ -1,8 +1,19 @@
-"""What runs the layers of a step, as far as their time hangs on it: as they are, compiled, or replayed as graphs."""
+"""What runs the layers of a step, as far as their time hangs on it: as they are, compiled, or replayed as graphs; and
+which of these a run will choose (training/fast.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from fourfold.planning.device import Device
+from fourfold.planning.job import EngineName, Job
+from fourfold.planning.layout import Layout
+from fourfold.planning.shape import ModelShape
+
+STEPS_TO_PAY = 60
+"""Optimizer steps from which compiling, some 20 to 60 s where nothing is cached, is made up for."""
+_SCORES_OF_THEIR_OWN = frozenset({"gpt_oss", "gemma2"})
+"""Families whose attention has sinks or soft caps, and needs more than the documents' offsets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +63,20 @@ documents (models/equal_documents.py)."""
 REPLAYED = replace(COMPILED, name="replayed", launch_ops=0.0)
 """The same, replayed as graphs: nothing is left for the host."""
 ENGINES = {"eager": EAGER, "compiled": COMPILED, "replayed": REPLAYED}
+
+
+def engine_of(
+    shape: ModelShape, job: Job, layout: Layout, device: Device, *, compiles: bool, replays: bool
+) -> EngineName:
+    """What will run the layers of a job.
+
+    Args:
+        device: bf16 is a sign of the generation that has the attention kernel of documents' offsets.
+        compiles, replays: whether the run's keys allow for it.
+    """
+    whole = layout.tp * layout.cp * layout.pp * layout.ep == 1 and layout.offload == "none"
+    fits = job.packed and job.compute != "fp32" and "bf16" in device.dense and shape.family not in _SCORES_OF_THEIR_OWN
+    if not (compiles and whole and fits) or (shape.experts and job.compute != "bf16"):
+        return "eager"
+    plain = layout.world_size == 1 and job.tuning == "lora" and not shape.experts
+    return "replayed" if replays and plain else "compiled"

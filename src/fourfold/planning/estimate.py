@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fourfold.base.units import GIB
-from fourfold.planning.job import Recompute
+from fourfold.planning.job import EngineName, Recompute
 from fourfold.planning.layout import Layout
 
 TERMS = (
@@ -104,6 +104,7 @@ class Estimate:
         micro_batch: positions of a micro-batch on a data-parallel rank.
         reason: why it is what it is, one line.
         unpacked: 4-bit weights are unpacked once and kept, since there is room.
+        engine: what runs the layers.
     """
 
     layout: Layout
@@ -113,6 +114,7 @@ class Estimate:
     cost: Cost
     reason: str = ""
     unpacked: bool = False
+    engine: EngineName = "eager"
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `layouts` of `fourfold plan --json`."""
@@ -126,6 +128,7 @@ class Estimate:
                 "recompute": self.recompute,
                 "micro_batch": self.micro_batch,
                 "unpacked": self.unpacked,
+                "engine": self.engine,
             },
             "memory_gib": {name: self.memory.terms.get(name, 0) / GIB for name in TERMS},
             "allocated_gib": self.memory.allocated / GIB,

@@ -11,6 +11,7 @@ from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
+EngineName = Literal["eager", "compiled", "replayed"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -86,7 +87,7 @@ class Job:
     chunk: int = _CHUNK_TOKENS
     keeps_logits: bool = False
     teacher: Teacher | None = None
-    engine: Literal["eager", "compiled", "replayed"] = "eager"
+    engine: EngineName = "eager"
     float8: bool = False
     host_embedding: bool = False
 

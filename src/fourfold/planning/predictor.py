@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fourfold.planning.cost import estimate_cost
+from fourfold.planning.engines import engine_of
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster
-from fourfold.planning.job import Job, Recompute
+from fourfold.planning.job import EngineName, Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.shape import ModelShape
@@ -42,7 +43,14 @@ class Predictor:
 
     def job_of(self, form: Form) -> Job:
         """The job as a form runs it."""
-        return self.wishes.job_of(self.job, form.layout, unpacked=form.unpacked)
+        job = self.wishes.job_of(self.job, form.layout, unpacked=form.unpacked)
+        return replace(job, engine=self._engine_of(form.layout))
+
+    def _engine_of(self, layout: Layout) -> EngineName:
+        wishes = self.wishes
+        return engine_of(
+            self.shape, self.job, layout, self.cluster.device, compiles=wishes.compiles, replays=wishes.replays
+        )
 
     def memory(self, form: Form) -> Memory:
         """Of the most loaded rank."""
@@ -77,8 +85,11 @@ class Predictor:
 
     def recomputes(self, layout: Layout) -> tuple[Recompute, ...]:
         """The kinds that may be used, least work first. Under zbv a layer would be computed again for every group of
-        its weights, and all of that kept: nothing is, unless it is asked for."""
+        its weights, and all of that kept: nothing is, unless it is asked for. A compiled layer does by itself what
+        selective does."""
         kinds = self.wishes.recomputes
+        if "none" in kinds and self._engine_of(layout) != "eager":
+            kinds = tuple(kind for kind in kinds if kind != "selective")
         if not layout.splits_backward:
             return kinds
         return ("none",) if "none" in kinds else ("full",)

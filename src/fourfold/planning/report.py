@@ -11,6 +11,7 @@ from fourfold.planning.anatomy import anatomy_of
 from fourfold.planning.candidates import name_of
 from fourfold.planning.cases import answer_cases
 from fourfold.planning.config_lines import config_lines, config_of
+from fourfold.planning.engines import STEPS_TO_PAY
 from fourfold.planning.estimate import TERMS, Estimate
 from fourfold.planning.predictor import Form
 from fourfold.planning.search import MARGIN, Plan
@@ -124,6 +125,13 @@ def _ranking(plan: Plan) -> Iterator[str]:
         yield f"   and {len(plan.layouts) - len(shown)} more with --json"
     yield ""
     yield from _wrapped(f"{shown[0].reason}.", first="Why 1: ", rest="       ")
+    fast = [str(number) for number, found in enumerate(shown, start=1) if found.engine != "eager"]
+    if fast:
+        which = "all" if len(fast) == len(shown) else " and ".join([", ".join(fast[:-1]), fast[-1]][len(fast) < 2 :])
+        yield from _wrapped(
+            f"Compiled layers: {which}, as in a run of {STEPS_TO_PAY} steps and more. torch_compile: false "
+            "or a shorter run leaves layers as they are.",
+        )
 
 
 def _figures(found: Estimate) -> str:

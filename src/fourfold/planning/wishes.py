@@ -12,6 +12,7 @@ from fourfold.config.parallel import ParallelConfig
 from fourfold.config.schema import Run
 from fourfold.families.shared_positions import CHANGING_ROTATION
 from fourfold.families.tensor_styles import TENSOR_FAMILIES
+from fourfold.planning.engines import STEPS_TO_PAY
 from fourfold.planning.job import RECOMPUTES, Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
@@ -31,12 +32,15 @@ class Wishes:
         recomputes: kinds that may be used, least work first.
         per_rank: sequences of a step on each data-parallel rank; None where the job's number is of all ranks.
         ruled_out: axis -> why the run's other keys rule it out.
+        compiles, replays: whether layers may be compiled, and micro-batches replayed as graphs.
     """
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recomputes: tuple[Recompute, ...] = RECOMPUTES
     per_rank: int | None = None
     ruled_out: dict[str, str] = field(default_factory=dict, hash=False)
+    compiles: bool = False
+    replays: bool = False
 
     @classmethod
     def of(cls, run: Run) -> Wishes:
@@ -48,6 +52,8 @@ class Wishes:
             recomputes=_recomputes(run),
             per_rank=None if training.global_batch_size else per_rank,
             ruled_out=dict(_ruled_out(run)),
+            compiles=_compiles(run),
+            replays=run.training.cuda_graphs is not False,
         )
 
     def is_given(self, name: str) -> bool:
@@ -91,6 +97,16 @@ def _recomputes(run: Run) -> tuple[Recompute, ...]:
     if on is None:
         return ("full",) if run.parallel.offload_activations else RECOMPUTES
     return ("full",) if on else ("none",)
+
+
+def _compiles(run: Run) -> bool:
+    """Whether a run's keys let its layers be compiled, as far as they tell; a run of unknown length is a long one."""
+    training, tuning, model = run.training, run.tuning, run.model
+    is_long = training.max_steps <= 0 or training.max_steps >= STEPS_TO_PAY or training.fp8
+    wanted = is_long if training.torch_compile is None else training.torch_compile
+    noisy = tuning.lora_dropout > 0 or bool(training.neftune_noise_alpha) or tuning.use_dora
+    other = run.parallel.offload_activations or model.quantization_bit == 8 or bool(model.moe_aux_loss_coef)
+    return wanted and not noisy and not other
 
 
 def _ruled_out(run: Run) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -20,12 +19,11 @@ from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
+from fourfold.planning.engines import STEPS_TO_PAY
+from fourfold.planning.job import EngineName
 from fourfold.training.precision import Precision
 
 log = get_logger(__name__)
-
-_STEPS_TO_PAY = 60
-"""Optimizer steps from which compiling, some 20 to 60 s where nothing is cached, is made up for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Fast:
     graphs: bool = False
 
     @property
-    def engine(self) -> Literal["eager", "compiled", "replayed"]:
+    def engine(self) -> EngineName:
         """What the planner is told of it."""
         return "eager" if not self.compiled else "replayed" if self.graphs else "compiled"
 
@@ -53,7 +51,7 @@ def wished(run: Run, max_steps: int) -> Fast:
     """What the config asks for; by default what is worth it in a run of so many steps."""
     training = run.training
     # casts to float8 cost more than they save where nothing joins them
-    pays = max_steps >= _STEPS_TO_PAY or training.fp8
+    pays = max_steps >= STEPS_TO_PAY or training.fp8
     compiled = pays if training.torch_compile is None else training.torch_compile
     return Fast(compiled, training.cuda_graphs is not False)
 

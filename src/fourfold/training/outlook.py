@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -21,7 +20,7 @@ from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import Job, Recompute, Teacher, may_keep_logits, unpacks
+from fourfold.planning.job import EngineName, Job, Recompute, Teacher, may_keep_logits, unpacks
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -110,7 +109,7 @@ class Outlook:
         packed: bool,
         document: float,
         pp_rank: int = 0,
-        engine: Literal["eager", "compiled", "replayed"] = "eager",
+        engine: EngineName = "eager",
     ) -> Outlook:
         """From the loaded model and the real lengths.
 

@@ -1,0 +1,89 @@
+"""What runs the layers of a planned job is what the run will choose, and its figures are that engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fourfold.config.load import load
+from fourfold.planning.engines import engine_of
+from fourfold.planning.hardware import build_cluster, find_device
+from fourfold.planning.job import Job
+from fourfold.planning.layout import Layout
+from fourfold.planning.search import search
+from fourfold.planning.shape import ModelShape
+from fourfold.planning.wishes import Wishes
+
+_FULL, _LORA = Job(tuning="full"), Job(tuning="lora")
+
+
+@pytest.mark.parametrize(
+    ("model", "job", "layout", "card", "engine"),
+    [
+        ("Llama-3-8B", _LORA, Layout(), "h100", "replayed"),
+        ("Llama-3-8B", _FULL, Layout(), "h100", "compiled"),
+        ("Llama-3-8B", _LORA, Layout(dp_replicate=2), "h100", "compiled"),
+        ("Llama-3-8B", _FULL, Layout(dp_shard=8), "4090", "compiled"),
+        ("Llama-3-8B", _FULL, Layout(dp_shard=4, tp=2), "h100", "eager"),
+        ("Llama-3-8B", _FULL, Layout(pp=2), "h100", "eager"),
+        ("Llama-3-8B", _FULL, Layout(cp=2), "h100", "eager"),
+        ("Llama-3-8B", _FULL, Layout(dp_shard=2, offload="params"), "h100", "eager"),
+        ("Llama-3-8B", replace(_LORA, compute="fp32"), Layout(), "h100", "eager"),
+        ("Llama-3-8B", replace(_LORA, packed=False), Layout(), "h100", "eager"),
+        ("Llama-3-8B", replace(_LORA, compute="fp16"), Layout(), "v100", "eager"),
+        ("Qwen3-30B-A3B", _LORA, Layout(), "h100", "compiled"),
+        ("Qwen3-30B-A3B", replace(_LORA, compute="fp16"), Layout(), "h100", "eager"),
+        ("Qwen3-30B-A3B", _FULL, Layout(dp_shard=8, ep=8), "h100", "eager"),
+    ],
+)
+def test_engine_when_a_layout_is_planned_is_the_runs_own(
+    model: str, job: Job, layout: Layout, card: str, engine: str, shape_of: Callable[[str], ModelShape]
+) -> None:
+    assert engine_of(shape_of(model), job, layout, find_device(card), compiles=True, replays=True) == engine
+
+
+def test_engine_when_keys_forbid_it_is_eager(shape_of: Callable[[str], ModelShape]) -> None:
+    arguments = (shape_of("Llama-3-8B"), _LORA, Layout(), find_device("h100"))
+    assert engine_of(*arguments, compiles=False, replays=True) == "eager"
+    assert engine_of(*arguments, compiles=True, replays=False) == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("keys", "compiles"),
+    [
+        ({}, True),
+        ({"max_steps": 59}, False),
+        ({"max_steps": 60}, True),
+        ({"max_steps": 20, "torch_compile": True}, True),
+        ({"max_steps": 20, "finetuning_type": "full", "fp8": True, "bf16": True}, True),
+        ({"torch_compile": False}, False),
+        ({"lora_dropout": 0.1}, False),
+        ({"neftune_noise_alpha": 5}, False),
+        ({"use_dora": True}, False),
+        ({"parallel": {"offload_activations": True}}, False),
+    ],
+)
+def test_wishes_when_a_run_would_not_compile_its_layers_say_so(keys: dict[str, Any], compiles: bool) -> None:
+    assert Wishes.of(load(keys)).compiles == compiles
+
+
+@pytest.mark.parametrize(
+    ("job", "gpus", "tokens_per_s"),
+    [
+        # benchmarks/results: lora_4k of gpu_h100.json, 8b-full-fsdp4-8k-compiled of multi_gpu_4xh100.json
+        (Job(sequence=4096, micro_batch=8192, sequences_per_step=2), 1, 15_576),
+        (Job(tuning="full", sequence=8192, micro_batch=8192, sequences_per_step=4), 4, 4 * 9_147),
+    ],
+)
+def test_plan_when_layers_are_compiled_foretells_what_was_measured(
+    job: Job, gpus: int, tokens_per_s: float, shape_of: Callable[[str], ModelShape]
+) -> None:
+    wishes = Wishes(compiles=True, replays=True)
+    best = search(shape_of("Llama-3-8B"), job, build_cluster("h100", gpus), wishes).best
+    assert best is not None
+    assert best.engine != "eager"
+    assert best.recompute == "none"
+    assert best.cost.tokens_per_s == pytest.approx(tokens_per_s, rel=0.05)
