@@ -27,6 +27,7 @@ from fourfold.planning.read_shape import read_shape
 from fourfold.planning.report import as_json, as_text
 from fourfold.planning.search import Plan, search
 from fourfold.planning.shape import ModelShape
+from fourfold.planning.wishes import Wishes
 
 _ROOT = Path(__file__).parents[3]
 _GOLDEN = _ROOT / "tests" / "golden" / "choices"
@@ -70,7 +71,8 @@ def _shape(name: str) -> ModelShape:
 @cache
 def _plan(name: str, hardware: str, tuning: str) -> Plan:
     cluster, job = build_cluster(*HARDWARE[hardware]), JOBS[tuning]
-    return search(_shape(name), replace(job, sequences_per_step=max(64, cluster.world_size)), cluster)
+    wishes = Wishes(compiles=True, replays=True)  # of a run that gives nothing
+    return search(_shape(name), replace(job, sequences_per_step=max(64, cluster.world_size)), cluster, wishes)
 
 
 def _rounded(number: float) -> str:
@@ -182,8 +184,9 @@ KNOWN: list[tuple[str, str, str, Holds]] = [
     ("Llama-3-70B", "8x141", "lora", lambda layout: layout in (Layout(dp_shard=8), Layout(dp_replicate=4, tp=2))),
     ("Llama-3-70B", "4x8x80", "full", lambda layout: layout.shards > 8 and layout.pp == 1),
     ("Llama-3.1-405B", "64x8x80", "full", lambda layout: layout.shards > 8 and layout.tp * layout.pp > 1),
-    ("Qwen3-30B-A3B", "8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=8, ep=8)),
-    ("Qwen3-235B-A22B", "4x8x80", "lora", lambda layout: layout.ep == 8 and layout.pp == layout.tp == 1),
+    # 16 layers of it over 4 H100 took 0.41 s a step in shards, compiled, and 1.06 s with experts apart, as they are
+    ("Qwen3-30B-A3B", "8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=8)),
+    ("Qwen3-235B-A22B", "4x8x80", "lora", lambda layout: layout.shards >= 8 and layout.pp == layout.tp == 1),
     ("DeepSeek-V3", "64x8x80", "full", lambda layout: layout.ep > 1 and layout.shards > 1 and layout.tp == 1),
     ("one-huge-matrix", "8x80", "lora", lambda layout: layout == Layout(tp=8)),
 ]
