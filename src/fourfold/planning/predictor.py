@@ -9,11 +9,13 @@ from fourfold.planning.cost import estimate_cost
 from fourfold.planning.engines import engine_of
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster
-from fourfold.planning.job import EngineName, Job, Recompute
+from fourfold.planning.job import RECOMPUTES, EngineName, Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.wishes import Wishes
+
+_COMPILED_RECOMPUTES: tuple[Recompute, ...] = ("none", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,8 @@ class Predictor:
         its weights, and all of that kept: nothing is, unless it is asked for. A compiled layer does by itself what
         selective does."""
         kinds = self.wishes.recomputes
-        if "none" in kinds and self._engine_of(layout) != "eager":
-            kinds = tuple(kind for kind in kinds if kind != "selective")
+        if kinds == RECOMPUTES and self._engine_of(layout) != "eager":
+            kinds = _COMPILED_RECOMPUTES
         if not layout.splits_backward:
             return kinds
         return ("none",) if "none" in kinds else ("full",)
