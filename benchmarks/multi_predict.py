@@ -52,7 +52,7 @@ def outlook_of(point: Point, card: Device, stage: int = 0) -> Outlook:
     _, shape, job = described(point)
     layout = point.layout
     cluster = build_cluster(card, layout.world_size)
-    return Outlook(shape, job, job, layout, cluster, pp_rank=stage, spared=point.spared)
+    return Outlook(shape, job, job, layout, cluster, stage).sparing_so_many(point.spared)
 
 
 def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from fourfold.planning.data_parallel import Exchange, RankWeights, WeightedLayer, exchange_weights
@@ -31,6 +31,7 @@ from fourfold.planning.kernels import (
     layer_seconds,
     stream_seconds,
 )
+from fourfold.planning.layer_sums import spared_kinds
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.stages import min_microbatches, num_stages, round_microbatches, stage_layers, stages_of_rank
@@ -202,14 +203,21 @@ class _Rank:
         """Each kind of layer that this rank has."""
         place, device = Place.of(self.layout, self.tokens, self.load.walked), self.cluster.device
         found: list[_LayerCost] = []
+        spared = spared_kinds(self.shape, self.job, self.layout, self.recompute)
+        job = replace(self.job, spared=0)  # so that what is computed once is found again
         for kind, mode, count in self.load.layers:
-            seconds = layer_seconds(self.shape, kind, mode, self.job, place, self.recompute, device, self.engine)
-            forward, backward = layer_sent(
-                self.shape, self.shape.kinds[kind], self.job, self.layout, self.groups, self.cluster, self.tokens, mode,
-                self.recompute,
-            )  # fmt: skip
-            unit = layer_unit(self.shape, kind, self.job, mode, self.layout)
-            found.append(_LayerCost(kind, count, seconds, forward, backward, unit))
+            few = min(spared[kind], count)
+            parts: tuple[tuple[Recompute, int], ...] = ((self.recompute, count - few), ("none", few))
+            for recompute, number in parts:
+                if not number:
+                    continue
+                seconds = layer_seconds(self.shape, kind, mode, job, place, recompute, device, self.engine)
+                forward, backward = layer_sent(
+                    self.shape, self.shape.kinds[kind], job, self.layout, self.groups, self.cluster, self.tokens, mode,
+                    recompute,
+                )  # fmt: skip
+                unit = layer_unit(self.shape, kind, job, mode, self.layout)
+                found.append(_LayerCost(kind, number, seconds, forward, backward, unit))
         return found
 
     @cached_property

@@ -67,6 +67,7 @@ class Job:
         teacher: that is learnt from; None for none.
         engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
         float8: trained layers multiply in float8.
+        spared: the last layers, of which nothing is computed again where others are; not in pipelines.
         host_embedding: a frozen embedding that is no head stays in host memory, where one GPU has the whole model.
     """
 
@@ -89,6 +90,7 @@ class Job:
     teacher: Teacher | None = None
     engine: EngineName = "eager"
     float8: bool = False
+    spared: int = 0
     host_embedding: bool = False
 
     @property
@@ -174,6 +176,14 @@ def unpacks(job: Job, layout: Layout) -> bool:
     Not where ranks split the model, whose parts are cut packed, nor where the least memory is asked for.
     """
     return job.bits == 4 and not layout.splits_model and layout.offload == "none" and not job.host_embedding
+
+
+def may_spare(job: Job, layout: Layout, recompute: Recompute) -> bool:
+    """Whether nothing may be computed again in some layers, if there is room, where others are.
+
+    Not in pipelines; nor under freeze tuning, where few layers keep anything, and those are the last ones.
+    """
+    return recompute != "none" and layout.pp == 1 and job.tuning != "freeze"
 
 
 def may_keep_logits(job: Job, layout: Layout) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,6 +50,7 @@ class LayerSums:
         working: bytes a position that a layer's backward pass needs besides.
         largest: of FSDP's units.
         entry: bytes a position of one layer's kept input.
+        spared: of the layers of which nothing is computed again where others are; `kept` is what that is more.
     """
 
     part: Part
@@ -57,6 +59,7 @@ class LayerSums:
     working: float
     largest: Part
     entry: float
+    spared: StageSums = StageSums()
 
 
 @lru_cache(maxsize=4096)
@@ -70,6 +73,8 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
         recompute = "full"  # as the engine does it (training/build.py)
     part, largest = Part(), Part()
     replayed = working = entry = 0.0
+    free = spared_kinds(shape, job, layout, recompute)
+    spared = StageSums()
     stages: list[StageSums] = []
     for counts, trained_counts in zip(stage.counts, stage.trained, strict=True):
         layers, kept_bytes, split, again, cast, merged = 0, 0.0, 0.0, 0.0, 0, 0
@@ -85,7 +90,15 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                 if trained or job.tuning == "lora":
                     whole = found.none if job.engine == "eager" else found.compiled
                     own = found.of(recompute) if job.engine == "eager" or recompute == "full" else whole
-                    kept_bytes += number * own
+                    few = min(free[kind], number)
+                    more = few * (whole - own)
+                    spared = StageSums(
+                        spared.layers + few,
+                        spared.kept + more,
+                        cast=spared.cast + few * one.cast,
+                        merged=spared.merged + few * one.merged,
+                    )
+                    kept_bytes += number * own + more
                     replayed = max(replayed, whole - own)
                     working = max(working, found.working)
                     entry = max(entry, own)
@@ -96,7 +109,14 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                 if one.weights >= largest.weights:
                     largest = one
         stages.append(StageSums(layers, kept_bytes, split, again, cast, merged))
-    return LayerSums(part, tuple(stages), replayed, working, largest, entry)
+    return LayerSums(part, tuple(stages), replayed, working, largest, entry, spared)
+
+
+def spared_kinds(shape: ModelShape, job: Job, layout: Layout, recompute: Recompute) -> Counter[int]:
+    """Of each kind of layer, how many are not computed again where others are."""
+    if not job.spared or recompute == "none" or layout.pp > 1:
+        return Counter()
+    return Counter(shape.order[-job.spared :])
 
 
 def _split(shape: ModelShape, kind: int, job: Job, layout: Layout, *, trained: bool) -> float:

@@ -283,7 +283,9 @@ def _waiting_moments(
         gradients = int(sharded.accumulated * _begun(flight, layers))
         more = sharded.waiting if gradients else 0
         kept_all = _kept_in_flight(job, shape, layout, stage, layers, flight, positions) + hidden_copies
-        kept_casts = _casts_in_flight(layers, outer, flight) * c if not replays else outer.cast * c
+        kept_casts = _casts_in_flight(layers, outer, flight) * c
+        if replays:
+            kept_casts = (outer.cast + layers.spared.cast) * c
         if flight.forward and flight.ended:
             gathered = sharded.forward + more + (max(kept_casts, casts) if casts else 0)
             yield _Moment(gradients, gathered, kept_all, forward_logits)
@@ -294,7 +296,17 @@ def _waiting_moments(
         if replays and flight.is_split:
             again = max(own.replayed for own, split in zip(layers.stages, flight.split, strict=True) if split)
             working = max(layer, int(again * positions))
-        yield _Moment(gradients, sharded.backward + beside + head_gradient, kept_all + working)
+        held = sharded.backward + beside + head_gradient
+        if layers.spared.layers:  # the last layers have all of theirs; the first that is computed again comes after them
+            yield _Moment(gradients, held, kept_all + working - int(layers.replayed * positions))
+            kept_all -= int(layers.spared.kept * positions) + layers.spared.merged * c
+            gradients += int(_of_layers(layers, layers.spared.layers) * (sharded.root_gradients - gradients))
+        yield _Moment(gradients, held, kept_all + working)
+
+
+def _of_layers(layers: LayerSums, number: int) -> float:
+    """So many of a rank's layers, as a share of them."""
+    return number / sum(each.layers for each in layers.stages)
 
 
 def _begun(flight: Flight, layers: LayerSums) -> float:
@@ -314,7 +326,7 @@ def _kept_in_flight(
     for number, (own, held, split) in enumerate(zip(layers.stages, flight.held, flight.split, strict=True)):
         ends = stage.is_last and number == len(layers.stages) - 1
         sent = 0 if ends else wire  # until it is differentiated
-        merged = own.merged * job.compute_bytes if not replays else 0
+        merged = (layers.spared.merged if replays else own.merged) * job.compute_bytes
         total += (own.kept * positions + merged + sent) * held
         # of layers that are trained in full, the last result's gradient is what has been received
         received = 0 if ends or job.tuning != "full" else wire

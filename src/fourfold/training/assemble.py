@@ -156,7 +156,7 @@ class Parts:
             log.info("Other ranks have less room: nothing is computed again in %d layers", spared)
         self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))], spared)
         if self.outlook is not None:
-            self.outlook = replace(self.outlook, spared=spared)
+            self.outlook = self.outlook.sparing_so_many(spared)
             if self.outlook.joins_gradients(self.recompute, sizes.largest_micro_batch(fit.policy.max_tokens)):
                 self.built.join_gradients()
         if fit.unpacks:

@@ -136,7 +136,7 @@ def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
     """What is left beside a step goes to layers of which nothing is computed again."""
     after = outlook.unpacked() if fit.unpacks else outlook
     after = after.keeping_logits() if fit.keeps_logits else after
-    return replace(outlook, spared=after.sparing(fit.recompute, largest, _room_after(outlook, after, free)).spared)
+    return outlook.sparing_so_many(after.sparing(fit.recompute, largest, _room_after(outlook, after, free)).spared)
 
 
 def _room_after(outlook: Outlook, after: Outlook, free: int) -> int:

@@ -14,13 +14,12 @@ from fourfold.config.second import teacher_run
 from fourfold.models.load import load_config
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.mesh import local_device
-from fourfold.planning.activations import kept
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import EngineName, Job, Recompute, Teacher, may_keep_logits, unpacks
+from fourfold.planning.job import EngineName, Job, Recompute, Teacher, may_keep_logits, may_spare, unpacks
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -86,7 +85,6 @@ class Outlook:
         job: with the steps that are to be expected on average.
         heaviest: the same with the largest of them.
         pp_rank: this rank's place in the pipeline.
-        spared: layers of which nothing is computed again where others are.
     """
 
     shape: ModelShape
@@ -95,7 +93,6 @@ class Outlook:
     layout: Layout
     cluster: Cluster
     pp_rank: int = 0
-    spared: int = 0
 
     @classmethod
     def of(
@@ -146,13 +143,17 @@ class Outlook:
 
     def _memory(self, recompute: Recompute, micro_batch: int, rank: int | None) -> Memory:
         device = self.cluster.device
-        found = estimate_memory(
-            self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device
-        )
-        if not self.spared or recompute == "none":
-            return found
-        more = self.spared * self._kept_by_a_layer(recompute, micro_batch)
-        return replace(found, terms={**found.terms, "activations": found.terms["activations"] + more})
+        return estimate_memory(self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device)
+
+    @property
+    def spared(self) -> int:
+        """Layers of which nothing is computed again where others are."""
+        return self.heaviest.spared
+
+    def sparing_so_many(self, count: int) -> Outlook:
+        """The same with so many of them."""
+        job, heaviest = (replace(job, spared=count) for job in (self.job, self.heaviest))
+        return replace(self, job=job, heaviest=heaviest)
 
     def sparing(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
         """The same with as many layers, of which nothing is computed again, as there is room for.
@@ -160,21 +161,14 @@ class Outlook:
         Args:
             room: bytes for a step, beside the loaded model.
         """
-        # under freeze tuning few layers keep anything, and those are the last ones
-        if recompute == "none" or self.layout.pp > 1 or self.heaviest.tuning == "freeze":
+        if not may_spare(self.heaviest, self.layout, recompute):
             return self
-        each, left = self._kept_by_a_layer(recompute, micro_batch), room - self.to_come(recompute, micro_batch)
-        count = min(left // each, self.shape.num_layers - 1) if each > 0 else 0
-        return replace(self, spared=max(count, 0))
-
-    def _kept_by_a_layer(self, recompute: Recompute, micro_batch: int) -> int:
-        """Bytes more that the largest layer keeps where nothing of it is computed again: while others are, one of them
-        at a time has all of its own anyway."""
-        plain = replace(self, spared=0)
-        more = plain.to_come("none", micro_batch) - plain.to_come(recompute, micro_batch)
-        found = [kept(self.shape, self.heaviest, self.layout, layer, trained=True) for layer in self.shape.layers]
-        sizes = [each.none - each.of(recompute) for each in found]
-        return math.ceil(more / max(len(sizes) - 1, 1) * max(sizes) * len(sizes) / sum(sizes))
+        low, high = 0, self.shape.num_layers - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.sparing_so_many(middle).to_come(recompute, micro_batch) <= room
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.sparing_so_many(low)
 
     def unpacked(self) -> Outlook:
         """The same with 4-bit weights that are unpacked once and kept."""
@@ -215,13 +209,7 @@ class Outlook:
         Raises:
             PlanError: the device lacks the compute dtype.
         """
-        found = estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
-        if not self.spared or recompute == "none":
-            return found
-        whole = estimate_cost(self.shape, self.job, self.layout, self.cluster, "none", max_tokens)
-        share = self.spared / self.shape.num_layers
-        step_s = found.step_s + share * (whole.step_s - found.step_s)
-        return replace(found, step_s=step_s, tokens_per_s=found.tokens_per_s * found.step_s / step_s)
+        return estimate_cost(self.shape, self.job, self.layout, self.cluster, recompute, max_tokens)
 
 
 def _packed_bits(module: TunedModel) -> int | None:

@@ -112,3 +112,27 @@ def test_memory_is_what_the_engine_takes(
     assert found.optimizer == pytest.approx(optimizer_bytes(job, part.trained), abs=steps)
     predicted = estimate_memory(shape, job, layout, recompute, tokens, rank=stage)
     assert predicted.allocated == pytest.approx(found.peak.total, rel=_TOLERANCE)
+
+
+@pytest.mark.parametrize("spared", [1, 3])
+@pytest.mark.parametrize(
+    ("model", "tuning", "layout", "recompute"),
+    [
+        ("llama", "full", Layout(), "full"),
+        ("llama", "lora", Layout(dp_shard=4), "selective"),
+        ("llama", "full", Layout(dp_shard=4), "full"),
+        ("qwen3_moe", "full", Layout(), "full"),
+    ],
+    ids=lambda value: value.describe().replace(" ", "") if isinstance(value, Layout) else str(value),
+)
+def test_memory_when_some_layers_are_not_computed_again_is_what_the_engine_takes(
+    model: str, tuning: str, layout: Layout, recompute: Recompute, spared: int, tmp_path: Path
+) -> None:
+    tokens = 2048
+    folder = save_tiny_model(tmp_path / model, model, **_SIZES | {"num_hidden_layers": 5})
+    run = load({"model_name_or_path": str(folder), **_TUNINGS[tuning]})
+    job = replace(Job.of(run), sequence=tokens, micro_batch=tokens, sequences_per_step=layout.dp, spared=spared)
+    found = rehearse(run, layout, Workload((tokens,)), recompute=recompute, spared=spared)
+    shape = read_shape(AutoConfig.from_pretrained(folder))
+    predicted = estimate_memory(shape, job, layout, recompute, tokens)
+    assert predicted.allocated == pytest.approx(found.peak.total, rel=_TOLERANCE)

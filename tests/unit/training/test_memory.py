@@ -133,9 +133,9 @@ def test_fit_when_a_part_of_the_layers_has_room_spares_them(
     assert fit.recompute != "none"
     if asked is None and spares:
         assert 0 < fit.spared < 12
-        now = replace(outlook, spared=fit.spared)
+        now = outlook.sparing_so_many(fit.spared)
         assert now.to_come(fit.recompute, 20_000) <= 0.93 * free
-        assert replace(now, spared=fit.spared + 1).to_come(fit.recompute, 20_000) > 0.93 * free
+        assert now.sparing_so_many(fit.spared + 1).to_come(fit.recompute, 20_000) > 0.93 * free
         assert f"in the backward pass, but for {fit.spared} of 12 layers;" in caplog.text
     else:
         assert fit.spared == 0
