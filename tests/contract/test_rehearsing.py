@@ -80,6 +80,7 @@ def test_rehearse_when_it_differs_from_the_run_says_in_what(rehearse: RehearseIt
     words = ("stage=dpo", "dataset=pairs", "finetuning_type=lora")
     done = rehearse(*words, "--gpu", "h100", "--fake")
     assert "Of stage dpo the training pass is rehearsed, as sft" in " ".join(done.out.split())
-    found = json.loads(rehearse(*words, "--gpu", "h100", "--fake", "--json").out)
+    assert "Layers are rehearsed as they are" in " ".join(done.out.split())
+    found = json.loads(rehearse(*words, "max_steps=20", "--gpu", "h100", "--fake", "--json").out)
     assert len(found["notes"]) == 1
-    assert json.loads(rehearse("--gpu", "h100", "--fake", "--json").out)["notes"] == []
+    assert json.loads(rehearse("max_steps=20", "--gpu", "h100", "--fake", "--json").out)["notes"] == []

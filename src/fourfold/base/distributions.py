@@ -41,16 +41,17 @@ def distributions_kept(file: Path | None = None) -> Iterator[None]:
 
 
 def _answer(file: Path | None, look_up: Callable[[], Mapping[str, list[str]]]) -> Mapping[str, list[str]]:
+    folders = installed_folders()  # before the look-up, which may miss what is installed meanwhile
     with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):  # RuntimeError: there is no home folder
         file = file or cache_root() / "distributions.json"
         kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["folders"] == installed_folders():
+        if kept["folders"] == folders:
             return kept["distributions"]
     found = look_up()
     with suppress(OSError, RuntimeError):
         file = file or cache_root() / "distributions.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"folders": installed_folders(), "distributions": dict(found)})
+        text = json.dumps({"folders": folders, "distributions": dict(found)})
         new = file.with_suffix(f".{os.getpid()}")  # put in place at once, since other processes read it
         new.write_text(text, encoding="utf-8")
         new.replace(file)

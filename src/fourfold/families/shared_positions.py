@@ -19,6 +19,16 @@ def is_exchangeable(config: Any, model_class: Any) -> bool:
     return bool(model_class._supports_attention_backend) and not recurrent and not model_class._is_stateful
 
 
+def has_plain_scores(config: Any) -> bool:
+    """Whether attention scores are what queries and keys give: no soft caps (gemma 2), sinks (gpt-oss) or dropout.
+
+    Args:
+        config: a PreTrainedConfig, of the text model.
+    """
+    changed = getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0.0)
+    return not changed and config.model_type != "gpt_oss"
+
+
 def position_obstacles(config: Any, model_class: Any) -> Iterator[str]:
     """Why the positions of a model's rows cannot be shared by ranks, whatever the method; nothing if they can.
 

@@ -25,7 +25,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 
 from fourfold.dataset.batch import Keys
-from fourfold.families.shared_positions import position_obstacles
+from fourfold.families.shared_positions import has_plain_scores, position_obstacles
 from fourfold.models.equal_documents import equal_documents, takes
 from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
@@ -185,8 +185,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: 
 
 def takes_offsets(config: PreTrainedConfig, device: torch.device, compute: torch.dtype) -> bool:
     """Whether every layer of a model can run the kernel that is told nothing but the documents' offsets."""
-    plain = not caps_scores(config) and not getattr(config, "attention_dropout", 0.0) and config.model_type != "gpt_oss"
-    return plain and context.has_varlen(device) and compute in (torch.float16, torch.bfloat16)
+    return has_plain_scores(config) and context.has_varlen(device) and compute in (torch.float16, torch.bfloat16)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:

@@ -12,11 +12,12 @@ from fourfold.planning.wishes import Wishes
 _DEFAULTS = ParallelConfig()
 
 
-def config_of(form: Form, wishes: Wishes | None = None) -> dict[str, Any]:
+def config_of(form: Form, wishes: Wishes | None = None, *, recompute: bool = True) -> dict[str, Any]:
     """The keys for a form: strategy, the mapping `parallel` and micro_batch_tokens.
 
     Args:
         wishes: whose strategy is kept if it names one.
+        recompute: say what is computed again; else the run finds out.
     """
     layout, asked = form.layout, "auto" if wishes is None else wishes.parallel.strategy
     strategy = asked if asked != "auto" else strategy_of(layout)
@@ -25,7 +26,8 @@ def config_of(form: Form, wishes: Wishes | None = None) -> dict[str, Any]:
     if strategy == "hsdp":
         parallel |= {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard}
     parallel |= _settings(layout)
-    parallel["recompute"] = form.recompute
+    if recompute:
+        parallel["recompute"] = form.recompute
     keys = {"strategy": strategy, "parallel": parallel, "micro_batch_tokens": form.micro_batch}
     assert resolve_layout(parallel_config(keys), layout.world_size) == layout, (layout, keys)
     return keys

@@ -9,11 +9,10 @@ from fourfold.planning.device import Device
 from fourfold.planning.job import EngineName, Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
+from fourfold.planning.states import gets_adapter
 
 STEPS_TO_PAY = 60
 """Optimizer steps from which compiling, some 20 to 60 s where nothing is cached, is made up for."""
-_SCORES_OF_THEIR_OWN = frozenset({"gpt_oss", "gemma2"})
-"""Families whose attention has sinks or soft caps, and needs more than the documents' offsets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,13 @@ def engine_of(
         compiles, replays: whether the run's keys allow for it.
     """
     whole = layout.tp * layout.cp * layout.pp * layout.ep == 1 and layout.offload == "none"
-    fits = job.packed and job.compute != "fp32" and "bf16" in device.dense and shape.family not in _SCORES_OF_THEIR_OWN
-    if not (compiles and whole and fits) or (shape.experts and job.compute != "bf16"):
+    fits = job.packed and shape.by_offsets and job.compute != "fp32" and "bf16" in device.dense
+    if not (compiles and whole and fits) or (shape.experts and not _compiles_experts(shape, job)):
         return "eager"
     plain = layout.world_size == 1 and job.tuning == "lora" and not shape.experts
     return "replayed" if replays and plain else "compiled"
+
+
+def _compiles_experts(shape: ModelShape, job: Job) -> bool:
+    stacked = (weight for kind in shape.kinds for weight in kind.weights if weight.kind == "experts")
+    return job.compute == "bf16" and not any(gets_adapter(job, weight) for weight in stacked)

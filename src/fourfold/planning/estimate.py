@@ -35,6 +35,13 @@ _HELD_SHARE = 0.01
 a job ran with 98.6 % of the card allocated, the context with it, and another ran out of memory with 99.4 %."""
 
 
+LOADED = ("parameters", "scales", "teacher", "context")
+"""Terms of a rank's memory that are there once the model is loaded."""
+STEP_SHARE = 0.93
+"""Of the memory that is free then, what a step may take by prediction, unless it was planned with a margin of its own;
+the rest is for what libraries allocate later, and for what the prediction is off by."""
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of one rank, at its peak.
@@ -105,6 +112,7 @@ class Estimate:
         reason: why it is what it is, one line.
         unpacked: 4-bit weights are unpacked once and kept, since there is room.
         engine: what runs the layers.
+        spared: layers of which nothing is computed again, since there is room.
     """
 
     layout: Layout
@@ -115,6 +123,7 @@ class Estimate:
     reason: str = ""
     unpacked: bool = False
     engine: EngineName = "eager"
+    spared: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `layouts` of `fourfold plan --json`."""
@@ -129,6 +138,7 @@ class Estimate:
                 "micro_batch": self.micro_batch,
                 "unpacked": self.unpacked,
                 "engine": self.engine,
+                "spared": self.spared,
             },
             "memory_gib": {name: self.memory.terms.get(name, 0) / GIB for name in TERMS},
             "allocated_gib": self.memory.allocated / GIB,

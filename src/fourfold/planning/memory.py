@@ -297,7 +297,7 @@ def _waiting_moments(
             again = max(own.replayed for own, split in zip(layers.stages, flight.split, strict=True) if split)
             working = max(layer, int(again * positions))
         held = sharded.backward + beside + head_gradient
-        if layers.spared.layers:  # the last layers have all of theirs; the first that is computed again comes after them
+        if layers.spared.layers:  # the last ones have all of theirs; the first that is computed again comes after them
             yield _Moment(gradients, held, kept_all + working - int(layers.replayed * positions))
             kept_all -= int(layers.spared.kept * positions) + layers.spared.merged * c
             gradients += int(_of_layers(layers, layers.spared.layers) * (sharded.root_gradients - gradients))

@@ -24,12 +24,14 @@ class Form:
 
     Attributes:
         unpacked: 4-bit weights are unpacked once and kept.
+        spared: layers of which nothing is computed again where others are.
     """
 
     layout: Layout
     recompute: Recompute
     micro_batch: int
     unpacked: bool = False
+    spared: int = 0
 
 
 @dataclass(slots=True)
@@ -46,9 +48,10 @@ class Predictor:
     def job_of(self, form: Form) -> Job:
         """The job as a form runs it."""
         job = self.wishes.job_of(self.job, form.layout, unpacked=form.unpacked)
-        return replace(job, engine=self._engine_of(form.layout))
+        return replace(job, engine=self.engine_of(form.layout), spared=form.spared)
 
-    def _engine_of(self, layout: Layout) -> EngineName:
+    def engine_of(self, layout: Layout) -> EngineName:
+        """What will run the layers of a layout."""
         wishes = self.wishes
         return engine_of(
             self.shape, self.job, layout, self.cluster.device, compiles=wishes.compiles, replays=wishes.replays
@@ -88,10 +91,10 @@ class Predictor:
     def recomputes(self, layout: Layout) -> tuple[Recompute, ...]:
         """The kinds that may be used, least work first. Under zbv a layer would be computed again for every group of
         its weights, and all of that kept: nothing is, unless it is asked for. A compiled layer does by itself what
-        selective does."""
+        selective does, which is none then."""
         kinds = self.wishes.recomputes
-        if kinds == RECOMPUTES and self._engine_of(layout) != "eager":
-            kinds = _COMPILED_RECOMPUTES
+        if "selective" in kinds and self.engine_of(layout) != "eager":
+            kinds = _COMPILED_RECOMPUTES if kinds == RECOMPUTES else ("none",)
         if not layout.splits_backward:
             return kinds
         return ("none",) if "none" in kinds else ("full",)

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fourfold.planning.candidates import simplicity
+from fourfold.planning.estimate import LOADED, STEP_SHARE
 from fourfold.planning.hardware import Cluster
-from fourfold.planning.job import unpacks
+from fourfold.planning.job import RECOMPUTES, may_spare, unpacks
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form, Predictor
 from fourfold.planning.traffic import strides
@@ -91,7 +92,7 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
         for kind in predictor.recomputes(variant):
             fits = [size for size in sizes if predictor.memory(Form(variant, kind, size)).device <= limit]
             kept = fits if layout.pp > 1 or layout.world_size == 1 else fits[:1]
-            found += [_unpacked_if_it_fits(predictor, Form(variant, kind, size), limit) for size in kept]
+            found += [_with_rest(predictor, Form(variant, kind, size), limit) for size in kept]
             if fits and fits[0] == sizes[0]:
                 break
         else:
@@ -99,6 +100,26 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
         if kind == predictor.recomputes(variant)[0]:
             break  # nothing is left to gain by more sharding
     return ranked(predictor, found or [predictor.leanest(layout)])
+
+
+def _with_rest(predictor: Predictor, form: Form, limit: int) -> Form:
+    """A form with what a run does with memory that is left."""
+    return _sparing(predictor, _unpacked_if_it_fits(predictor, form, limit), limit)
+
+
+def _sparing(predictor: Predictor, form: Form, limit: int) -> Form:
+    """A form with as many layers, of which nothing is computed again, as a run finds room for; where `recompute` is
+    given, all are."""
+    if predictor.wishes.recomputes != RECOMPUTES or not may_spare(predictor.job, form.layout, form.recompute):
+        return form
+    loaded = sum(predictor.memory(form).terms[name] for name in LOADED)
+    most = min(limit, loaded + int(STEP_SHARE * (predictor.cluster.device.memory_bytes - loaded)))
+    low, high = 0, predictor.shape.num_layers - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = predictor.memory(replace(form, spared=middle)).device <= most
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return replace(form, spared=low)
 
 
 def _unpacked_if_it_fits(predictor: Predictor, form: Form, limit: int) -> Form:

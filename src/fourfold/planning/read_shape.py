@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fourfold.families.shared_positions import position_obstacles
+from fourfold.families.shared_positions import has_plain_scores, is_exchangeable, position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
 from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
@@ -72,6 +72,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         own_bits=own_bits,
         own_double_quant=own_double_quant,
         refused=tuple(_refused(model, text)),
+        by_offsets=is_exchangeable(text, type(model)) and has_plain_scores(text),
     )
 
 

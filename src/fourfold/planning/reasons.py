@@ -32,7 +32,8 @@ def reason_of(
     parts = list(_parts(found, shape, job, cluster, whole, without))
     if found.recompute != "none":
         need = f"{kept.device / GIB:.1f} GiB with everything kept"
-        parts.append(f"recompute {found.recompute}, since it would take {need}")
+        which = f" of {shape.num_layers - found.spared} of {shape.num_layers} layers" if found.spared else ""
+        parts.append(f"recompute {found.recompute}{which}, since it would take {need}")
     return "; ".join(parts)
 
 

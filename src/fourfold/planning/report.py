@@ -13,6 +13,7 @@ from fourfold.planning.cases import answer_cases
 from fourfold.planning.config_lines import config_lines, config_of
 from fourfold.planning.engines import STEPS_TO_PAY
 from fourfold.planning.estimate import TERMS, Estimate
+from fourfold.planning.job import RECOMPUTES
 from fourfold.planning.predictor import Form
 from fourfold.planning.search import MARGIN, Plan
 
@@ -41,7 +42,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def best_config(plan: Plan) -> dict[str, Any] | None:
     """The keys that make a config run the best layout; None if nothing fits."""
     best = plan.best
-    return None if best is None else config_of(Form(best.layout, best.recompute, best.micro_batch), plan.wishes)
+    if best is None:
+        return None
+    # what hangs on whether layers are compiled, and on what is free, is left to the run
+    free = plan.wishes.recomputes == RECOMPUTES and (best.engine != "eager" or best.spared > 0)
+    return config_of(Form(best.layout, best.recompute, best.micro_batch), plan.wishes, recompute=not free)
 
 
 def as_text(plan: Plan) -> str:
@@ -115,11 +120,11 @@ def _ranking(plan: Plan) -> Iterator[str]:
     limit = plan.cluster.device.memory_gib
     yield f"LAYOUTS, best first ({limit:.1f} GiB a GPU, {MARGIN:.0%} kept free where possible)"
     shown = plan.layouts[:_MOST_ROWS]
-    figures = f"{'recompute':<10}{'micro':>7}{'GiB':>6}{'s/step':>7}{'tok/s':>8}{'MFU':>4}{'idle':>5}"
-    yield f"{'#':>2} {'layout':<30}{figures}"
+    figures = f"{'recompute':<12}{'micro':>7}{'GiB':>6}{'s/step':>7}{'tok/s':>8}{'MFU':>4}{'idle':>5}"
+    yield f"{'#':>2} {'layout':<28}{figures}"
     for number, found in enumerate(shown, start=1):
-        name = textwrap.wrap(name_of(found.layout), 29) or [""]
-        yield f"{number:>2} {name[0]:<30}{_figures(found)}"
+        name = textwrap.wrap(name_of(found.layout), 27) or [""]
+        yield f"{number:>2} {name[0]:<28}{_figures(found, plan.shape.num_layers)}"
         yield from (f"   {line}" for line in name[1:])
     if len(plan.layouts) > len(shown):
         yield f"   and {len(plan.layouts) - len(shown)} more with --json"
@@ -127,17 +132,22 @@ def _ranking(plan: Plan) -> Iterator[str]:
     yield from _wrapped(f"{shown[0].reason}.", first="Why 1: ", rest="       ")
     fast = [str(number) for number, found in enumerate(shown, start=1) if found.engine != "eager"]
     if fast:
-        which = "all" if len(fast) == len(shown) else " and ".join([", ".join(fast[:-1]), fast[-1]][len(fast) < 2 :])
-        yield from _wrapped(
-            f"Compiled layers: {which}, as in a run of {STEPS_TO_PAY} steps and more. torch_compile: false "
-            "or a shorter run leaves layers as they are.",
+        lines = f"Lines {', '.join(fast)} are" if len(fast) > 1 else f"Line {fast[0]} is"
+        by_default = (
+            f" That is the default from {STEPS_TO_PAY} steps on; for a shorter run plan with torch_compile=false."
+            if plan.wishes.compiles_by_default
+            else ""
         )
+        yield from _wrapped(f"{lines} reckoned with compiled decoder layers (torch_compile).{by_default}")
 
 
-def _figures(found: Estimate) -> str:
+def _figures(found: Estimate, num_layers: int) -> str:
     cost = found.cost
+    recompute: str = found.recompute
+    if found.spared:
+        recompute = f"{recompute.replace('selective', 'sel.')} {num_layers - found.spared}/{num_layers}"
     return (
-        f"{found.recompute:<10}{found.micro_batch:>7}{found.memory.device / GIB:>6.1f}{_number(cost.step_s):>7}"
+        f"{recompute:<12}{found.micro_batch:>7}{found.memory.device / GIB:>6.1f}{_number(cost.step_s):>7}"
         f"{_thousands(cost.tokens_per_s):>8}{cost.mfu * 100:>3.0f}%{cost.bubble * 100:>4.0f}%"
     )
 

@@ -122,9 +122,16 @@ def _ranked(plan: Plan, predictor: Predictor, limit: int) -> Plan:
 def _estimate(predictor: Predictor, form: Form, whole: Memory, without: Mapping[str, Estimate | None]) -> Estimate:
     memory, cost, job = predictor.memory(form), predictor.cost(form), predictor.job_of(form)
     found = Estimate(
-        form.layout, form.recompute, form.micro_batch, memory, cost, unpacked=form.unpacked, engine=job.engine
+        form.layout,
+        form.recompute,
+        form.micro_batch,
+        memory,
+        cost,
+        unpacked=form.unpacked,
+        engine=job.engine,
+        spared=form.spared,
     )
-    kept = predictor.memory(replace(form, recompute="none"))
+    kept = predictor.memory(replace(form, recompute="none", spared=0))
     reason = reason_of(found, predictor.shape, job, predictor.cluster, whole, kept, without)
     return replace(found, reason=reason)
 

@@ -98,6 +98,8 @@ class ModelShape:
         own_bits, own_double_quant: of a checkpoint that bitsandbytes has quantised, the bits of its linear layers and
             whether their scales are quantised, too; None and False for plain weights.
         refused: (axis, why) of what the engine cannot split it by.
+        by_offsets: its attention needs nothing but where documents begin: all layers take it from Transformers'
+            interface, with plain scores.
     """
 
     family: str
@@ -120,6 +122,7 @@ class ModelShape:
     own_bits: int | None = None
     own_double_quant: bool = False
     refused: tuple[tuple[str, str], ...] = ()
+    by_offsets: bool = True
 
     @property
     def num_layers(self) -> int:

@@ -33,6 +33,7 @@ class Wishes:
         per_rank: sequences of a step on each data-parallel rank; None where the job's number is of all ranks.
         ruled_out: axis -> why the run's other keys rule it out.
         compiles, replays: whether layers may be compiled, and micro-batches replayed as graphs.
+        compiles_by_default: they are, since the run is taken to be a long one.
     """
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -41,6 +42,7 @@ class Wishes:
     ruled_out: dict[str, str] = field(default_factory=dict, hash=False)
     compiles: bool = False
     replays: bool = False
+    compiles_by_default: bool = False
 
     @classmethod
     def of(cls, run: Run) -> Wishes:
@@ -54,6 +56,7 @@ class Wishes:
             ruled_out=dict(_ruled_out(run)),
             compiles=_compiles(run),
             replays=run.training.cuda_graphs is not False,
+            compiles_by_default=training.torch_compile is None and training.max_steps <= 0 and not training.fp8,
         )
 
     def is_given(self, name: str) -> bool:

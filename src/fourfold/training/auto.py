@@ -9,6 +9,7 @@ from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_count
 from fourfold.config.schema import Run
 from fourfold.planning.candidates import name_of
+from fourfold.planning.engines import STEPS_TO_PAY
 from fourfold.planning.estimate import Estimate
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form
@@ -51,11 +52,18 @@ def _paragraph(plan: Plan, best: Estimate) -> list[str]:
     """What was taken, why, and what to expect of it."""
     cost, room = best.cost, plan.cluster.device.memory_gib
     kept = {"none": "activations kept", "selective": "recompute selective", "full": "recompute full"}[best.recompute]
+    if best.spared:
+        kept = f"{kept} but for {best.spared} of {plan.shape.num_layers} layers"
+    how = ""
+    if best.engine != "eager":
+        how = ", with compiled layers" + (
+            f", as from {STEPS_TO_PAY} steps on" if plan.wishes.compiles_by_default else ""
+        )
     lines = [
         f"strategy: auto takes {name_of(best.layout)} on {plan.cluster.describe()}, with {kept} and micro-batches of "
         f"up to {format_count(best.micro_batch)} tokens.",
         f"Why: {best.reason}.",
-        f"Predicted, with every sequence of {format_count(plan.job.sequence)} tokens: a peak of "
+        f"Predicted, with every sequence of {format_count(plan.job.sequence)} tokens{how}: a peak of "
         f"{best.memory.device / GIB:.1f} of {room:.1f} GiB on the most loaded GPU, {cost.step_s:.3g} s a step, "
         f"{format_count(round(cost.tokens_per_s))} tokens/s in all.",
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,8 @@ def _numbers(ranks: Sequence[str], best: Estimate) -> list[int]:
 def _rehearse_rank(
     run: Run, plan: Plan, best: Estimate, rank: int, device: torch.device | None, steps: int
 ) -> Rehearsed:
-    layout, job = best.layout, plan.wishes.job_of(plan.job, best.layout, unpacked=best.unpacked)
+    layout = best.layout
+    job = replace(plan.wishes.job_of(plan.job, layout, unpacked=best.unpacked), spared=best.spared)
     in_batch = max(best.micro_batch // job.sequence, 1)
     of_step = max(-(-job.sequences_per_step // (layout.dp * in_batch)), _fewest(layout))
     batches = min(of_step, max(_MOST_BATCHES, _fewest(layout)))
@@ -126,6 +127,7 @@ def _rehearse_rank(
         "recompute": best.recompute,
         "device": device,
         "unpacked": best.unpacked,
+        "spared": best.spared,
         "joins_gradients": memory.joins_gradients,
     }
     found = rehearse(run, layout, workload, **settings, steps=steps)

@@ -20,15 +20,13 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.expert import find_experts
 from fourfold.parallel.recompute import Recompute, settings
 from fourfold.parallel.sharded import local
+from fourfold.planning.estimate import STEP_SHARE
 from fourfold.planning.predictor import Form
 from fourfold.training.outlook import Outlook
 from fourfold.training.step_sizes import StepSizes
 
 log = get_logger(__name__)
 
-_SHARE = 0.93
-"""Of the free memory, what a step may take by prediction, unless it was planned with a margin of its own; the rest is
-for what libraries allocate later, and for what the prediction is off by."""
 _EFFICIENT_TOKENS = 2048
 """Above so many tokens a larger micro-batch is hardly faster, so cutting goes before recomputing."""
 
@@ -141,7 +139,7 @@ def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
 
 def _room_after(outlook: Outlook, after: Outlook, free: int) -> int:
     """Bytes that a step may take once the loaded model has become another."""
-    return int(free * _SHARE) - (after.loaded() - outlook.loaded())
+    return int(free * STEP_SHARE) - (after.loaded() - outlook.loaded())
 
 
 def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
@@ -184,7 +182,7 @@ def fit_to_bytes(
         largest = max(sizes.longest, policy.max_tokens)
         if need(planned.recompute, largest) <= free:
             return Fit(policy, planned.recompute)
-    left, most = int(free * _SHARE), max(policy.max_tokens, sizes.longest)
+    left, most = int(free * STEP_SHARE), max(policy.max_tokens, sizes.longest)
     return choose_fit(policy, sizes, room=lambda kind: _room(kind, need, left, most), recompute=recompute)
 
 

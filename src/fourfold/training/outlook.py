@@ -16,7 +16,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.mesh import local_device
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.detect import Card, cluster_of_cards
-from fourfold.planning.estimate import Cost, Memory
+from fourfold.planning.estimate import LOADED, Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
 from fourfold.planning.job import EngineName, Job, Recompute, Teacher, may_keep_logits, may_spare, unpacks
@@ -26,9 +26,6 @@ from fourfold.planning.memory import estimate_memory
 from fourfold.planning.read_shape import read_shape
 from fourfold.planning.shape import ModelShape
 from fourfold.training.step_sizes import StepSizes
-
-_LOADED = ("parameters", "scales", "teacher", "context")
-"""Terms of a rank's memory that are there once the model is loaded."""
 
 
 def cluster_of_job(run: Run, world_size: int) -> Cluster | None:
@@ -139,7 +136,7 @@ class Outlook:
     def to_come(self, recompute: Recompute, micro_batch: int) -> int:
         """Bytes that a step takes on this rank beside the loaded model."""
         found = self.memory_of_rank(recompute, micro_batch)
-        return sum(size for name, size in found.terms.items() if name not in _LOADED)
+        return sum(size for name, size in found.terms.items() if name not in LOADED)
 
     def _memory(self, recompute: Recompute, micro_batch: int, rank: int | None) -> Memory:
         device = self.cluster.device
@@ -192,7 +189,7 @@ class Outlook:
     def loaded(self) -> int:
         """Bytes of the loaded model on this rank."""
         found = self.memory("none", 1)
-        return sum(size for name, size in found.terms.items() if name in _LOADED)
+        return sum(size for name, size in found.terms.items() if name in LOADED)
 
     def not_seen(self, trained_bytes: int) -> int:
         """Bytes of gradients and optimizer state of what is trained on this rank beyond what the planner knows of.

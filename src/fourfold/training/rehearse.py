@@ -44,6 +44,7 @@ from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.sharded import local
 from fourfold.planning.layout import Layout
+from fourfold.planning.wishes import Wishes
 from fourfold.training.build import Built, build
 from fourfold.training.clipping import clip_for
 from fourfold.training.frozen import split_frozen
@@ -102,6 +103,8 @@ def left_out(run: Run) -> Iterator[str]:
     stage = run.training.stage
     if stage not in _AS_THEY_ARE:
         yield f"Of stage {stage} the training pass is rehearsed, as sft: no answers are made and no reference is asked."
+    if Wishes.of(run).compiles:
+        yield "Layers are rehearsed as they are; where the run compiles them, `fourfold plan` may name another layout."
     if run.model.quantization_bit == 8:
         yield "Weights of 8 bits are rehearsed as 4."
     if run.parallel.offload != "none":

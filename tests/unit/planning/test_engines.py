@@ -7,12 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from fourfold.config.load import load
+from fourfold.families.shared_positions import has_plain_scores, is_exchangeable
+from fourfold.planning.config_lines import parallel_config
 from fourfold.planning.engines import engine_of
 from fourfold.planning.hardware import build_cluster, find_device
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
+from fourfold.planning.report import best_config
 from fourfold.planning.search import search
 from fourfold.planning.shape import ModelShape
 from fourfold.planning.wishes import Wishes
@@ -34,8 +38,9 @@ _FULL, _LORA = Job(tuning="full"), Job(tuning="lora")
         ("Llama-3-8B", replace(_LORA, compute="fp32"), Layout(), "h100", "eager"),
         ("Llama-3-8B", replace(_LORA, packed=False), Layout(), "h100", "eager"),
         ("Llama-3-8B", replace(_LORA, compute="fp16"), Layout(), "v100", "eager"),
-        ("Qwen3-30B-A3B", _LORA, Layout(), "h100", "compiled"),
-        ("Qwen3-30B-A3B", replace(_LORA, compute="fp16"), Layout(), "h100", "eager"),
+        ("Qwen3-30B-A3B", _LORA, Layout(), "h100", "eager"),  # its experts have adapters
+        ("Qwen3-30B-A3B", replace(_LORA, lora_targets=("q_proj", "v_proj")), Layout(), "h100", "compiled"),
+        ("Qwen3-30B-A3B", replace(_FULL, compute="fp16"), Layout(), "h100", "eager"),
         ("Qwen3-30B-A3B", _FULL, Layout(dp_shard=8, ep=8), "h100", "eager"),
     ],
 )
@@ -43,6 +48,31 @@ def test_engine_when_a_layout_is_planned_is_the_runs_own(
     model: str, job: Job, layout: Layout, card: str, engine: str, shape_of: Callable[[str], ModelShape]
 ) -> None:
     assert engine_of(shape_of(model), job, layout, find_device(card), compiles=True, replays=True) == engine
+
+
+def test_engine_when_attention_needs_more_than_offsets_is_eager(shape_of: Callable[[str], ModelShape]) -> None:
+    capped = replace(shape_of("Llama-3-8B"), by_offsets=False)
+    assert engine_of(capped, _FULL, Layout(), find_device("h100"), compiles=True, replays=True) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "plain"),
+    [
+        ("llama", {}, True),
+        ("qwen3", {"attention_dropout": 0.1}, False),
+        ("gemma2", {}, False),
+        ("gpt_oss", {}, False),
+        ("qwen3_next", {}, False),
+    ],
+)
+def test_shape_when_it_is_read_knows_whether_offsets_are_all_that_attention_needs(
+    family: str, changes: dict[str, Any], plain: bool
+) -> None:
+    config = AutoConfig.for_model(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    assert (is_exchangeable(config, model_class) and has_plain_scores(config)) == plain
 
 
 def test_engine_when_keys_forbid_it_is_eager(shape_of: Callable[[str], ModelShape]) -> None:
@@ -87,3 +117,46 @@ def test_plan_when_layers_are_compiled_foretells_what_was_measured(
     assert best.engine != "eager"
     assert best.recompute == "none"
     assert best.cost.tokens_per_s == pytest.approx(tokens_per_s, rel=0.05)
+
+
+def test_plan_when_layers_are_computed_again_leaves_out_those_that_there_is_room_for(
+    shape_of: Callable[[str], ModelShape],
+) -> None:
+    job, cluster = Job(sequence=8192, micro_batch=8192, sequences_per_step=4), build_cluster("h100", 4)
+    wishes = Wishes(compiles=True)
+    best = search(shape_of("Llama-3-70B"), job, cluster, wishes).best
+    assert best is not None
+    assert (best.layout, best.recompute) == (Layout(dp_shard=4), "full")
+    # 1,265 tokens/s a GPU were measured with 6 layers spared (benchmarks/results/multi_gpu_4xh100.json)
+    assert 5 <= best.spared <= 8
+    assert best.cost.tokens_per_s == pytest.approx(4 * 1_265, rel=0.06)
+    asked = search(shape_of("Llama-3-70B"), job, cluster, replace(wishes, recomputes=("full",))).best
+    assert asked is not None
+    assert asked.spared == 0
+    assert asked.cost.tokens_per_s < best.cost.tokens_per_s
+
+
+@pytest.mark.parametrize("asked", [("selective",), ("none", "selective", "full")])
+def test_recompute_when_layers_are_compiled_is_never_selective(
+    asked: tuple[Any, ...], shape_of: Callable[[str], ModelShape]
+) -> None:
+    wishes = Wishes(compiles=True, recomputes=asked)
+    plan = search(shape_of("Llama-3-8B"), replace(_FULL, sequence=8192), build_cluster("h100", 8), wishes)
+    compiled = [found for found in plan.layouts if found.engine == "compiled"]
+    assert compiled
+    assert all(found.recompute != "selective" for found in compiled)
+
+
+def test_lines_when_layers_are_compiled_leave_recompute_to_the_run(shape_of: Callable[[str], ModelShape]) -> None:
+    job, cluster = Job(tuning="full", sequence=8192, micro_batch=8192, sequences_per_step=8), build_cluster("h100", 8)
+    plan = search(shape_of("Llama-3-8B"), job, cluster, Wishes(compiles=True))
+    config = best_config(plan)
+    assert config is not None
+    assert "recompute" not in config["parallel"]
+    # so that a run that turns out too short to be compiled may compute again what does not fit then
+    again = Wishes(parallel=parallel_config(config))
+    assert search(shape_of("Llama-3-8B"), job, cluster, again).best is not None
+    asked = search(shape_of("Llama-3-8B"), job, cluster, Wishes(compiles=True, recomputes=("full",)))
+    config = best_config(asked)
+    assert config is not None
+    assert config["parallel"]["recompute"] == "full"

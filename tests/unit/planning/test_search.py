@@ -51,13 +51,17 @@ def test_layouts_when_ranked_fit_and_are_predicted_alike(
     assert plan.best is plan.layouts[0]
     for found in plan.layouts:
         asked = (found.layout, found.recompute, found.micro_batch)
-        assert found.memory == estimate_memory(shape, job, *asked, device=cluster.device)
-        assert found.cost == estimate_cost(shape, job, found.layout, cluster, found.recompute, found.micro_batch)
+        own = replace(job, spared=found.spared)
+        assert found.memory == estimate_memory(shape, own, *asked, device=cluster.device)
+        assert found.cost == estimate_cost(shape, own, found.layout, cluster, found.recompute, found.micro_batch)
         assert found.memory.device <= _limit(cluster)
         assert "\n" not in found.reason
     assert len({(f.layout, f.recompute, f.micro_batch) for f in plan.layouts}) == len(plan.layouts)
     predictor = Predictor(shape, job, cluster, Wishes())
-    worths = [worth(predictor, Form(found.layout, found.recompute, found.micro_batch)) for found in plan.layouts]
+    worths = [
+        worth(predictor, Form(found.layout, found.recompute, found.micro_batch, spared=found.spared))
+        for found in plan.layouts
+    ]
     assert all(later <= earlier * (1 + TIE) for i, earlier in enumerate(worths) for later in worths[i + 1 :])
 
 
