@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fourfold.config.training import TrainingConfig
 from fourfold.planning.device import Device
 from fourfold.planning.job import EngineName, Job
 from fourfold.planning.layout import Layout
@@ -62,6 +63,18 @@ documents (models/equal_documents.py)."""
 REPLAYED = replace(COMPILED, name="replayed", launch_ops=0.0)
 """The same, replayed as graphs: nothing is left for the host."""
 ENGINES = {"eager": EAGER, "compiled": COMPILED, "replayed": REPLAYED}
+
+
+def wants_compiled(training: TrainingConfig, max_steps: int | None) -> bool:
+    """Whether a run asks for compiled layers, by its key or since they pay in a run of so many steps.
+
+    Args:
+        max_steps: None where it is not known, and taken to be enough.
+    """
+    if training.torch_compile is not None:
+        return training.torch_compile
+    # casts to float8 cost more than they save where nothing joins them
+    return training.fp8 or max_steps is None or max_steps >= STEPS_TO_PAY
 
 
 def engine_of(

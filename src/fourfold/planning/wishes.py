@@ -12,7 +12,7 @@ from fourfold.config.parallel import ParallelConfig
 from fourfold.config.schema import Run
 from fourfold.families.shared_positions import CHANGING_ROTATION
 from fourfold.families.tensor_styles import TENSOR_FAMILIES
-from fourfold.planning.engines import STEPS_TO_PAY
+from fourfold.planning.engines import wants_compiled
 from fourfold.planning.job import RECOMPUTES, Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
@@ -105,8 +105,7 @@ def _recomputes(run: Run) -> tuple[Recompute, ...]:
 def _compiles(run: Run) -> bool:
     """Whether a run's keys let its layers be compiled, as far as they tell; a run of unknown length is a long one."""
     training, tuning, model = run.training, run.tuning, run.model
-    is_long = training.max_steps <= 0 or training.max_steps >= STEPS_TO_PAY or training.fp8
-    wanted = is_long if training.torch_compile is None else training.torch_compile
+    wanted = wants_compiled(training, training.max_steps if training.max_steps > 0 else None)
     noisy = tuning.lora_dropout > 0 or bool(training.neftune_noise_alpha) or tuning.use_dora
     other = run.parallel.offload_activations or model.quantization_bit == 8 or bool(model.moe_aux_loss_coef)
     return wanted and not noisy and not other

@@ -19,7 +19,7 @@ from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
-from fourfold.planning.engines import STEPS_TO_PAY
+from fourfold.planning.engines import wants_compiled
 from fourfold.planning.job import EngineName
 from fourfold.training.precision import Precision
 
@@ -49,11 +49,7 @@ NOTHING_FAST = Fast()
 
 def wished(run: Run, max_steps: int) -> Fast:
     """What the config asks for; by default what is worth it in a run of so many steps."""
-    training = run.training
-    # casts to float8 cost more than they save where nothing joins them
-    pays = max_steps >= STEPS_TO_PAY or training.fp8
-    compiled = pays if training.torch_compile is None else training.torch_compile
-    return Fast(compiled, training.cuda_graphs is not False)
+    return Fast(wants_compiled(run.training, max_steps), run.training.cuda_graphs is not False)
 
 
 def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Fast:
