@@ -54,7 +54,6 @@ class Flight:
         return any(self.split)
 
 
-@lru_cache(maxsize=1024)
 def flights(layout: Layout, pp_rank: int, batches: int) -> tuple[Flight, ...]:
     """The states that may be a rank's peak.
 
@@ -62,6 +61,12 @@ def flights(layout: Layout, pp_rank: int, batches: int) -> tuple[Flight, ...]:
         layout: of which the pipeline counts.
         batches: micro-batches of a step.
     """
+    return _flights(Layout(pp=layout.pp, pp_schedule=layout.pp_schedule), pp_rank, batches)
+
+
+@lru_cache(maxsize=4096)
+def _flights(layout: Layout, pp_rank: int, batches: int) -> tuple[Flight, ...]:
+    """The same of a layout that is nothing but a pipeline, so that many layouts share it."""
     if num_stages(layout) > layout.pp:
         return tuple(_largest(_states(layout, pp_rank, batches)))
     flying = 1 if layout.pp == 1 else batches if layout.pp_schedule == "gpipe" else min(layout.pp - pp_rank, batches)

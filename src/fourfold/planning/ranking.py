@@ -92,7 +92,7 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
         for kind in predictor.recomputes(variant):
             fits = [size for size in sizes if predictor.memory(Form(variant, kind, size)).device <= limit]
             kept = fits if layout.pp > 1 or layout.world_size == 1 else fits[:1]
-            found += [_with_rest(predictor, Form(variant, kind, size), limit) for size in kept]
+            found += [_unpacked_if_it_fits(predictor, Form(variant, kind, size), limit) for size in kept]
             if fits and fits[0] == sizes[0]:
                 break
         else:
@@ -102,12 +102,7 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
     return ranked(predictor, found or [predictor.leanest(layout)])
 
 
-def _with_rest(predictor: Predictor, form: Form, limit: int) -> Form:
-    """A form with what a run does with memory that is left."""
-    return _sparing(predictor, _unpacked_if_it_fits(predictor, form, limit), limit)
-
-
-def _sparing(predictor: Predictor, form: Form, limit: int) -> Form:
+def sparing(predictor: Predictor, form: Form, limit: int) -> Form:
     """A form with as many layers, of which nothing is computed again, as a run finds room for; where `recompute` is
     given, all are."""
     if predictor.wishes.recomputes != RECOMPUTES or not may_spare(predictor.job, form.layout, form.recompute):
