@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from fourfold.base.bisection import largest_that
 from fourfold.planning.candidates import simplicity
 from fourfold.planning.estimate import LOADED, STEP_SHARE
 from fourfold.planning.hardware import Cluster
@@ -109,12 +110,10 @@ def sparing(predictor: Predictor, form: Form, limit: int) -> Form:
         return form
     loaded = sum(predictor.memory(form).terms[name] for name in LOADED)
     most = min(limit, loaded + int(STEP_SHARE * (predictor.cluster.device.memory_bytes - loaded)))
-    low, high = 0, predictor.shape.num_layers - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = predictor.memory(replace(form, spared=middle)).device <= most
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return replace(form, spared=low)
+    spared = largest_that(
+        lambda count: predictor.memory(replace(form, spared=count)).device <= most, predictor.shape.num_layers - 1
+    )
+    return replace(form, spared=spared)
 
 
 def _unpacked_if_it_fits(predictor: Predictor, form: Form, limit: int) -> Form:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fourfold.base.bisection import largest_that
 from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_bytes, format_count
 from fourfold.dataset.collate import CutPolicy
@@ -188,11 +189,7 @@ def fit_to_bytes(
 
 def _room(kind: Recompute, need: Callable[[Recompute, int], int], left: int, most: int) -> int:
     """Tokens of the largest micro-batch, of at most so many, that needs no more than what is left."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if need(kind, middle) <= left else (low, middle - 1)
-    return low
+    return largest_that(lambda tokens: need(kind, tokens) <= left, most)
 
 
 _WORDS: Mapping[Recompute, str] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fourfold.base.bisection import largest_that
 from fourfold.base.errors import ModelError, PlanError, first_line
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
@@ -160,12 +161,10 @@ class Outlook:
         """
         if not may_spare(self.heaviest, self.layout, recompute):
             return self
-        low, high = 0, self.shape.num_layers - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.sparing_so_many(middle).to_come(recompute, micro_batch) <= room
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return self.sparing_so_many(low)
+        count = largest_that(
+            lambda count: self.sparing_so_many(count).to_come(recompute, micro_batch) <= room, self.shape.num_layers - 1
+        )
+        return self.sparing_so_many(count)
 
     def unpacked(self) -> Outlook:
         """The same with 4-bit weights that are unpacked once and kept."""
