@@ -124,6 +124,7 @@ class Batch:
         scored: [N] int64, flat positions with a target, as the host found them; what fills them up is the last
             position. None where the device is to look itself.
         keys: what documents see; None where it is themselves.
+        longest: at least the length of the longest document, where `lengths` are not to be known; 0 otherwise.
         whole_rows: see `documents_of_rows`, where the batch is a part of the positions of longer rows (its counts are
             those of the whole); None otherwise.
     """
@@ -141,12 +142,13 @@ class Batch:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     scored: Tensor | None = None
     keys: Keys | None = None
+    longest: int = 0
     whole_rows: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def max_seqlen(self) -> int:
-        """Length of the longest document."""
-        return max(self.lengths)
+        """Length of the longest document, or somewhat more."""
+        return self.longest or max(self.lengths)
 
     @property
     def is_packed(self) -> bool:

@@ -194,7 +194,7 @@ class StepModel:
             return {}
         keys = {} if batch.keys is None else {"keys": batch.keys}
         if self.fixed and batch.cu_seqlens is not None:
-            found = {"cu_seqlens": batch.cu_seqlens, "longest": batch.input_ids.shape[1], **keys}
+            found = {"cu_seqlens": batch.cu_seqlens, "longest": batch.max_seqlen, **keys}
             if self.equal is not None:
                 found["documents"] = 0 if keys else self.equal.of(batch.lengths)
             return found

@@ -28,6 +28,9 @@ _STEPS = ((1024, 64), (2048, 128), (4096, 256))
 """Up to so many positions, rows are a multiple of so many."""
 _MOST_RECORDED = 48
 _DOCUMENTS = 16
+_LONGEST = (512, 1024)
+"""Lengths of the longest document that are told apart, where a row is at least four times as long: the attention kernel
+starts a block for each 128 positions that any document might have, though most have not."""
 _NOT_COMPILED = "fail_on_recompile"
 """The stance of torch.compile in which a function that would have to be compiled is an error, which names it."""
 
@@ -54,6 +57,7 @@ def rounded(batch: Batch) -> Batch:
         batch,
         scored=_filled(batch.scored, quarter, width - 1),  # nothing is predicted at the last position
         cu_seqlens=_filled(batch.cu_seqlens[1:], _DOCUMENTS, width, start=batch.cu_seqlens[:1]),
+        longest=next((limit for limit in _LONGEST if batch.max_seqlen <= limit <= width // 4), width),
         lengths=(),
         samples=(),
         num_tokens=0,
@@ -114,7 +118,7 @@ class Graphs:
                 parameter.grad = torch.zeros_like(parameter)
         batch = rounded(batch.with_scored())
         assert batch.scored is not None and batch.cu_seqlens is not None
-        key = (batch.input_ids.shape[1], len(batch.scored), len(batch.cu_seqlens))
+        key = (batch.input_ids.shape[1], len(batch.scored), len(batch.cu_seqlens), batch.longest)
         recording = self._recordings.get(key)
         if not self._is_warm or (recording is None and len(self._recordings) == _MOST_RECORDED):
             return self._directly(batch, denominators)

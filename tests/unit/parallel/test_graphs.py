@@ -51,6 +51,15 @@ def test_rounding_when_a_row_is_full_leaves_nothing_but_tensors_to_go_by() -> No
     assert EqualDocuments(2048).of(batch.lengths) == 0
 
 
+@pytest.mark.parametrize(
+    ("lengths", "longest"),
+    [((300, 200), 512), ((1500, 500), 2048), ((100,) * 20, 512), ((513, *[100] * 15), 2048), ((900, *[390] * 8), 1024)],
+)
+def test_rounding_when_documents_are_short_tells_roughly_how_long(lengths: tuple[int, ...], longest: int) -> None:
+    batch = rounded(batch_of(*lengths).with_scored())
+    assert batch.max_seqlen == longest >= max(lengths)
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_loss_when_a_batch_is_rounded_is_that_of_the_batch(frozen: bool) -> None:
     plain = batch_of(20, 9, 31)
