@@ -151,15 +151,15 @@ def _nll_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(targets == IGNORE_INDEX, 0.0, total - wanted), total
 
 
-def _logits_gradient(logits: Tensor, targets: Tensor, total: Tensor, grad: Tensor) -> Tensor:
+def _become_gradient(logits: Tensor, targets: Tensor, total: Tensor, grad: Tensor) -> None:
     probabilities = torch.exp(logits.float() - total[:, None])
     is_target = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
     grad = torch.where(targets == IGNORE_INDEX, 0.0, grad)
-    return ((probabilities - is_target.float()) * grad[:, None]).to(logits.dtype)
+    logits.copy_((probabilities - is_target.float()) * grad[:, None])
 
 
 class _TokenNll(torch.autograd.Function):
-    """Cross entropy of logits as they are, of which no copy in fp32 is ever made."""
+    """Cross entropy of logits as they are, of which no copy in fp32 is ever made; their gradient takes their place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -172,11 +172,16 @@ class _TokenNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """grad [N]."""
         logits, targets, total = ctx.saved_tensors
-        return _compiled(_logits_gradient)(_of_one_vocabulary(logits), targets, total, grad), None
+        logits = _of_one_vocabulary(logits.detach())
+        _compiled(_become_gradient)(logits, targets, total, grad)
+        return logits, None
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods in fp32, compiled: logits [N, V], targets [N] -> [N], 0 for IGNORE_INDEX."""
+    """Negative log-likelihoods in fp32, compiled: logits [N, V], targets [N] -> [N], 0 for IGNORE_INDEX.
+
+    The backward pass writes the gradient over the logits, so nobody else may need them then.
+    """
     # a part of a longer tensor would be compiled for its length relative to the whole, and then for others
     return _TokenNll.apply(logits, targets.clone())  # type: ignore[return-value]
 

@@ -23,6 +23,8 @@ from fourfold.parallel.vocabulary import VocabularyShare, shared_argmax, shared_
 
 CHUNK_TOKENS = 2048
 """Positions whose logits exist at one time."""
+_KEPT_CHUNK_TOKENS = 8192
+"""The same where logits are kept: cut for 32-bit indices alone, since each cut adds a gradient of the head."""
 _CPU_CHUNK_TOKENS = 128
 """The same on a CPU, where more bring no speed, and memory that stays small is used again."""
 _HALF_SCALE = 1024.0
@@ -44,9 +46,9 @@ class Outputs:
         value: maps hidden states [..., hidden size] to values [...] fp32; None for a model without a value head.
         scored: see Batch.
         token_nll: logits [N, vocabulary] as the head gives them, targets [N] -> nll [N] fp32, where there is a faster
-            way than PyTorch's own.
+            way than PyTorch's own, which makes no copies of them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
-        keep_logits: keep them for the backward pass, where `token_nll` makes no copies of them.
+        keep_logits: keep all of them for the backward pass, where there is `token_nll`.
     """
 
     hidden: Tensor
@@ -207,6 +209,8 @@ def score_tokens(
     positions = trained_positions(targets) if outputs.scored is None else outputs.scored
     chunk_tokens = chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device)
     keeps_logits = outputs.keep_logits and outputs.token_nll is not None and not with_correct
+    if keeps_logits:
+        chunk_tokens = max(chunk_tokens, _KEPT_CHUNK_TOKENS)
     nll, correct = score_in_chunks(
         partial(outputs.score, with_correct=with_correct),
         at_positions(outputs.hidden, positions),

@@ -24,7 +24,7 @@ from fourfold.models.equal_documents import EqualDocuments, has_kernel
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, use_short_forward
-from fourfold.models.masters import use_wide_products
+from fourfold.models.masters import add_within_products, use_wide_products
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unpacked import keep_unpacked
@@ -214,6 +214,8 @@ def build(
         inner, list(decoder_blocks(inner)[1]), mesh, compute=precision.narrow, fill=fill, vocabulary=vocabulary
     )
     model.take(split)
+    if mesh.layout.world_size == 1 and not fast.graphs:
+        add_within_products(decoder_blocks(inner)[1])
     if mesh.layout.splits_model or mesh.layout.shards > 1:
         _free_what_was_cut_away(mesh.device)
     if run.parallel.offload_activations:

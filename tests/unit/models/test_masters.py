@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold.models.masters import WideLinear, use_wide_products
+from fourfold.models.masters import WideLinear, add_within_products, use_wide_products
 
 pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 
@@ -52,6 +52,48 @@ def test_wide_products_when_autocast_would_copy_give_its_numbers(compiled: bool)
     for one, other in zip(expected, found, strict=True):
         assert one.dtype == other.dtype
         assert float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_gradients_of_masters_when_there_are_several_micro_batches_are_their_sum(compiled: bool, adds: bool) -> None:
+    wide, other = _Block(), _Block()
+    assert use_wide_products([wide], torch.bfloat16) == use_wide_products([other], torch.bfloat16) == 2
+    if adds:
+        assert add_within_products([wide]) == 2
+    run = torch.compile(wide, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else wide
+    expected = {name: torch.zeros_like(parameter) for name, parameter in other.named_parameters()}
+    places: list[int] = []
+    for number in range(3):
+        other.zero_grad()
+        for block, forward in ((wide, run), (other, other)):
+            x = torch.randn(2, 5 + number, _IN, generator=torch.Generator().manual_seed(number)).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = forward(x)
+            out.float().square().sum().backward()
+        for name, parameter in other.named_parameters():
+            if parameter.grad is not None:
+                expected[name] += parameter.grad
+        assert wide.first.weight.grad is not None
+        places.append(wide.first.weight.grad.data_ptr())
+    assert len(set(places)) == 1
+    for name, parameter in wide.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_of_masters_when_a_layer_is_used_twice_are_counted_once_each() -> None:
+    wide, other = _Block(), _Block()
+    for block in (wide, other):
+        use_wide_products([block], torch.bfloat16)
+    add_within_products([wide])
+    for block in (wide, other):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = block(block(_input()))
+            out.float().square().sum().backward()
+    assert wide.first.weight.grad is not None
+    torch.testing.assert_close(wide.first.weight.grad, other.first.weight.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_wide_products_when_weights_are_in_the_compute_dtype_are_left_out() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourfold.dataset.batch import IGNORE_INDEX
+from fourfold.parallel import loss
 from fourfold.parallel.loss import Outputs, score_tokens
 
 _HIDDEN, _VOCABULARY, _TOKENS = 8, 11, 13
@@ -69,8 +70,11 @@ def test_score_tokens_when_nothing_is_trained_gives_none() -> None:
     assert found.nll.numel() == 0
 
 
-@pytest.mark.parametrize(("keeps", "made"), [(True, [4, 4, 4, 1]), (False, [4, 4, 4, 1, 1, 4, 4, 4])])
-def test_score_tokens_when_logits_are_kept_makes_them_once(keeps: bool, made: list[int]) -> None:
+@pytest.mark.parametrize(("keeps", "made"), [(True, [8, 5]), (False, [4, 4, 4, 1, 1, 4, 4, 4])])
+def test_score_tokens_when_logits_are_kept_makes_them_once(
+    keeps: bool, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_KEPT_CHUNK_TOKENS", 8)
     weight = torch.randn(_VOCABULARY, _HIDDEN, dtype=torch.float64)
     hidden = torch.randn(1, _TOKENS, _HIDDEN, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, _VOCABULARY, (1, _TOKENS))
