@@ -25,6 +25,7 @@ from fourfold.parallel.mesh import single
 from fourfold.parallel.reduce import clip_gradients
 from fourfold.training.build import build
 from fourfold.training.fast import NOTHING_FAST, Fast
+from fourfold.training.optimizers.adamw_torch import AdamW
 from fourfold.training.precision import LossScaler, resolve
 from tiny_models import tiny_model
 
@@ -63,6 +64,7 @@ def curve(
     samples: Callable[[int], list[Sample]] = samples_of,
     lr: float = 1e-3,
     spared: int = 0,
+    copies: bool = False,
     **keys: object,
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of some steps."""
@@ -87,7 +89,9 @@ def curve(
     built.recompute("full" if run.parallel.recompute == "full" else "none", spared)
     scaler = LossScaler(device) if precision.loss_scaling else None
     step = built.step(TokenLoss(), partial(filler, _POLICY), scaler)
-    optimizer = torch.optim.AdamW(trained, lr=lr, fused=True)
+    optimizer = AdamW(trained, lr=lr, fused=True)
+    if copies:
+        assert built.keep_copies() > 0
     module.train()
     losses, norms = [], []
     for number in range(_STEPS):
@@ -169,12 +173,16 @@ def test_lora_when_memory_is_low_has_the_losses_of_the_plain_step_in_less(
     assert peaks[2] < peaks[0] - table
 
 
-@pytest.mark.parametrize(("recompute", "spared"), [("none", 0), ("full", 0), ("full", 1)])
-def test_full_tuning_when_compiled_has_the_losses_of_the_plain_step(folder: Path, recompute: str, spared: int) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "spared", "copies"), [("none", 0, False), ("none", 0, True), ("full", 0, False), ("full", 1, True)]
+)
+def test_full_tuning_when_compiled_has_the_losses_of_the_plain_step(
+    folder: Path, recompute: str, spared: int, copies: bool
+) -> None:
     keys = {"finetuning_type": "full", "parallel": {"recompute": recompute}}
     expected, norms = curve(folder, NOTHING_FAST, **keys)
     plain, _ = curve(folder, NOTHING_FAST, **keys, bf16=True)
-    losses, found = curve(folder, Fast(compiled=True, graphs=True), spared=spared, **keys, bf16=True)
+    losses, found = curve(folder, Fast(compiled=True, graphs=True), spared=spared, copies=copies, **keys, bf16=True)
     assert apart(losses, expected) <= max(2e-3, 1.5 * apart(plain, expected))
     assert found == pytest.approx(norms, rel=0.1)
 
@@ -206,6 +214,7 @@ _LORA: dict[str, object] = {"finetuning_type": "lora", "lora_rank": 8, "lr": 1e-
         ("Llama-3-8B", {**_LORA, "samples": rows_of}, {}, 2e-3),
         ("Llama-3-8B", _LORA, {"memory": "low"}, 2e-3),
         ("Llama-3.2-3B", _FULL, {}, 2e-3),
+        ("Llama-3.2-3B", _FULL, {"copies": True}, 2e-3),
         ("Llama-3.2-3B", _FULL, {"parallel": {"recompute": "full"}}, 2e-3),
         ("Llama-3.2-3B", _FULL, {"fp8": True}, 2e-2),
         ("Qwen3-30B-A3B", _FULL, {}, 2e-3),

@@ -23,13 +23,10 @@ from torch import Tensor, nn
 from fourfold.base.peft import Linear as PeftLinear
 from fourfold.base.peft import LoraLayer
 from fourfold.models.low_rank import FrozenWeight, low_rank
+from fourfold.models.siblings import Siblings, of_one_input
 from fourfold.models.trained_linear import compute_dtype
+from fourfold.models.wide_rank import pays, wide_rank, widened
 from fourfold.parallel.packed import is_plain, state_of
-
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of one module that are called with the same tensor, in this order, by the families that name them so."""
-_KEPT_AS_IT_IS = frozenset({"v_proj"})
-"""Layers whose result the backward pass needs, and of their neighbours' results nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,44 +83,54 @@ def _is_over_bits(base: nn.Module) -> bool:
     return type(base).__name__ == "Linear4bit"
 
 
-def _product(x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms]) -> Tensor:
-    """x [..., in] times one weight, or several one below the other -> [..., out]."""
+def _product(x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms], wide: Tensor | None = None) -> Tensor:
+    """x [..., in] times one weight, or several one below the other -> [..., out].
+
+    Args:
+        wide: the same weight with room for the terms beside it.
+    """
     compute = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute)
     biases = [each.base.bias.to(compute) for each in terms if each.base.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-    out = low_rank(flat, weight, bias, [each.a for each in terms], [each.b for each in terms], terms[0].scale)
+    a, b, scale = [each.a for each in terms], [each.b for each in terms], terms[0].scale
+    if wide is not None and torch.compiler.is_compiling() and torch.is_grad_enabled():
+        out = wide_rank(flat, wide, bias, a, b, scale)
+    else:
+        out = low_rank(flat, weight, bias, a, b, scale)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class Siblings:
-    """LoRA layers of one input: one product, made when the first of them is called.
+class LoraSiblings(Siblings[LoraLayer]):
+    """LoRA layers of one input.
 
     Args:
-        layers: by name, in the order in which they are called.
+        layers: see `Siblings`.
         weight: theirs, one below the other, of which each has its rows; None where they are packed.
     """
 
     def __init__(self, layers: dict[str, LoraLayer], weight: Tensor | None) -> None:
-        self._layers, self._weight = layers, weight
-        self._input: Tensor | None = None
-        self._waiting: dict[str, Tensor] = {}
+        super().__init__(layers)
+        self._weight = weight
+        self._is_wide = False
 
-    def take(self, name: str, x: Tensor) -> Tensor | None:
-        """One layer's result; None if it must be computed by itself."""
-        if self._input is not x:
-            parts = self._compute(x)
-            if parts is None:
-                return None
-            self._input, self._waiting = x, parts
-        found = self._waiting.pop(name, None)
-        if not self._waiting:
-            self._input = None
-        return found
+    def widen(self) -> bool:
+        """Make room beside their weight for their terms, if compiled products are faster so; returns whether there is.
 
-    def _compute(self, x: Tensor) -> dict[str, Tensor] | None:
+        The weight is put elsewhere, and the layers' own with it.
+        """
+        if self._weight is None or self._is_wide or not pays(self._weight):
+            return False
+        rank = sum(layer.r[name] for layer in self.layers.values() for name in layer.active_adapters)
+        wide = widened(self._weight, rank)
+        _give_rows(self.layers, wide[:, : self._weight.shape[1]])
+        self._weight, self._is_wide = wide, True
+        return True
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """See `Siblings`."""
         terms: list[_Terms] = []
-        for layer in self._layers.values():
+        for layer in self.layers.values():
             found = _terms(layer, _plain_adapter(layer, x, {}), x)
             if found is None or (terms and found.scale != terms[0].scale):
                 return None
@@ -131,17 +138,14 @@ class Siblings:
         if self._weight is None:
             weight = FrozenWeight.packed([each.base for each in terms])
         else:
-            weight = FrozenWeight.plain(self._weight)
-        parts = _product(x, weight, terms).split([each.b.shape[0] for each in terms], dim=-1)
-        return {
-            name: part.contiguous() if name in _KEPT_AS_IT_IS else part
-            for name, part in zip(self._layers, parts, strict=True)
-        }
+            weight = FrozenWeight.plain(self._weight[:, : terms[0].a.shape[1]] if self._is_wide else self._weight)
+        wide = self._weight if self._is_wide else None
+        return _product(x, weight, terms, wide).split([each.b.shape[0] for each in terms], dim=-1)
 
 
 def _short_forward(layer: LoraLayer, adapter: str | None, x: Tensor) -> Tensor | None:
     """x [..., in] -> [..., out]; None if it is anything but the plain case over a frozen base."""
-    siblings: tuple[str, Siblings] | None = getattr(layer, "siblings", None)
+    siblings: tuple[str, LoraSiblings] | None = getattr(layer, "siblings", None)
     if siblings is not None and adapter is not None:
         name, group = siblings
         if (found := group.take(name, x)) is not None:
@@ -221,27 +225,20 @@ def join_siblings(model: nn.Module, *, apart: frozenset[str] = frozenset()) -> i
         how many groups there are.
     """
     count = 0
-    for module in model.modules():
-        for names in _SAME_INPUT:
-            layers = _layers_of(module, names)
-            if layers is None or not apart.isdisjoint(names) or not _are_alike(layers):
-                continue
-            group = Siblings(layers, _one_below_the_other(layers))
-            for name, layer in layers.items():
-                layer.siblings = (name, group)  # type: ignore[attr-defined]
-            count += 1
+    for found in of_one_input(model):
+        if apart.isdisjoint(found) and all(map(_is_short, found.values())):
+            layers: dict[str, Any] = dict(found)
+            if _are_alike(layers):
+                group = LoraSiblings(layers, _one_below_the_other(layers))
+                for name, layer in layers.items():
+                    layer.siblings = (name, group)
+                count += 1
     return count
 
 
-def _layers_of(module: nn.Module, names: Sequence[str]) -> dict[str, LoraLayer] | None:
-    """A module's layers of these names, if it has them all with the short forward pass."""
-    found: dict[str, LoraLayer] = {}
-    children = dict(module.named_children())  # no attributes: a wrapper has those of what it wraps
-    for name in names:
-        layer = children.get(name)
-        if isinstance(layer, LoraLinear) or getattr(type(layer), "forward", None) is _packed_forward:
-            found[name] = layer  # type: ignore[assignment]
-    return found if len(found) == len(names) else None
+def _is_short(layer: nn.Module) -> bool:
+    """Whether a layer has the short forward pass."""
+    return isinstance(layer, LoraLinear) or getattr(type(layer), "forward", None) is _packed_forward
 
 
 def _are_alike(layers: Mapping[str, LoraLayer]) -> bool:
@@ -258,6 +255,28 @@ def _one_below_the_other(layers: Mapping[str, LoraLayer]) -> Tensor | None:
     if _is_over_bits(bases[0]):
         return None
     joined = torch.cat([base.weight.data for base in bases])
+    _give_rows(layers, joined)
+    return joined
+
+
+def _give_rows(layers: Mapping[str, LoraLayer], joined: Tensor) -> None:
+    """Let each layer's base have its rows of one weight."""
+    bases: list[Any] = [layer.get_base_layer() for layer in layers.values()]
     for base, rows in zip(bases, joined.split([base.out_features for base in bases]), strict=True):
         base.weight.data = rows
-    return joined
+
+
+def widen_siblings(model: nn.Module) -> int:
+    """Make room for low-rank terms beside the weights of joined layers, for layers that run compiled.
+
+    Args:
+        model: after `join_siblings`; its adapters have their ranks by now.
+    Returns:
+        how many groups have room now.
+    """
+    groups: dict[int, LoraSiblings] = {}
+    for module in model.modules():
+        _, group = getattr(module, "siblings", None) or ("", None)
+        if isinstance(group, LoraSiblings):
+            groups[id(group)] = group
+    return sum(group.widen() for group in groups.values())

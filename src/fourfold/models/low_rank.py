@@ -198,7 +198,7 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None, scale: float, *adapters: Tensor
     ) -> Tensor:
         """See `low_rank`; adapters: A of each weight, then B of each."""
-        a, b = _side_by_side(adapters, x.dtype)
+        a, b = side_by_side(adapters, x.dtype)
         low = x @ (scale * a).T
         y = torch.ops.fourfold.low_rank(x, *weight, bias, low, b)
         ctx.save_for_backward(x, low, *adapters, *weight.tensors)
@@ -211,17 +211,17 @@ class _LowRank(torch.autograd.Function):
         """grad [T, out]; weight and bias are frozen."""
         x, low, *rest = ctx.saved_tensors
         adapters, tensors = rest[: ctx.num_adapters], rest[ctx.num_adapters :]
-        a, b = _side_by_side(adapters, grad.dtype)
+        a, b = side_by_side(adapters, grad.dtype)
         low_grad = grad @ (ctx.scale * b)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weight = FrozenWeight(tensors, ctx.sizes, ctx.kind, ctx.dtype)
             grad_x = torch.ops.fourfold.low_rank_back(grad, *weight, low_grad, a)
         grad_a, grad_b = torch.mm(low_grad.T, x), torch.mm(grad.T, low)
-        return grad_x, None, None, None, *_apart(grad_a, grad_b, adapters)
+        return grad_x, None, None, None, *apart(grad_a, grad_b, adapters)
 
 
-def _side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A [sum of r, in], and B [sum of out, sum of r], which is 0 where a row and a column are of different weights."""
     half = len(adapters) // 2
     if half == 1:
@@ -229,7 +229,7 @@ def _side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tenso
     return torch.cat(list(adapters[:half])).to(dtype), torch.block_diag(*adapters[half:]).to(dtype)
 
 
-def _apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
+def apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of each A, then of each B."""
     half = len(adapters) // 2
     parts = list(grad_a.split([a.shape[0] for a in adapters[:half]]))
@@ -253,6 +253,6 @@ def low_rank(
         [T, out].
     """
     if not torch.is_grad_enabled():  # where a compiler would forget the adapters of a function with a gradient
-        of_input, of_output = _side_by_side([*a, *b], x.dtype)
+        of_input, of_output = side_by_side([*a, *b], x.dtype)
         return torch.ops.fourfold.low_rank(x, *weight, bias, x @ (scale * of_input).T, of_output)
     return _LowRank.apply(x, weight, bias, scale, *a, *b)  # type: ignore[return-value]

@@ -3,96 +3,224 @@
 Autocast copies each master for its product and keeps the copy for the backward pass: two bytes a number of all layers
 for as long as their activations live. Here each direction is one operator that copies for itself, and on CUDA the
 gradient of an fp32 master is written by the product that makes it, neither rounded to 16 bits nor cast back. In further
-micro-batches of a step that product adds to what is there.
+micro-batches of a step that product adds to what is there. Layers of one input are one product.
+
+Where there is room, the copies are kept from update to update instead (`keep_copies`), and the optimizer writes them
+with the masters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fourfold.models.siblings import Siblings, of_one_input
 from fourfold.models.trained_linear import TrainedLinear, compute_dtype, exchange
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
-_OPERATORS.define("wide_product(Tensor x, Tensor weight) -> Tensor")
-_OPERATORS.define("wide_product_back(Tensor grad, Tensor x, Tensor weight, bool wants_x) -> (Tensor, Tensor)")
+_OPERATORS.define("wide_product(Tensor x, Tensor[] weights) -> Tensor")
+_OPERATORS.define("wide_product_back(Tensor grad, Tensor x, Tensor[] weights, bool wants_x) -> (Tensor, Tensor)")
 
-_ADDING: WeakValueDictionary[int, nn.Parameter] = WeakValueDictionary()
+_ADDING: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """Masters whose gradients are added to by the products that make them, by where they lie."""
+_COPIES: WeakValueDictionary[int, Copies] = WeakValueDictionary()
+"""Copies of masters that are kept, by where each master lies."""
+
+
+class Copies:
+    """Copies of masters in the compute dtype, one below the other, for as long as somebody holds on to this.
+
+    A copy is made again where its master has been written since: by an optimizer, unless that writes the copy as well
+    (`copy_of`), or by what torch counts (torch's fused optimizers are not).
+
+    Args:
+        masters: [out, in] each, contiguous.
+    """
+
+    def __init__(self, masters: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._masters = list(masters)
+        rows = [master.shape[0] for master in masters]
+        self._whole = masters[0].new_empty(sum(rows), masters[0].shape[1], dtype=dtype)
+        self._parts = self._whole.split(rows)
+        self._versions: list[int | None] = [None] * len(rows)
+        self._written: set[int] = set()
+        _COPIES.update({master.data_ptr(): self for master in masters})
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return self._whole.nbytes
+
+    @torch.no_grad()
+    def of(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """The copies of just these weights [sum of out, in], as the masters are now; None if they are others."""
+        places = [weight.data_ptr() for weight in weights]
+        if self._whole.dtype != dtype or places != [master.data_ptr() for master in self._masters]:
+            return None
+        for number, (master, part) in enumerate(zip(self._masters, self._parts, strict=True)):
+            if self._versions[number] != master._version:
+                part.copy_(master)
+                self._versions[number] = master._version
+        return self._whole
+
+    def to_write(self, master: Tensor) -> Tensor | None:
+        """The copy of one master, if it is what the master is now; whoever asks writes it with the master."""
+        for number, own in enumerate(self._masters):
+            if own is master and self._versions[number] == own._version:
+                self._written.add(number)
+                return self._parts[number]
+        return None
+
+    def settle(self) -> None:
+        """An optimizer has changed the masters, and the copies that it asked for."""
+        self._versions = [version if n in self._written else None for n, version in enumerate(self._versions)]
+        self._written.clear()
+
+
+def _settle(*_: object) -> None:
+    for copies in set(_COPIES.values()):
+        copies.settle()
+
+
+@lru_cache(maxsize=1)
+def _watch_optimizers() -> None:
+    """Have copies made again after the step of any optimizer that did not write them."""
+    register_optimizer_step_post_hook(_settle)
+
+
+def copy_of(master: Tensor) -> Tensor | None:
+    """The copy of a master, contiguous and of its shape, that an optimizer writes in the same step; None if there is
+    none, or none that is what the master is now."""
+    found = _COPIES.get(master.data_ptr())
+    return None if found is None else found.to_write(master)
+
+
+def _narrow(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Weights one below the other in a dtype, copied if no copies are kept."""
+    kept = _COPIES.get(weights[0].data_ptr())
+    found = None if kept is None else kept.of(weights, dtype)
+    if found is not None:
+        return found
+    if len(weights) == 1:
+        return weights[0].to(dtype)
+    rows = [weight.shape[0] for weight in weights]
+    whole = weights[0].new_empty(sum(rows), weights[0].shape[1], dtype=dtype)
+    for weight, part in zip(weights, whole.split(rows), strict=True):
+        part.copy_(weight)
+    return whole
 
 
 @torch.library.impl(_OPERATORS, "wide_product", "CompositeExplicitAutograd")
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in], weight [out, in] -> [T, out] as x."""
-    return torch.mm(x, weight.to(x.dtype).t())
+def _product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x [T, in], weights [out, in] each -> [T, sum of out] as x."""
+    return torch.mm(x, _narrow(weights, x.dtype).t())
 
 
 @torch.library.register_fake("fourfold::wide_product", lib=_OPERATORS)
-def _product_of_fakes(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _product_of_fakes(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
 @torch.library.impl(_OPERATORS, "wide_product_back", "CompositeExplicitAutograd")
-def _product_back(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor, Tensor]:
-    """grad [T, out] -> gradients of x, empty if it is not wanted, and of weight in its dtype."""
-    grad_x = torch.mm(grad, weight.to(grad.dtype)) if wants_x else grad.new_empty(0)
-    return grad_x, _gradient(grad.t(), x, weight)
-
-
-def _gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """grad [out, T] x [T, in] in the dtype of weight; with what the weight's gradient is so far, where that is taken."""
-    sum_ = _taken_gradient(weight)
-    if weight.is_cuda and weight.dtype == torch.float32:
-        if sum_ is None:
-            return torch.mm(grad, x, out_dtype=torch.float32)
-        return torch.addmm(sum_, grad, x, out_dtype=torch.float32, out=sum_)
-    product = torch.mm(grad, x).to(weight.dtype)
-    return product if sum_ is None else sum_.add_(product)
-
-
-def _taken_gradient(weight: Tensor) -> Tensor | None:
-    """A master's gradient of the micro-batches before, taken away from it: autograd puts what it is given in the place
-    of no gradient, and adds it to one."""
-    master = _ADDING.get(weight.data_ptr())
-    if master is None or master.data_ptr() != weight.data_ptr() or master.grad is None:
-        return None
-    found, master.grad = master.grad, None
-    return found
+def _product_back(grad: Tensor, x: Tensor, weights: Sequence[Tensor], wants_x: bool) -> tuple[Tensor, Tensor]:
+    """grad [T, sum of out] -> gradients of x, empty if it is not wanted, and of the weights in their dtype, one below
+    the other."""
+    grad_x = torch.mm(grad, _narrow(weights, grad.dtype)) if wants_x else grad.new_empty(0)
+    return grad_x, _gradient(grad.t(), x, weights)
 
 
 @torch.library.register_fake("fourfold::wide_product_back", lib=_OPERATORS)
-def _product_back_of_fakes(grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape) if wants_x else grad.new_empty(0), weight.new_empty(weight.shape)
+def _product_back_of_fakes(grad: Tensor, x: Tensor, weights: Sequence[Tensor], wants_x: bool) -> tuple[Tensor, Tensor]:
+    of_weights = weights[0].new_empty(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return x.new_empty(x.shape) if wants_x else grad.new_empty(0), of_weights
+
+
+def _gradient(grad: Tensor, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """grad [sum of out, T] x [T, in] in the dtype of the weights, and their gradients so far, where those are taken."""
+    sum_ = _taken_gradients(weights)
+    if weights[0].is_cuda and weights[0].dtype == torch.float32:
+        if sum_ is None:
+            return torch.mm(grad, x, out_dtype=torch.float32)
+        return torch.addmm(sum_, grad, x, out_dtype=torch.float32, out=sum_)
+    product = torch.mm(grad, x).to(weights[0].dtype)
+    return product if sum_ is None else sum_.add_(product)
+
+
+def _taken_gradients(weights: Sequence[Tensor]) -> Tensor | None:
+    """Masters' gradients of the micro-batches before, taken away from them: autograd puts what it is given in the place
+    of no gradient, and adds it to one. None unless all are there, one below the other."""
+    masters: list[Tensor] = []
+    end = None
+    for weight in weights:
+        master = _ADDING.get(weight.data_ptr())
+        if master is None or master.data_ptr() != weight.data_ptr() or master.grad is None:
+            return None
+        if end is not None and master.grad.data_ptr() != end:
+            return None
+        end = master.grad.data_ptr() + master.grad.nbytes
+        masters.append(master)
+    first = masters[0].grad
+    assert first is not None
+    for master in masters:
+        master.grad = None
+    return first.as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())
 
 
 class _WideProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(x, weight)
-        return torch.ops.fourfold.wide_product(x, weight)
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, *weights)
+        return torch.ops.fourfold.wide_product(x, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         wants_x = ctx.needs_input_grad[0]
-        grad_x, grad_weight = torch.ops.fourfold.wide_product_back(grad, *ctx.saved_tensors, wants_x)
-        return grad_x if wants_x else None, grad_weight
+        x, *weights = ctx.saved_tensors
+        grad_x, grad_weights = torch.ops.fourfold.wide_product_back(grad, x, weights, wants_x)
+        parts = grad_weights.split([weight.shape[0] for weight in weights])
+        return grad_x if wants_x else None, *parts
 
 
 class WideLinear(TrainedLinear):
-    """A linear layer of a trained weight, under autocast without a copy that is kept."""
+    """A linear layer of a trained weight, under autocast without a copy that autograd keeps.
+
+    Attributes:
+        siblings: its name among the layers of its input, and those; None where it is alone.
+        copies: of its weight and its siblings' where they are kept; the first of them has them.
+    """
 
     product = _WideProduct.apply
+    siblings: tuple[str, WideSiblings] | None = None
+    copies: Copies | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
         if self.weight.dtype == compute_dtype(input) or not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        return super().forward(input)
+        if self.siblings is None:
+            return super().forward(input)
+        name, group = self.siblings
+        found = group.take(name, input)
+        assert found is not None
+        return found if self.bias is None else found + self.bias.to(found.dtype)
+
+
+class WideSiblings(Siblings[WideLinear]):
+    """Layers of one input whose masters are wider than the products."""
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See `Siblings`; without biases."""
+        layers = list(self.layers.values())
+        flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+        out: Any = _WideProduct.apply(flat, *(layer.weight for layer in layers))
+        return out.view(*x.shape[:-1], out.shape[-1]).split([layer.out_features for layer in layers], dim=-1)
 
 
 def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
@@ -106,6 +234,35 @@ def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
     return exchange(blocks, WideLinear, lambda layer: layer.weight.dtype != compute)
 
 
+def join_wide_siblings(model: nn.Module) -> int:
+    """Let layers with wide products that are given the same input be one product each.
+
+    Returns:
+        how many groups there are.
+    """
+    count = 0
+    for found in of_one_input(model):
+        layers = {name: layer for name, layer in found.items() if isinstance(layer, WideLinear)}
+        kinds = {(layer.in_features, layer.weight.dtype) for layer in layers.values()}
+        if len(layers) == len(found) and len(kinds) == 1:
+            group = WideSiblings(layers)
+            for name, layer in layers.items():
+                layer.siblings = (name, group)
+            count += 1
+    return count
+
+
+def _groups(blocks: Iterable[nn.Module]) -> Iterator[list[WideLinear]]:
+    """The layers of each wide product."""
+    seen: set[WideLinear] = set()
+    for block in blocks:
+        for layer in block.modules():
+            if isinstance(layer, WideLinear) and layer not in seen:
+                found = [layer] if layer.siblings is None else list(layer.siblings[1].layers.values())
+                seen.update(found)
+                yield found
+
+
 def add_within_products(blocks: Iterable[nn.Module]) -> int:
     """Let layers with wide products add the gradients of a step's micro-batches as they make them.
 
@@ -117,6 +274,25 @@ def add_within_products(blocks: Iterable[nn.Module]) -> int:
     Returns:
         how many layers do.
     """
-    found = [layer.weight for block in blocks for layer in block.modules() if isinstance(layer, WideLinear)]
-    _ADDING.update((weight.data_ptr(), weight) for weight in found)
-    return len(found)
+    masters: list[Tensor] = [layer.weight for group in _groups(blocks) for layer in group]
+    _ADDING.update({master.data_ptr(): master for master in masters})
+    return len(masters)
+
+
+def keep_copies(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
+    """Keep copies of masters in the dtype of the products, from update to update.
+
+    An optimizer that writes `copy_of` a master as well spares a pass over both; after any other they are made again.
+
+    Args:
+        blocks: on their device, not to be put elsewhere; they hold the copies.
+    Returns:
+        bytes of the copies.
+    """
+    _watch_optimizers()
+    count = 0
+    for group in _groups(blocks):
+        copies = Copies([layer.weight for layer in group], compute)
+        group[0].copies = copies
+        count += copies.nbytes
+    return count

@@ -289,8 +289,9 @@ class _Rank:
         master, compute = job.master_bytes, job.compute_bytes
         moved = self.exchange.copied
         if self.layout.shards == 1:
-            casts = (master + compute) if job.is_mixed else 0
-            moved += self.trained * (2 * casts * count + 3 * master * (count - 1))
+            casts = 0 if not job.is_mixed else compute if job.keeps_copies else 2 * (master + compute) * count
+            adds_itself = job.is_mixed and job.engine != "eager" and not job.float8 and self.layout.world_size == 1
+            moved += self.trained * (casts + (1 if adds_itself else 3) * master * (count - 1))
         else:
             moved += self.trained * (master + compute) * count
             moved += self.trained_here * 3 * master * (count - 1)

@@ -64,6 +64,7 @@ class Job:
         trained_share: of the positions, those that are trained on, whose logits are made; 0 for a loss without logits.
         chunk: positions whose logits exist at one time.
         keeps_logits: those of all chunks are kept for the backward pass, in the compute dtype.
+        keeps_copies: of trained matrices in the compute dtype, from update to update.
         teacher: that is learnt from; None for none.
         engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
         float8: trained layers multiply in float8.
@@ -87,6 +88,7 @@ class Job:
     trained_share: float = 1.0
     chunk: int = _CHUNK_TOKENS
     keeps_logits: bool = False
+    keeps_copies: bool = False
     teacher: Teacher | None = None
     engine: EngineName = "eager"
     float8: bool = False
@@ -194,3 +196,15 @@ def may_keep_logits(job: Job, layout: Layout) -> bool:
     """
     whole = layout.tp == 1 and layout.pp == 1 and not job.host_embedding
     return job.tuning == "full" and job.engine != "eager" and whole and job.trained_share > 0 and not job.teacher
+
+
+def may_keep_copies(job: Job, layout: Layout) -> bool:
+    """Whether copies of trained matrices in the compute dtype may be kept, if there is room, instead of being made for
+    each product.
+
+    That is where compiled layers copy for themselves (models/masters.py), and the optimizer writes the copies with the
+    masters; not where the least memory is asked for.
+    """
+    whole = layout.tp == 1 and layout.pp == 1 and layout.shards == 1 and layout.offload == "none"
+    copies = job.tuning != "lora" and job.is_mixed and job.engine != "eager" and not job.float8
+    return whole and copies and job.optim == "adamw_torch" and not job.host_embedding

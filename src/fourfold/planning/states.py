@@ -165,7 +165,8 @@ def _weight_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, *,
         casts_itself = (job.float8 or job.engine != "eager") and weight.linear
         copied = trained and weight.is_matrix and not casts_itself
         cast = numel if copied and job.is_mixed and layout.shards == 1 else 0
-        part = Part(held * each, 0, held if trained else 0, whole, numel if trained else 0, cast)
+        kept = held * job.compute_bytes if trained and weight.linear and job.keeps_copies else 0
+        part = Part(held * each + kept, 0, held if trained else 0, whole, numel if trained else 0, cast)
     return part + _adapter_part(shape, job, layout, weight, shards)
 
 

@@ -165,6 +165,13 @@ class Parts:
             assert self.outlook is not None
             self.outlook, self.built.model.keep_logits = self.outlook.keeping_logits(), True
             log.info("Logits are kept for the backward pass, since there is room")
+        if fit.keeps_copies:
+            assert self.outlook is not None
+            self.outlook = self.outlook.keeping_copies()
+            log.info(
+                "Copies of weights in 16 bits are kept from step to step, %s, since there is room",
+                format_bytes(self.built.keep_copies()),
+            )
         return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
 
     def _keep_unpacked(self) -> None:

@@ -23,8 +23,8 @@ from fourfold.models.compiled import compile_layers, recompute_compiled
 from fourfold.models.equal_documents import EqualDocuments, has_kernel
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
-from fourfold.models.lora import join_siblings, use_short_forward
-from fourfold.models.masters import add_within_products, use_wide_products
+from fourfold.models.lora import join_siblings, use_short_forward, widen_siblings
+from fourfold.models.masters import add_within_products, join_wide_siblings, keep_copies, use_wide_products
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unpacked import keep_unpacked
@@ -115,7 +115,14 @@ class Built:
         """Unpack the model's 4-bit weights for good; returns how many were packed."""
         count = keep_unpacked(self.module)
         _join_layers(run, self.mesh, self.module)
+        if self.fast.compiled:
+            widen_siblings(self.module)
         return count
+
+    def keep_copies(self) -> int:
+        """Keep copies of masters in the compute dtype; returns their bytes."""
+        assert self.precision.narrow is not None
+        return keep_copies(self._layers(), self.precision.narrow)
 
     def rollouts(self, *, stop_token_ids: Sequence[int], pad_token_id: int, batch_tokens: int) -> RolloutEngine:
         """The engine that answers prompts with the model as it is; every rank of the job must call.
@@ -251,6 +258,8 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
     if fast.compiled:
         if precision.narrow is not None and not mesh.layout.splits_model:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
+            join_wide_siblings(model.module)
+        widen_siblings(model.module)
         model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs

@@ -54,6 +54,7 @@ class Fit:
         unpacks: there is room to keep 4-bit weights unpacked beside it.
         keeps_logits: there is room to keep the logits of all chunks.
         spared: layers of which nothing is computed again, since there is room.
+        keeps_copies: there is room to keep copies of masters from update to update.
     """
 
     policy: CutPolicy
@@ -61,6 +62,7 @@ class Fit:
     unpacks: bool = False
     keeps_logits: bool = False
     spared: int = 0
+    keeps_copies: bool = False
 
 
 def choose_fit(
@@ -120,6 +122,7 @@ def fit_to_memory(
     )
     if spares and not chosen_by_user:
         outlook = _with_rest(outlook, fit, largest, free)
+    keeps_copies = copies_fit(outlook, fit, largest, free)
     log.info(
         "Activations are %s%s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
@@ -128,13 +131,18 @@ def fit_to_memory(
         format_bytes(free),
         format_bytes(outlook.to_come(fit.recompute, largest)),
     )
-    return replace(fit, spared=outlook.spared)
+    return replace(fit, spared=outlook.spared, keeps_copies=keeps_copies)
+
+
+def _becoming(outlook: Outlook, fit: Fit) -> Outlook:
+    """What is expected once the step does what fits beside it."""
+    after = outlook.unpacked() if fit.unpacks else outlook
+    return after.keeping_logits() if fit.keeps_logits else after
 
 
 def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
     """What is left beside a step goes to layers of which nothing is computed again."""
-    after = outlook.unpacked() if fit.unpacks else outlook
-    after = after.keeping_logits() if fit.keeps_logits else after
+    after = _becoming(outlook, fit)
     return outlook.sparing_so_many(after.sparing(fit.recompute, largest, _room_after(outlook, after, free)).spared)
 
 
@@ -162,6 +170,14 @@ def logits_fit(outlook: Outlook, recompute: Recompute, largest: int, free: int) 
         return False
     after = outlook.keeping_logits()
     return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
+
+
+def copies_fit(outlook: Outlook, fit: Fit, largest: int, free: int) -> bool:
+    """Whether copies of masters may be kept in what everything else leaves; see `unpacking_fits`."""
+    if not outlook.may_keep_copies:
+        return False
+    after = _becoming(outlook, fit).keeping_copies()
+    return after.to_come(fit.recompute, largest) <= _room_after(outlook, after, free)
 
 
 def fit_to_bytes(

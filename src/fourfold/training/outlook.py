@@ -20,7 +20,16 @@ from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import LOADED, Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import EngineName, Job, Recompute, Teacher, may_keep_logits, may_spare, unpacks
+from fourfold.planning.job import (
+    EngineName,
+    Job,
+    Recompute,
+    Teacher,
+    may_keep_copies,
+    may_keep_logits,
+    may_spare,
+    unpacks,
+)
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -184,6 +193,16 @@ class Outlook:
     def may_keep_logits(self) -> bool:
         """Whether keeping logits is a question of memory alone."""
         return may_keep_logits(self.job, self.layout)
+
+    def keeping_copies(self) -> Outlook:
+        """The same with copies of masters that are kept from update to update."""
+        job, heaviest = (replace(job, keeps_copies=True) for job in (self.job, self.heaviest))
+        return replace(self, job=job, heaviest=heaviest)
+
+    @property
+    def may_keep_copies(self) -> bool:
+        """Whether keeping copies of masters is a question of memory alone."""
+        return may_keep_copies(self.job, self.layout)
 
     def loaded(self) -> int:
         """Bytes of the loaded model on this rank."""

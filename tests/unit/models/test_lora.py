@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-from fourfold.models.lora import LoraLinear, join_siblings, use_short_forward
+from fourfold.models.lora import LoraLinear, join_siblings, use_short_forward, widen_siblings
+from fourfold.models.wide_rank import pays, widened
 
 _SIZE = 16
 
@@ -146,14 +149,16 @@ def _attention(make: Callable[[int, int], nn.Module]) -> PeftModel:
     return model
 
 
-def _passes(model: PeftModel, autocast: bool) -> list[Tensor]:
+def _passes(
+    model: PeftModel, autocast: bool, tokens: int = 9, forward: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
     """Results and gradients of two passes, the first without gradients."""
-    x = torch.randn(2, 9, _WIDE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.randn(2, tokens, _WIDE, generator=torch.Generator().manual_seed(1)).requires_grad_()
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with torch.no_grad():
             first = model(x + 1)
-        out = model(x)
+        out = (model if forward is None else forward)(x)
     out.float().square().sum().backward()
     assert x.grad is not None
     return [first, out.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -174,10 +179,55 @@ def test_siblings_when_they_are_one_product_give_what_each_gives_alone(
         assert float((one - other).abs().max()) <= (2e-2 if autocast else 2e-6) * float(one.abs().max())
 
 
-def test_siblings_when_joined_stay_layers_of_their_own() -> None:
+@pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_siblings_when_wide_and_compiled_give_what_each_gives_alone(autocast: bool, bias: bool) -> None:
+    torch._dynamo.reset()
+    model = _attention(_linear(bias, torch.bfloat16 if autocast else torch.float32))
+    alone = _passes(model, autocast)
+    assert join_siblings(model) == widen_siblings(model) == 1
+    graphs: list[str] = []
+
+    def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(module.code)
+        return make_boxed_func(module.forward)
+
+    for tokens in (9, 5):
+        plain = alone if tokens == 9 else _passes(model, autocast, tokens)
+        inner, backend = model.base_model.model, aot_autograd(fw_compiler=note)
+        compiled = torch.compile(inner.forward, backend=backend, dynamic=True, fullgraph=True)
+        together = _passes(model, autocast, tokens, compiled)
+        assert len(plain) == len(together) == 11
+        for one, other in zip(plain, together, strict=True):
+            assert one.dtype == other.dtype
+            assert float((one - other).abs().max()) <= (2e-2 if autocast else 5e-5) * float(one.abs().max())
+    assert any("fourfold.wide_rank" in code for code in graphs)
+
+
+@pytest.mark.parametrize(("out", "width", "does"), [(24, 16, True), (16, 16, False), (8, 16, False), (24, 12, False)])
+def test_widening_when_the_result_is_no_wider_or_rows_are_crooked_does_not_pay(
+    out: int, width: int, does: bool
+) -> None:
+    assert pays(torch.empty(out, width)) == does
+
+
+def test_operator_of_wide_products_when_checked_by_torch_passes() -> None:
+    wide = widened(torch.randn(12, 8), 3)
+    assert wide.shape == (12, 40)
+    b = torch.randn(12, 32)
+    for bias in (None, torch.randn(12)):
+        arguments = (torch.randn(5, 40), wide, bias, b)
+        torch.library.opcheck(torch.ops.fourfold.wide_rank, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("widen", [False, True])
+def test_siblings_when_joined_stay_layers_of_their_own(widen: bool) -> None:
     model = _attention(_linear(False, torch.float32))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert join_siblings(model) == 1
+    if widen:
+        assert widen_siblings(model) == 1
     assert {name for name, _ in model.named_parameters()} == weights.keys()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     attention: _Attention = model.base_model.model  # type: ignore[assignment]

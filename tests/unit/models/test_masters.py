@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fourfold.models.masters import WideLinear, add_within_products, use_wide_products
+from fourfold.models.masters import (
+    WideLinear,
+    add_within_products,
+    copy_of,
+    join_wide_siblings,
+    keep_copies,
+    use_wide_products,
+)
 
 pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 
@@ -66,7 +74,7 @@ def test_gradients_of_masters_when_there_are_several_micro_batches_are_their_sum
     places: list[int] = []
     for number in range(3):
         other.zero_grad()
-        for block, forward in ((wide, run), (other, other)):
+        for forward in (run, other):
             x = torch.randn(2, 5 + number, _IN, generator=torch.Generator().manual_seed(number)).requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 out = forward(x)
@@ -123,6 +131,118 @@ def test_operators_of_wide_products_when_checked_by_torch_pass() -> None:
     x, weight = torch.randn(6, _IN, dtype=torch.bfloat16), torch.randn(_OUT, _IN)
     grad = torch.randn(6, _OUT, dtype=torch.bfloat16)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fourfold.wide_product, (x, weight), test_utils=utils)
+    torch.library.opcheck(torch.ops.fourfold.wide_product, (x, [weight]), test_utils=utils)
     for wants_x in (False, True):
-        torch.library.opcheck(torch.ops.fourfold.wide_product_back, (grad, x, weight, wants_x), test_utils=utils)
+        torch.library.opcheck(torch.ops.fourfold.wide_product_back, (grad, x, [weight], wants_x), test_utils=utils)
+
+
+class _Attention(nn.Module):
+    """Three layers of one input, and one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj, self.k_proj = nn.Linear(_IN, 40, bias=True), nn.Linear(_IN, 16, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(_IN, 16, bias=True), nn.Linear(40, _IN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return x + self.o_proj(torch.cat([torch.tanh(q[..., :16] * k) + v, q[..., 16:]], -1))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_of_one_input_when_joined_give_what_they_give_alone(compiled: bool, copies: bool) -> None:
+    torch._dynamo.reset()
+    alone, joined = _Attention(), _Attention()
+    for block in (alone, joined):
+        assert use_wide_products([block], torch.bfloat16) == 4
+    assert join_wide_siblings(joined) == 1
+    assert add_within_products([joined]) == 4
+    if copies:
+        assert keep_copies([joined], torch.bfloat16) == 2 * sum(p.numel() for p in joined.parameters() if p.dim() == 2)
+    run = torch.compile(joined, backend="aot_eager", fullgraph=True, dynamic=True) if compiled else None
+    for _ in range(3):  # gradients are added up
+        expected, found = _run(alone), _run(joined, run)
+        assert len(expected) == len(found) == 8
+        for one, other in zip(expected, found, strict=True):
+            assert one.dtype == other.dtype
+            assert float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
+        assert all(p.grad is not None and p.grad.is_contiguous() for p in joined.parameters())
+
+
+def _adamw(parameters: Any, **settings: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_copies_when_torch_writes_the_masters_are_made_again(settings: dict[str, bool]) -> None:
+    plain, kept = _Attention(), _Attention()
+    for block in (plain, kept):
+        use_wide_products([block], torch.bfloat16)
+        join_wide_siblings(block)
+    keep_copies([kept], torch.bfloat16)
+    steps = [_adamw(block.parameters(), **settings) for block in (plain, kept)]
+    for number in range(4):
+        expected, found = _run(plain), _run(kept)
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one, other)
+        for step in steps:
+            step.step()
+        assert copy_of(kept.k_proj.weight) is None  # nobody must write it: it is made anew when it is used
+        if number == 1:
+            for block in (plain, kept):
+                block.load_state_dict(_Attention().state_dict())
+                block.zero_grad()
+
+
+class _Writer(torch.optim.Optimizer):
+    """Doubles a weight and its copy as a kernel does: torch does not count it."""
+
+    def __init__(self, weight: nn.Parameter, *, writes_copy: bool) -> None:
+        super().__init__([weight], {})
+        self._weight, self._writes_copy = weight, writes_copy
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        part = copy_of(self._weight) if self._writes_copy else None
+        self._weight.data.mul_(2)
+        if part is not None:
+            assert part.shape == self._weight.shape
+            assert part.is_contiguous()
+            part.fill_(0.5)
+
+
+def test_copies_when_an_optimizer_writes_them_are_what_is_multiplied() -> None:
+    found: list[Tensor] = []
+    for writes_copy in (False, True):
+        block = _Attention()
+        use_wide_products([block], torch.bfloat16)
+        join_wide_siblings(block)
+        keep_copies([block], torch.bfloat16)
+        _run(block)
+        _Writer(block.v_proj.weight, writes_copy=writes_copy).step()
+        found.append(_run(block)[0])
+        exact = _Attention()
+        exact.load_state_dict(block.state_dict())
+        if writes_copy:
+            nn.init.constant_(exact.v_proj.weight, 0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(found[-1], exact(_input()).detach(), rtol=2e-2, atol=2e-2)
+        _Writer(block.v_proj.weight, writes_copy=False).step()  # once more, and nobody writes the copy
+        assert copy_of(block.v_proj.weight) is None
+    assert not torch.allclose(*found, rtol=0.1, atol=0.1)
+    assert copy_of(torch.zeros(3)) is None
+    assert copy_of(block.q_proj.bias) is None
+
+
+def test_copies_when_their_layers_are_gone_are_gone() -> None:
+    block = _Attention()
+    use_wide_products([block], torch.bfloat16)
+    keep_copies([block], torch.bfloat16)
+    _run(block)
+    weight = block.o_proj.weight
+    assert copy_of(weight) is not None
+    del block
+    gc.collect()
+    assert copy_of(weight) is None

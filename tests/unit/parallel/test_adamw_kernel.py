@@ -85,6 +85,24 @@ def test_update_adamw_when_in_bf16_rounds_only_what_is_stored(kernel: ModuleType
         torch.testing.assert_close(one.float(), other, rtol=2**-7 if one.dtype == torch.bfloat16 else 0, atol=0)
 
 
+@pytest.mark.parametrize("num", [1000, 2048])
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_update_adamw_when_given_a_copy_writes_it_with_the_parameter(kernel: ModuleType, num: int, skip: float) -> None:
+    generator = torch.Generator().manual_seed(num)
+    tensors = [torch.randn(num, generator=generator) for _ in range(3)]
+    tensors.append(torch.rand(num, generator=generator))
+    alone = [tensor.clone() for tensor in tensors]
+    copy = torch.full((num,), 3.0, dtype=torch.bfloat16)
+    beta1, beta2 = _BETAS
+    kernel.update_adamw(*tensors, _numbers(2, skip), beta1=beta1, beta2=beta2, eps=_EPS, decay=0.1 * _LR, copy=copy)
+    _update(kernel, alone, _numbers(2, skip))
+    assert all(map(torch.equal, tensors, alone))
+    if skip:
+        assert torch.equal(copy, torch.full_like(copy, 3.0))
+    else:  # the interpreter cuts bf16 off where a GPU rounds
+        torch.testing.assert_close(copy.float(), tensors[0], rtol=2**-7, atol=0)
+
+
 def test_update_adamw_when_skipped_writes_nothing(kernel: ModuleType) -> None:
     tensors = [torch.randn(1030).square() for _ in range(4)]
     tensors[1][5] = torch.inf

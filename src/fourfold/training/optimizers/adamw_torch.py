@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fourfold.config.schema import Run
+from fourfold.models.masters import copy_of
 from fourfold.parallel.reduce import scale_gradients
 from fourfold.parallel.sharded import local
 
@@ -99,7 +100,8 @@ def _update_large(
     torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
     rows = kernel_numbers(steps, lr=lr, beta1=beta1, beta2=beta2, factor=factor, found_inf=found_inf)
     for entry, numbers in zip(entries, rows.unbind(), strict=True):
-        update_adamw(*entry[:4], numbers, beta1=beta1, beta2=beta2, eps=group["eps"], decay=decay)
+        copy = copy_of(entry.param)  # torch does not see what the kernel writes
+        update_adamw(*entry[:4], numbers, beta1=beta1, beta2=beta2, eps=group["eps"], decay=decay, copy=copy)
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf] * len(steps))  # pyright: ignore[reportPrivateImportUsage]
 
