@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import IGNORE_INDEX
+from fourfold.models.beside import teach_inductor
 
 log = get_logger(__name__)
 
@@ -197,6 +198,8 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor"
     import torch._dynamo
     import torch._functorch.config
 
+    if backend == "inductor":
+        teach_inductor()
     # what is compiled stays on disk for the next run, also where a layer has functions of its own, as LoRA has
     functorch: Any = torch._functorch.config
     for setting in (

@@ -83,8 +83,10 @@ def _is_over_bits(base: nn.Module) -> bool:
     return type(base).__name__ == "Linear4bit"
 
 
-def _product(x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms], wide: Tensor | None = None) -> Tensor:
-    """x [..., in] times one weight, or several one below the other -> [..., out].
+def _product(
+    x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms], wide: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """x [..., in] times one weight, or several one below the other -> [..., its out] of each.
 
     Args:
         wide: the same weight with room for the terms beside it.
@@ -98,7 +100,7 @@ def _product(x: Tensor, weight: FrozenWeight, terms: Sequence[_Terms], wide: Ten
         out = wide_rank(flat, wide, bias, a, b, scale)
     else:
         out = low_rank(flat, weight, bias, a, b, scale)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in out)
 
 
 class LoraSiblings(Siblings[LoraLayer]):
@@ -140,7 +142,7 @@ class LoraSiblings(Siblings[LoraLayer]):
         else:
             weight = FrozenWeight.plain(self._weight[:, : terms[0].a.shape[1]] if self._is_wide else self._weight)
         wide = self._weight if self._is_wide else None
-        return _product(x, weight, terms, wide).split([each.b.shape[0] for each in terms], dim=-1)
+        return _product(x, weight, terms, wide)
 
 
 def _short_forward(layer: LoraLayer, adapter: str | None, x: Tensor) -> Tensor | None:
@@ -155,7 +157,7 @@ def _short_forward(layer: LoraLayer, adapter: str | None, x: Tensor) -> Tensor |
         return None
     packed = _is_over_bits(terms.base)
     weight = FrozenWeight.packed([terms.base]) if packed else FrozenWeight.plain(terms.base.weight)
-    return _product(x, weight, [terms])
+    return _product(x, weight, [terms])[0]
 
 
 class LoraLinear(PeftLinear):

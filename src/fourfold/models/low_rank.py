@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fourfold.models.beside import beside
 from fourfold.parallel.mesh import is_ampere_or_later
 from fourfold.parallel.packed import state_of
 
@@ -196,7 +197,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None, scale: float, *adapters: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """See `low_rank`; adapters: A of each weight, then B of each."""
         a, b = side_by_side(adapters, x.dtype)
         low = x @ (scale * a).T
@@ -204,11 +205,12 @@ class _LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, low, *adapters, *weight.tensors)
         ctx.num_adapters, ctx.scale = len(adapters), scale
         ctx.sizes, ctx.kind, ctx.dtype = weight.sizes, weight.kind, weight.dtype
-        return y
+        return results(y, adapters)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """grad [T, out]; weight and bias are frozen."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grads [T, out] each; weight and bias are frozen."""
+        grad = beside(grads)
         x, low, *rest = ctx.saved_tensors
         adapters, tensors = rest[: ctx.num_adapters], rest[ctx.num_adapters :]
         a, b = side_by_side(adapters, grad.dtype)
@@ -229,6 +231,11 @@ def side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor
     return torch.cat(list(adapters[:half])).to(dtype), torch.block_diag(*adapters[half:]).to(dtype)
 
 
+def results(y: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """y [T, sum of out] of each weight."""
+    return y.split([b.shape[0] for b in adapters[len(adapters) // 2 :]], 1)
+
+
 def apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of each A, then of each B."""
     half = len(adapters) // 2
@@ -242,7 +249,7 @@ def apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Te
 
 def low_rank(
     x: Tensor, weight: FrozenWeight, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """The product of x with a frozen weight and its low-rank terms.
 
     Args:
@@ -250,9 +257,10 @@ def low_rank(
         weight: [out, in], or several of one input, one below the other.
         a, b: the adapters of each of them, [r, in] and [its out, r], in any dtype.
     Returns:
-        [T, out].
+        [T, its out] of each.
     """
     if not torch.is_grad_enabled():  # where a compiler would forget the adapters of a function with a gradient
         of_input, of_output = side_by_side([*a, *b], x.dtype)
-        return torch.ops.fourfold.low_rank(x, *weight, bias, x @ (scale * of_input).T, of_output)
+        y = torch.ops.fourfold.low_rank(x, *weight, bias, x @ (scale * of_input).T, of_output)
+        return results(y, [*a, *b])
     return _LowRank.apply(x, weight, bias, scale, *a, *b)  # type: ignore[return-value]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fourfold.models.beside import beside
 from fourfold.models.siblings import Siblings, of_one_input
 from fourfold.models.trained_linear import TrainedLinear, compute_dtype, exchange
 
@@ -175,17 +176,23 @@ def _taken_gradients(weights: Sequence[Tensor]) -> Tensor | None:
 
 class _WideProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, *weights)
-        return torch.ops.fourfold.wide_product(x, weights)
+        return torch.ops.fourfold.wide_product(x, weights).split([weight.shape[0] for weight in weights], 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         wants_x = ctx.needs_input_grad[0]
         x, *weights = ctx.saved_tensors
-        grad_x, grad_weights = torch.ops.fourfold.wide_product_back(grad, x, weights, wants_x)
+        grad_x, grad_weights = torch.ops.fourfold.wide_product_back(beside(grads), x, weights, wants_x)
         parts = grad_weights.split([weight.shape[0] for weight in weights])
         return grad_x if wants_x else None, *parts
+
+
+def _alone(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in], weight [out, in] -> [T, out]."""
+    (out,) = _WideProduct.apply(x, weight)  # type: ignore[misc]
+    return out
 
 
 class WideLinear(TrainedLinear):
@@ -196,7 +203,7 @@ class WideLinear(TrainedLinear):
         copies: of its weight and its siblings' where they are kept; the first of them has them.
     """
 
-    product = _WideProduct.apply
+    product = _alone
     siblings: tuple[str, WideSiblings] | None = None
     copies: Copies | None = None
 
@@ -220,7 +227,7 @@ class WideSiblings(Siblings[WideLinear]):
         layers = list(self.layers.values())
         flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
         out: Any = _WideProduct.apply(flat, *(layer.weight for layer in layers))
-        return out.view(*x.shape[:-1], out.shape[-1]).split([layer.out_features for layer in layers], dim=-1)
+        return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in out)
 
 
 def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.models.low_rank import FrozenWeight, apart, side_by_side
+from fourfold.models.beside import beside
+from fourfold.models.low_rank import FrozenWeight, apart, results, side_by_side
 
 _RANKS = 32
 """The rank is filled up to a multiple of it: of 16, 32, 64 and 128 about the fastest (docs/lab-notes.md)."""
@@ -43,7 +44,7 @@ class _WideRank(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, x: Tensor, wide: Tensor, bias: Tensor | None, scale: float, *adapters: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         """See `wide_rank`; adapters: A of each weight, then B of each."""
         a, b = side_by_side(adapters, x.dtype)
         more = -a.shape[0] % _RANKS
@@ -52,11 +53,12 @@ class _WideRank(torch.autograd.Function):
         y = torch.ops.fourfold.wide_rank(both, wide, bias, F.pad(b, (0, more)))
         ctx.save_for_backward(both, wide, *adapters)
         ctx.scale = scale
-        return y
+        return results(y, adapters)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """grad [T, out]; weight and bias are frozen."""
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grads [T, out] each; weight and bias are frozen."""
+        grad = beside(grads)
         both, wide, *adapters = ctx.saved_tensors
         a, b = side_by_side(adapters, grad.dtype)
         rank, width = a.shape
@@ -71,14 +73,14 @@ class _WideRank(torch.autograd.Function):
 
 def wide_rank(
     x: Tensor, wide: Tensor, bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], scale: float
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """The product of x with a frozen weight and its low-rank terms; see `low_rank`.
 
     Args:
         x: [T, in] in the dtype of the product, as the weight and the bias.
         wide: as `widened` makes it; its last columns are written over.
     Returns:
-        [T, out].
+        [T, its out] of each.
     """
     return _WideRank.apply(x, wide, bias, scale, *a, *b)  # type: ignore[return-value]
 
