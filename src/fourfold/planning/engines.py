@@ -50,9 +50,9 @@ that takes 9.5 us for a small operator (`benchmarks/host_time.py`, pure bf16).""
 COMPILED = Engine(
     "compiled",
     kernels=0.3,
-    traffic=0.2,
+    traffic=0.3,
     attention=((16_384, 1.6), (2048, 1.35)),
-    adapters=0.5,
+    adapters=0.3,
     repeats_last=False,
 )
 """Layers compiled by torch: fitted to runs on an H100 (benchmarks/results/gpu_h100.json): Llama-3-8B with LoRA,

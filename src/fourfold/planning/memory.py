@@ -33,8 +33,6 @@ from fourfold.planning.teacher import teacher_memory
 _FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
 """Of one logit, fp32: with its log-softmax in the forward pass; while the loss is differentiated its log-softmax, the
 gradient of that and its own; and where ranks share the vocabulary, the softmax and its gradient."""
-_COMPILED_LOGIT_BYTES = 6
-"""Of one logit where the loss is compiled: itself and its gradient in the compute dtype, and what is being made."""
 _TAUGHT_LOGIT_BYTES, _TAUGHT_CHUNK, _TAUGHT_CHUNK_BYTES = 18, 8192, 16
 """Of one logit beside a teacher's, for half as many positions at a time: its own, its log-softmax and two gradients,
 fp32, and the teacher's in bf16; and of so many tokens at a time what the divergence works with
@@ -266,10 +264,8 @@ def _waiting_moments(
     if shared:
         logits = _SHARED_LOGIT_BYTES * scored * own
     elif job.engine != "eager":
-        forward_logits = logits = _COMPILED_LOGIT_BYTES * scored * own
-        if job.keeps_logits:  # those of the other chunks
-            logits += c * (_scored(job, stage, positions) - scored) * own
-            forward_logits = logits
+        # in the compute dtype alone, and their gradient takes their place
+        forward_logits = logits = c * (_scored(job, stage, positions) if job.keeps_logits else scored) * own
     if job.teacher is not None:
         rows = min(scored, job.chunk // 2)
         logits = rows * (_TAUGHT_LOGIT_BYTES * own + _TAUGHT_CHUNK_BYTES * min(_TAUGHT_CHUNK, own))
