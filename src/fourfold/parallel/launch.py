@@ -113,10 +113,44 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
     Raises:
         WorkerError: the first failure, with its rank.
     """
-    context: Any = multiprocessing.get_context("spawn" if fresh else "fork")
-    port = machines.port or _free_port()
     readers: dict[int, Any] = {}
     processes: dict[int, BaseProcess] = {}
+    early: list[int] = []  # signals that came before all were started
+    started = threading.Event()
+
+    def pass_on(number: int, frame: object) -> None:
+        if not started.is_set():
+            early.append(number)
+        elif number == signal.SIGINT:
+            _pass_on_later(processes, number)
+        else:
+            _signal_all(processes, number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _start(work, machines, "spawn" if fresh else "fork", processes, readers)
+        started.set()
+        for number in early:
+            pass_on(number, None)
+        failure = _watch(processes, readers)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _end(processes)
+    if failure is not None:
+        raise WorkerError(failure.message, failure.exit_code, is_sudden=failure.is_sudden)
+
+
+def _start(
+    work: Callable[[], object],
+    machines: Machines,
+    method: str,
+    processes: dict[int, BaseProcess],
+    readers: dict[int, Any],
+) -> None:
+    """Start this machine's processes, and note each with what it tells of its end."""
+    context: Any = multiprocessing.get_context(method)
+    port = machines.port or _free_port()
     for local_rank in range(machines.per_node):
         reader, writer = context.Pipe(duplex=False)
         environment = machines.environment(local_rank, port)
@@ -125,16 +159,6 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
         process.start()
         writer.close()
         readers[local_rank], processes[local_rank] = reader, process
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: _signal_all(processes, signal.SIGTERM))
-    interrupts = signal.signal(signal.SIGINT, lambda number, frame: _pass_on_later(processes, number))
-    try:
-        failure = _watch(processes, readers)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        signal.signal(signal.SIGINT, interrupts)
-        _end(processes)
-    if failure is not None:
-        raise WorkerError(failure.message, failure.exit_code, is_sudden=failure.is_sudden)
 
 
 def _free_port() -> int:

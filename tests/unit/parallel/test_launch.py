@@ -80,3 +80,35 @@ def test_workers_when_interrupted_save_and_leave(
     out, _ = started.communicate(timeout=30)
     assert "saved by" in out
     assert started.returncode == 128 + signal.SIGINT
+
+
+_HASTE = """
+import multiprocessing.process
+start = multiprocessing.process.BaseProcess.start
+
+def start_and_be_interrupted(process):
+    start(process)
+    if process.name == "rank-0":
+        os.kill(os.getpid(), int(sys.argv[2]))
+
+multiprocessing.process.BaseProcess.start = start_and_be_interrupted
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_when_interrupted_while_they_are_started_leave(number: signal.Signals, tmp_path: Path) -> None:
+    program = _PROGRAM.replace("if __name__", _HASTE + "\nif __name__")
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(int(number))],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert "KeyboardInterrupt" not in found.stderr
+    assert found.returncode in (1, 128 + number)  # a worker may not have come to listen by then
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids(tmp_path)))
