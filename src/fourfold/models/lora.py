@@ -25,7 +25,7 @@ from fourfold.base.peft import LoraLayer
 from fourfold.models.low_rank import FrozenWeight, low_rank
 from fourfold.models.siblings import Siblings, of_one_input
 from fourfold.models.trained_linear import compute_dtype
-from fourfold.models.wide_rank import pays, wide_rank, widened
+from fourfold.models.wide_rank import has_room, pays, wide_rank, widened
 from fourfold.parallel.packed import is_plain, state_of
 
 
@@ -141,7 +141,10 @@ class LoraSiblings(Siblings[LoraLayer]):
             weight = FrozenWeight.packed([each.base for each in terms])
         else:
             weight = FrozenWeight.plain(self._weight[:, : terms[0].a.shape[1]] if self._is_wide else self._weight)
+        width, rank = terms[0].a.shape[1], sum(each.a.shape[0] for each in terms)
         wide = self._weight if self._is_wide else None
+        if wide is not None and not has_room(wide, width, rank):
+            wide = None  # other adapters than those it was made for
         return _product(x, weight, terms, wide)
 
 

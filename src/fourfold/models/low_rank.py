@@ -233,7 +233,8 @@ def side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor
 
 def results(y: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """y [T, sum of out] of each weight."""
-    return y.split([b.shape[0] for b in adapters[len(adapters) // 2 :]], 1)
+    rows = [b.shape[0] for b in adapters[len(adapters) // 2 :]]
+    return (y,) if len(rows) == 1 else y.split(rows, 1)
 
 
 def apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:

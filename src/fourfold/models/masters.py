@@ -39,7 +39,8 @@ class Copies:
     """Copies of masters in the compute dtype, one below the other, for as long as somebody holds on to this.
 
     A copy is made again where its master has been written since: by an optimizer, unless that writes the copy as well
-    (`copy_of`), or by what torch counts (torch's fused optimizers are not).
+    (`copy_of`), or by what torch counts. It does not count its fused optimizers, kernels of others, and what is written
+    to `.data`: outside an optimizer's step masters are not to be written so.
 
     Args:
         masters: [out, in] each, contiguous.
@@ -157,28 +158,34 @@ def _gradient(grad: Tensor, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def _taken_gradients(weights: Sequence[Tensor]) -> Tensor | None:
     """Masters' gradients of the micro-batches before, taken away from them: autograd puts what it is given in the place
     of no gradient, and adds it to one. None unless all are there, one below the other."""
-    masters: list[Tensor] = []
-    end = None
-    for weight in weights:
-        master = _ADDING.get(weight.data_ptr())
+    masters = [_ADDING.get(weight.data_ptr()) for weight in weights]
+    found: list[Tensor] = []
+    for weight, master in zip(weights, masters, strict=True):
         if master is None or master.data_ptr() != weight.data_ptr() or master.grad is None:
             return None
-        if end is not None and master.grad.data_ptr() != end:
+        if not master.grad.is_contiguous() or (found and not _comes_after(found[-1], master.grad)):
             return None
-        end = master.grad.data_ptr() + master.grad.nbytes
-        masters.append(master)
-    first = masters[0].grad
-    assert first is not None
+        found.append(master.grad)
+    whole = found[0].as_strided((sum(weight.shape[0] for weight in weights), found[0].shape[1]), found[0].stride())
     for master in masters:
+        assert master is not None
         master.grad = None
-    return first.as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())
+    return whole
+
+
+def _comes_after(one: Tensor, other: Tensor) -> bool:
+    """Whether a contiguous tensor begins where another one ends, in the same memory."""
+    of_one = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return of_one and other.data_ptr() == one.data_ptr() + one.nbytes and one.dtype == other.dtype
 
 
 class _WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, *weights)
-        return torch.ops.fourfold.wide_product(x, weights).split([weight.shape[0] for weight in weights], 1)
+        out = torch.ops.fourfold.wide_product(x, weights)
+        # one result as it is: of several, each a view, none may be written in place
+        return (out,) if len(weights) == 1 else out.split([weight.shape[0] for weight in weights], 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -241,9 +248,11 @@ def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
     return exchange(blocks, WideLinear, lambda layer: layer.weight.dtype != compute)
 
 
-def join_wide_siblings(model: nn.Module) -> int:
+def join_wide_siblings(model: nn.Module, *, apart: frozenset[str] = frozenset()) -> int:
     """Let layers with wide products that are given the same input be one product each.
 
+    Args:
+        apart: names of layers that stay by themselves.
     Returns:
         how many groups there are.
     """
@@ -251,7 +260,7 @@ def join_wide_siblings(model: nn.Module) -> int:
     for found in of_one_input(model):
         layers = {name: layer for name, layer in found.items() if isinstance(layer, WideLinear)}
         kinds = {(layer.in_features, layer.weight.dtype) for layer in layers.values()}
-        if len(layers) == len(found) and len(kinds) == 1:
+        if len(layers) == len(found) and len(kinds) == 1 and apart.isdisjoint(found):
             group = WideSiblings(layers)
             for name, layer in layers.items():
                 layer.siblings = (name, group)

@@ -29,7 +29,9 @@ _OPERATORS.define("wide_rank(Tensor x, Tensor wide, Tensor? bias, Tensor b) -> T
 @torch.library.impl(_OPERATORS, "wide_rank", "CompositeExplicitAutograd")
 def _product(x: Tensor, wide: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
     """x [T, in + R], wide [out, in + R], whose last columns become b [out, R] -> [T, out]."""
-    wide[:, -b.shape[1] :].copy_(b)  # nobody else reads them, and they are the same until the adapters change
+    # Nobody else reads them, and they are the same until the adapters change. Autograd, which keeps the rest for the
+    # backward pass, is not told.
+    wide.data[:, -b.shape[1] :].copy_(b)
     return torch.mm(x, wide.T) if bias is None else torch.addmm(bias, x, wide.T)
 
 
@@ -89,6 +91,11 @@ def pays(weight: Tensor) -> bool:
     """Whether one product is faster than two; of a weight [out, in]."""
     out, width = weight.shape
     return out > width and width % _ALIGNED == 0
+
+
+def has_room(wide: Tensor, width: int, rank: int) -> bool:
+    """Whether a weight [out, in + R] whose own width is `in` was widened for such a rank."""
+    return wide.shape[1] == width + rank + -rank % _RANKS
 
 
 def widened(weight: Tensor, rank: int) -> Tensor:

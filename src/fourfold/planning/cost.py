@@ -290,7 +290,8 @@ class _Rank:
         moved = self.exchange.copied
         if self.layout.shards == 1:
             casts = 0 if not job.is_mixed else compute if job.keeps_copies else 2 * (master + compute) * count
-            adds_itself = job.is_mixed and job.engine != "eager" and not job.float8 and self.layout.world_size == 1
+            copies_itself = job.tuning != "lora" and job.is_mixed and job.engine != "eager" and not job.float8
+            adds_itself = copies_itself and self.layout.world_size == 1
             moved += self.trained * (casts + (1 if adds_itself else 3) * master * (count - 1))
         else:
             moved += self.trained * (master + compute) * count

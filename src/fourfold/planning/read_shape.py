@@ -18,6 +18,8 @@ from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+_SCALES = frozenset({"logits_scaling", "logit_scale"})
+"""Keys of a config by which the head's logits are multiplied or divided."""
 _LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
 
 
@@ -73,6 +75,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         own_double_quant=own_double_quant,
         refused=tuple(_refused(model, text)),
         by_offsets=is_exchangeable(text, type(model)) and has_plain_scores(text),
+        changed_logits=2 if entries.get("final_logit_softcapping") else int(not _SCALES.isdisjoint(entries)),
     )
 
 

@@ -100,6 +100,8 @@ class ModelShape:
         refused: (axis, why) of what the engine cannot split it by.
         by_offsets: its attention needs nothing but where documents begin: all layers take it from Transformers'
             interface, with plain scores.
+        changed_logits: how often logits are made anew before they are scored: once for a scale, twice for a cap, whose
+            backward pass needs what lies between.
     """
 
     family: str
@@ -123,6 +125,7 @@ class ModelShape:
     own_double_quant: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     by_offsets: bool = True
+    changed_logits: int = 0
 
     @property
     def num_layers(self) -> int:

@@ -121,7 +121,7 @@ class Built:
 
     def keep_copies(self) -> int:
         """Keep copies of masters in the compute dtype; returns their bytes."""
-        assert self.precision.narrow is not None
+        assert self.precision.narrow is not None and not self.fast.graphs, "a recording would go on with what it saw"
         return keep_copies(self._layers(), self.precision.narrow)
 
     def rollouts(self, *, stop_token_ids: Sequence[int], pad_token_id: int, batch_tokens: int) -> RolloutEngine:
@@ -258,7 +258,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
     if fast.compiled:
         if precision.narrow is not None and not mesh.layout.splits_model:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
-            join_wide_siblings(model.module)
+            join_wide_siblings(model.module, apart=_apart(run, model.module))
         widen_siblings(model.module)
         model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
@@ -270,8 +270,18 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
 def _join_layers(run: Run, mesh: Mesh, module: nn.Module) -> None:
     """Let layers of one input be one product, on a GPU that has the whole model."""
     if mesh.device.type == "cuda" and not mesh.layout.splits_model and mesh.layout.offload == "none":
-        # on a CPU it is no faster, and takes memory (docs/lab-notes.md); Liger's kernel copies what is part of a tensor
-        join_siblings(module, apart=frozenset({"gate_proj"} if run.model.enable_liger_kernel else ()))
+        # on a CPU it is no faster, and takes memory (docs/lab-notes.md)
+        join_siblings(module, apart=_apart(run, module))
+
+
+def _apart(run: Run, module: nn.Module) -> frozenset[str]:
+    """Layers that stay by themselves though they are given their neighbours' input, and their neighbours with them."""
+    found: set[str] = set()
+    if run.model.enable_liger_kernel:
+        found.add("gate_proj")  # its kernel copies what is part of a tensor
+    if getattr(base_model(module).config.get_text_config(), "clip_qkv", None) is not None:
+        found.add("q_proj")  # olmo clips each in place, which no part of a result may be
+    return frozenset(found)
 
 
 def _use_float8(blocks: Sequence[nn.Module], mesh: Mesh) -> None:

@@ -205,6 +205,28 @@ def test_siblings_when_wide_and_compiled_give_what_each_gives_alone(autocast: bo
     assert any("fourfold.wide_rank" in code for code in graphs)
 
 
+@pytest.mark.filterwarnings("default")
+def test_siblings_when_wide_may_run_twice_before_the_backward_pass_and_with_other_adapters() -> None:
+    torch._dynamo.reset()
+    model = _attention(_linear(False, torch.float32))
+    plain = copy.deepcopy(model)
+    assert join_siblings(model) == widen_siblings(model) == 1
+    run = torch.compile(model.base_model.model.forward, backend="aot_eager", dynamic=True, fullgraph=True)  # type: ignore[union-attr]
+    for adapter in ("default", "other"):
+        if adapter == "other":
+            for each in (plain, model):
+                torch.manual_seed(0)
+                each.add_adapter("other", LoraConfig(r=40, target_modules=_NAMES, init_lora_weights=False))
+                each.set_adapter("other")
+        found: list[Tensor] = []
+        for forward in (plain, run):
+            x = torch.randn(2, 9, _WIDE, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            (forward(x).square().sum() + forward(x + 1).sum()).backward()
+            assert x.grad is not None
+            found.append(x.grad)
+        assert float((found[0] - found[1]).abs().max()) <= 5e-5 * float(found[0].abs().max())
+
+
 @pytest.mark.parametrize(("out", "width", "does"), [(24, 16, True), (16, 16, False), (8, 16, False), (24, 12, False)])
 def test_widening_when_the_result_is_no_wider_or_rows_are_crooked_does_not_pay(
     out: int, width: int, does: bool

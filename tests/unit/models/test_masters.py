@@ -171,6 +171,35 @@ def test_layers_of_one_input_when_joined_give_what_they_give_alone(compiled: boo
         assert all(p.grad is not None and p.grad.is_contiguous() for p in joined.parameters())
 
 
+def test_gradients_of_joined_layers_when_somebody_else_made_them_are_added_to_all_the_same() -> None:
+    alone, joined = _Attention(), _Attention()
+    for block in (alone, joined):
+        use_wide_products([block], torch.bfloat16)
+        _run(block)
+    join_wide_siblings(joined)
+    add_within_products([joined])
+    memory = torch.zeros(200, 24)
+    for block in (alone, joined):  # neighbours by chance, in memory of their own or not
+        layers = (block.q_proj, block.k_proj, block.v_proj)
+        for layer, place in zip(
+            layers, (memory[:40], memory[40:56].clone(), memory[56:72].t().contiguous().t()), strict=True
+        ):
+            assert layer.weight.grad is not None
+            layer.weight.grad = (
+                place.copy_(layer.weight.grad).clone() if block is alone else place.copy_(layer.weight.grad)
+            )
+    for one, other in zip(_run(alone), _run(joined), strict=True):
+        assert float((one - other).abs().max()) <= 1e-2 * float(one.abs().max())
+
+
+def test_joined_layers_when_one_is_left_apart_are_not_joined() -> None:
+    block = _Attention()
+    use_wide_products([block], torch.bfloat16)
+    assert join_wide_siblings(block, apart=frozenset({"k_proj"})) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        block.q_proj(_input()).clamp_(-1, 1).sum().backward()  # the result of one layer may be written in place
+
+
 def _adamw(parameters: Any, **settings: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.1, **settings)
 
