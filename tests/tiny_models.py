@@ -63,7 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
     "phi3": {"sliding_window": None},
-    "olmo": {},
+    "olmo": {"clip_qkv": 0.5},
     "olmo2": {},
     "granite": {
         "embedding_multiplier": 4.0,
