@@ -24,6 +24,8 @@ _MOMENT_BYTES = {
     "muon": (1, None),
 }
 """Optimizer -> moments of a trained number, and bytes of each (None: as the masters)."""
+_OF_ONE_INPUT, _COLUMNS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")), 32
+"""Layers that are one product (models/siblings.py), and what its low-rank columns are filled up to a multiple of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,20 @@ def _adapter_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, s
     if weight.kind == "experts":
         rows, rest = cut_numel(shape, layout, weight)
         merged = rows * rest
-    return Part(held * job.master_bytes, 0, held, gathered, whole, 0, merged)
+    return Part(held * job.master_bytes + _room_beside(job, layout, weight), 0, held, gathered, whole, 0, merged)
+
+
+def _room_beside(job: Job, layout: Layout, weight: Weight) -> int:
+    """Bytes of the columns beside a frozen weight for low-rank terms of its input (models/wide_rank.py)."""
+    whole = not layout.splits_model and layout.shards == 1
+    if job.engine == "eager" or job.bits is not None or not whole or len(weight.shape) != 2:
+        return 0
+    name = weight.name.removesuffix(".weight").rpartition(".")[2]
+    group = next((group for group in _OF_ONE_INPUT if name in group), ())
+    if "all" not in job.lora_targets and not set(group) <= set(job.lora_targets):
+        return 0
+    columns = len(group) * job.lora_rank
+    return weight.shape[0] * (columns + -columns % _COLUMNS) * job.compute_bytes
 
 
 def _sum(parts: Iterable[Part]) -> Part:
