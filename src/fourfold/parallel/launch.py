@@ -116,9 +116,11 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
     readers: dict[int, Any] = {}
     processes: dict[int, BaseProcess] = {}
     early: list[int] = []  # signals that came before all were started
-    started = threading.Event()
+    started, parent = threading.Event(), os.getpid()
 
     def pass_on(number: int, frame: object) -> None:
+        if os.getpid() != parent:  # a worker that was forked just now, and has no handlers of its own yet
+            os._exit(128 + number)
         if not started.is_set():
             early.append(number)
         elif number == signal.SIGINT:
