@@ -137,11 +137,11 @@ class LoraSiblings(Siblings[LoraLayer]):
             if found is None or (terms and found.scale != terms[0].scale):
                 return None
             terms.append(found)
+        width, rank = terms[0].a.shape[1], sum(each.a.shape[0] for each in terms)
         if self._weight is None:
             weight = FrozenWeight.packed([each.base for each in terms])
         else:
-            weight = FrozenWeight.plain(self._weight[:, : terms[0].a.shape[1]] if self._is_wide else self._weight)
-        width, rank = terms[0].a.shape[1], sum(each.a.shape[0] for each in terms)
+            weight = FrozenWeight.plain(self._weight[:, :width] if self._is_wide else self._weight)
         wide = self._weight if self._is_wide else None
         if wide is not None and not has_room(wide, width, rank):
             wide = None  # other adapters than those it was made for

@@ -11,8 +11,8 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of such layers, in the order in which the families that name them so call them."""
+from fourfold.families.one_input import OF_ONE_INPUT
+
 _KEPT_AS_IT_IS = frozenset({"v_proj"})
 """Layers whose result the backward pass needs, and of their neighbours' results nothing."""
 
@@ -56,6 +56,6 @@ def of_one_input(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
     """The layers, by name, of each module of a model that has such layers."""
     for module in model.modules():
         children = dict(module.named_children())  # no attributes: a wrapper has those of what it wraps
-        for names in _SAME_INPUT:
+        for names in OF_ONE_INPUT:
             if all(name in children for name in names):
                 yield {name: children[name] for name in names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
+from fourfold.families.one_input import OF_ONE_INPUT
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import Layer, ModelShape, Weight
@@ -24,8 +25,8 @@ _MOMENT_BYTES = {
     "muon": (1, None),
 }
 """Optimizer -> moments of a trained number, and bytes of each (None: as the masters)."""
-_OF_ONE_INPUT, _COLUMNS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")), 32
-"""Layers that are one product (models/siblings.py), and what its low-rank columns are filled up to a multiple of."""
+_COLUMNS = 32
+"""What the low-rank columns beside a weight are filled up to a multiple of (models/wide_rank.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ def _room_beside(job: Job, layout: Layout, weight: Weight) -> int:
     if job.engine == "eager" or job.bits is not None or not whole or len(weight.shape) != 2:
         return 0
     name = weight.name.removesuffix(".weight").rpartition(".")[2]
-    group = next((group for group in _OF_ONE_INPUT if name in group), ())
+    group = next((group for group in OF_ONE_INPUT if name in group), ())
     if "all" not in job.lora_targets and not set(group) <= set(job.lora_targets):
         return 0
     columns = len(group) * job.lora_rank

@@ -151,6 +151,11 @@ def _room_after(outlook: Outlook, after: Outlook, free: int) -> int:
     return int(free * STEP_SHARE) - (after.loaded() - outlook.loaded())
 
 
+def _fits(outlook: Outlook, after: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
+    """Whether a step fits beside the loaded model once that has become another; see `unpacking_fits`."""
+    return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
+
+
 def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
     """Whether 4-bit weights may stay unpacked beside a step.
 
@@ -160,24 +165,21 @@ def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: i
     """
     if not outlook.may_unpack:
         return False
-    after = outlook.unpacked()
-    return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
+    return _fits(outlook, outlook.unpacked(), recompute, largest, free)
 
 
 def logits_fit(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
     """Whether logits of more than one chunk may be kept; see `unpacking_fits`."""
     if not outlook.may_keep_logits or largest <= outlook.job.chunk:
         return False
-    after = outlook.keeping_logits()
-    return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
+    return _fits(outlook, outlook.keeping_logits(), recompute, largest, free)
 
 
 def copies_fit(outlook: Outlook, fit: Fit, largest: int, free: int) -> bool:
     """Whether copies of masters may be kept in what everything else leaves; see `unpacking_fits`."""
     if not outlook.may_keep_copies:
         return False
-    after = _becoming(outlook, fit).keeping_copies()
-    return after.to_come(fit.recompute, largest) <= _room_after(outlook, after, free)
+    return _fits(outlook, _becoming(outlook, fit).keeping_copies(), fit.recompute, largest, free)
 
 
 def fit_to_bytes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -175,9 +176,13 @@ class Outlook:
         )
         return self.sparing_so_many(count)
 
+    def _of_jobs(self, **changes: Any) -> Outlook:
+        """The same of jobs with other attributes."""
+        return replace(self, job=replace(self.job, **changes), heaviest=replace(self.heaviest, **changes))
+
     def unpacked(self) -> Outlook:
         """The same with 4-bit weights that are unpacked once and kept."""
-        return replace(self, job=replace(self.job, bits=None), heaviest=replace(self.heaviest, bits=None))
+        return self._of_jobs(bits=None)
 
     @property
     def may_unpack(self) -> bool:
@@ -186,8 +191,7 @@ class Outlook:
 
     def keeping_logits(self) -> Outlook:
         """The same with logits that are kept for the backward pass."""
-        job, heaviest = (replace(job, keeps_logits=True) for job in (self.job, self.heaviest))
-        return replace(self, job=job, heaviest=heaviest)
+        return self._of_jobs(keeps_logits=True)
 
     @property
     def may_keep_logits(self) -> bool:
@@ -196,8 +200,7 @@ class Outlook:
 
     def keeping_copies(self) -> Outlook:
         """The same with copies of masters that are kept from update to update."""
-        job, heaviest = (replace(job, keeps_copies=True) for job in (self.job, self.heaviest))
-        return replace(self, job=job, heaviest=heaviest)
+        return self._of_jobs(keeps_copies=True)
 
     @property
     def may_keep_copies(self) -> bool:
