@@ -16,6 +16,7 @@ bytes of the compute dtype, H hidden size, q = heads x head size, v = heads x va
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fourfold.families.norms import NORMS_IN_FP32
 from fourfold.planning.job import Job, Recompute
@@ -55,12 +56,16 @@ class Kept:
         return {"none": self.none, "selective": self.selective, "full": self.full}[recompute]
 
 
-def kept(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: bool) -> Kept:
+@lru_cache(maxsize=4096)
+def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: bool) -> Kept:
     """What a layer keeps.
 
     Args:
+        layout: `Layout.of_a_layer` is enough, and many layouts have the same.
+        kind: of the layer, as `ModelShape.order` has it.
         trained: whether its own weights are.
     """
+    layer = shape.kinds[kind]
     c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
     positions = 1 / tp if tp > 1 and layout.sequence_parallel else 1.0  # of what exists between regions
     q, v = shape.heads * shape.head_dim / tp, shape.heads * shape.value_dim / tp

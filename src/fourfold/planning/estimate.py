@@ -61,7 +61,7 @@ class Memory:
     @property
     def allocated(self) -> int:
         """What the allocator has handed out (`max_memory_allocated`)."""
-        return sum(size for name, size in self.terms.items() if name not in ("context", "slack"))
+        return sum(self.terms.values()) - self.terms.get("context", 0) - self.terms.get("slack", 0)
 
     @property
     def reserved(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 
 from fourfold.planning.activations import Kept, kept
 from fourfold.planning.flops import layer_products, weight_groups
@@ -62,7 +61,6 @@ class LayerSums:
     spared: StageSums = StageSums()
 
 
-@lru_cache(maxsize=4096)
 def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recompute: Recompute) -> LayerSums:
     """The sums over the layers of a rank.
 
@@ -73,7 +71,7 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
         recompute = "full"  # as the engine does it (training/build.py)
     part, largest = Part(), Part()
     replayed = working = entry = 0.0
-    free = spared_kinds(shape, job, layout, recompute)
+    seen, free = layout.of_a_layer(), spared_kinds(shape, job, layout, recompute)
     spared = StageSums()
     stages: list[StageSums] = []
     for counts, trained_counts in zip(stage.counts, stage.trained, strict=True):
@@ -82,11 +80,11 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
             for trained, number in ((True, full_count), (False, total - full_count)):
                 if not number:
                     continue
-                one = layer_part(shape, job, layout, layer, trained=trained)
+                one = layer_part(shape, job, seen, kind, trained=trained)
                 part = part + one.times(number)
                 layers += number
                 cast, merged = cast + number * one.cast, merged + number * one.merged
-                found: Kept = kept(shape, job, layout, layer, trained=trained)
+                found: Kept = kept(shape, job, seen, kind, trained=trained)
                 if trained or job.tuning == "lora":
                     whole = found.none if job.engine == "eager" else found.compiled
                     own = found.of(recompute) if job.engine == "eager" or recompute == "full" else whole

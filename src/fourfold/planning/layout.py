@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from fourfold.base.errors import PlanError
@@ -92,6 +93,13 @@ class Layout:
         """Whether a stage makes the gradients of its weights apart from those of its inputs, and later."""
         return self.pp > 1 and self.pp_schedule == "zbv"
 
+    def of_a_layer(self) -> Layout:
+        """What a layer, the embedding and the head see of it: with all that changes nothing within them left out.
+
+        Many layouts have the same, so that what is known of a layer is looked up and not reckoned again.
+        """
+        return _of_a_layer(self)
+
     def as_dict(self) -> dict[str, Any]:
         """For logs and checkpoints."""
         return asdict(self)
@@ -105,6 +113,21 @@ class Layout:
         sizes = {name: size for name, size in self.sizes().items() if size > 1}
         text = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "one process"
         return f"{text}, zero stage {self.zero}" if self.shards > 1 and self.zero < 3 else text
+
+
+@lru_cache(maxsize=4096)
+def _of_a_layer(layout: Layout) -> Layout:
+    return Layout(
+        dp_shard=layout.dp_shard,
+        cp=layout.cp,
+        tp=layout.tp,
+        pp=min(layout.pp, 2),
+        ep=layout.ep,
+        sequence_parallel=layout.sequence_parallel,
+        cp_method=layout.cp_method,
+        cp_shards=layout.cp_shards,
+        pp_schedule="zbv" if layout.splits_backward else "1f1b",
+    )
 
 
 _ZERO = {"zero1": 1, "zero2": 2}

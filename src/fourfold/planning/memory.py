@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fourfold.planning.device import Device
@@ -88,7 +88,7 @@ def _of_rank(
 ) -> Memory:
     stage = stage_of(shape, job, layout, pp_rank)
     layers = sum_layers(shape, job, layout, stage, recompute)
-    outer = outer_part(shape, job, layout, stage)
+    outer = outer_part(shape, job, layout.of_a_layer(), is_first=stage.is_first, is_last=stage.is_last)
     held = layers.part + outer
     positions = -(-micro_batch // layout.cp)
     batches = _micro_batches(job, layout, micro_batch)
@@ -122,7 +122,7 @@ def _of_rank(
     if device is not None:
         lasting = sum(terms[name] for name in ("parameters", "scales", "optimizer", "teacher", "buffers"))
         reserved = {
-            joined: replace(pools, computing=pools.computing + lasting).reserved
+            joined: pools.reserved(lasting)
             for joined, pools in _pools(shape, job, layout, layers, outer, positions, moments, gradients, stage)
         }
         joins = reserved.get(True, math.inf) < reserved[False]
@@ -151,7 +151,7 @@ def _pools(
         largest = _largest_gradient(shape, job, layout, stage)
         if job.engine != "eager":  # few blocks come and go within a compiled layer, and the loss makes nothing in fp32
             logits = largest = 0
-        yield False, Pools(moving, moving, 0, 0, logits, largest)
+        yield False, Pools(moving, 0, 0, logits, largest)
         return
     reduced = 4 if job.is_mixed else job.compute_bytes
     arriving = root.whole + unit.whole
@@ -173,7 +173,7 @@ def _pools(
             halved = job.is_mixed and (among or layout.cp > 1)
             largest = largest // 2 if halved else largest if among else 0
         gathering = arriving + unit.whole + sent
-        yield joined, Pools(moving, moving, gathering, 0 if joined else gradients, logits, largest)
+        yield joined, Pools(moving, gathering, 0 if joined else gradients, logits, largest)
 
 
 def _largest_gradient(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> int:

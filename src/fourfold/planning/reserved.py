@@ -43,8 +43,7 @@ class Pools:
     """Bytes of a rank, by who asks the allocator.
 
     Attributes:
-        computing: the most that the computing stream holds at a time, weights and optimizer state with it.
-        moving: of these, what comes and goes.
+        moving: the most that the computing stream holds at a time of what comes and goes.
         gathering: the most that FSDP's gathering stream holds: the root and two units as they arrive, and shards as
             they are sent.
         reduced: shards of gradients, where they lie on the reducing stream.
@@ -52,15 +51,17 @@ class Pools:
         largest: the largest block that the backward pass makes anew: a gradient, or a unit's, laid out to be sent.
     """
 
-    computing: int
     moving: int
     gathering: int
     reduced: int
     logits: int
     largest: int
 
-    @property
-    def reserved(self) -> int:
-        """What all streams have at the end of a step."""
+    def reserved(self, lasting: int) -> int:
+        """What all streams have at the end of a step.
+
+        Args:
+            lasting: bytes of what stays, which the computing stream holds beside: weights and optimizer state.
+        """
         holes = _LEAST_SLACK + self.largest + int(_LOGITS_SHARE * self.logits + _GROWN_SHARE * self.moving)
-        return self.computing + self.gathering + self.reduced + holes
+        return lasting + self.moving + self.gathering + self.reduced + holes

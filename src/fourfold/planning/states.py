@@ -6,12 +6,13 @@ Exact: the same arithmetic as the engine's own cuts (parallel/tensor.py, expert.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from fourfold.families.one_input import OF_ONE_INPUT
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
-from fourfold.planning.shape import Layer, ModelShape, Weight
+from fourfold.planning.shape import ModelShape, Weight
 from fourfold.planning.stages import stage_layers, stages_of_rank
 
 BLOCK, OUTER_BLOCK = 64, 256
@@ -64,7 +65,15 @@ class Part:
 
     def times(self, count: int) -> Part:
         """So many of it."""
-        return Part(*(count * getattr(self, field.name) for field in fields(self)))
+        return Part(
+            count * self.weights,
+            count * self.scales,
+            count * self.trained,
+            count * self.whole,
+            count * self.whole_trained,
+            count * self.cast,
+            count * self.merged,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,40 +101,57 @@ class Stage:
 
 def stage_of(shape: ModelShape, job: Job, layout: Layout, pp_rank: int) -> Stage:
     """What a rank of the pipeline runs; everything where there is none."""
+    trained = {"lora": 0, "freeze": job.trained_layers, "full": shape.num_layers}[job.tuning]
+    pipeline = Layout(pp=layout.pp, pp_schedule=layout.pp_schedule, pp_layers=layout.pp_layers)
+    return _stage_of(shape, trained, pipeline, pp_rank)
+
+
+@lru_cache(maxsize=4096)
+def _stage_of(shape: ModelShape, trained_layers: int, layout: Layout, pp_rank: int) -> Stage:
+    """The same of a layout that is nothing but a pipeline, so that many layouts share it.
+
+    Args:
+        trained_layers: the last ones, which are trained in full.
+    """
     spans = stage_layers(layout, shape.num_layers) if layout.pp > 1 else [range(shape.num_layers)]
     numbers = stages_of_rank(layout, pp_rank) if layout.pp > 1 else (0,)
-    first_trained = shape.num_layers - job.trained_layers if job.tuning == "freeze" else 0
-    kinds = range(len(shape.kinds))
+    first, kinds = shape.num_layers - trained_layers, range(len(shape.kinds))
     counts = [tuple(sum(shape.order[i] == kind for i in spans[n]) for kind in kinds) for n in numbers]
-    trained = [
-        tuple(sum(shape.order[i] == kind for i in spans[n] if i >= first_trained) for kind in kinds) for n in numbers
-    ]
-    if job.tuning == "lora":
-        trained = [(0,) * len(shape.kinds)] * len(numbers)
+    trained = [tuple(sum(shape.order[i] == kind for i in spans[n] if i >= first) for kind in kinds) for n in numbers]
     return Stage(tuple(counts), tuple(trained), 0 in numbers, len(spans) - 1 in numbers)
 
 
-def layer_part(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: bool) -> Part:
+@lru_cache(maxsize=4096)
+def layer_part(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: bool) -> Part:
     """One layer of a rank, adapters included.
 
     Args:
+        layout: `Layout.of_a_layer` is enough, and many layouts have the same.
+        kind: of the layer, as `ModelShape.order` has it.
         trained: whether its own weights are.
     """
-    return _sum(_weight_part(shape, job, layout, weight, trained=trained) for weight in layer.weights)
+    weights = shape.kinds[kind].weights
+    return _sum(_weight_part(shape, job, layout, weight, trained=trained) for weight in weights)
 
 
-def outer_part(shape: ModelShape, job: Job, layout: Layout, stage: Stage) -> Part:
-    """Embedding, last norm and head, as far as a stage has them."""
+@lru_cache(maxsize=4096)
+def outer_part(shape: ModelShape, job: Job, layout: Layout, *, is_first: bool, is_last: bool) -> Part:
+    """Embedding, last norm and head, as far as the first stage, or the last one, has them.
+
+    Args:
+        layout: `Layout.of_a_layer` is enough, and many layouts have the same.
+        is_first, is_last: the stages that a rank has.
+    """
     found: list[Weight] = []
     on_host = job.host_embedding and job.tuning != "full" and not shape.tied and not layout.splits_model
     for weight in shape.outer:
         if weight.kind == "embedding" and on_host:
             continue
         on_last = weight.kind in ("head", "norm", "other") or (shape.tied and weight.kind == "embedding")
-        if (stage.is_first and weight.kind == "embedding") or (stage.is_last and on_last):
+        if (is_first and weight.kind == "embedding") or (is_last and on_last):
             found.append(weight)
     part = _sum(_weight_part(shape, job, layout, weight, trained=job.tuning == "full") for weight in found)
-    if shape.tied and stage.is_last and job.tuning == "full" and job.is_mixed and layout.shards == 1:
+    if shape.tied and is_last and job.tuning == "full" and job.is_mixed and layout.shards == 1:
         table = shape.vocab * shape.hidden // layout.tp  # as the head it is an operand of a product
         part = replace(part, cast=part.cast + table)
     return part
@@ -237,9 +263,9 @@ def _sum(parts: Iterable[Part]) -> Part:
 
 def held_part(shape: ModelShape, job: Job, layout: Layout, pp_rank: int) -> Part:
     """Everything that a rank of the pipeline holds."""
-    stage = stage_of(shape, job, layout, pp_rank)
-    parts = [outer_part(shape, job, layout, stage)]
-    for layer, total, trained in zip(shape.kinds, stage.layers(), stage.trained_layers(), strict=True):
-        parts.append(layer_part(shape, job, layout, layer, trained=True).times(trained))
-        parts.append(layer_part(shape, job, layout, layer, trained=False).times(total - trained))
+    stage, seen = stage_of(shape, job, layout, pp_rank), layout.of_a_layer()
+    parts = [outer_part(shape, job, seen, is_first=stage.is_first, is_last=stage.is_last)]
+    for kind, (total, trained) in enumerate(zip(stage.layers(), stage.trained_layers(), strict=True)):
+        parts.append(layer_part(shape, job, seen, kind, trained=True).times(trained))
+        parts.append(layer_part(shape, job, seen, kind, trained=False).times(total - trained))
     return _sum(parts)

@@ -46,15 +46,15 @@ def teacher_memory(teacher: Teacher, job: Job, layout: Layout, pp_rank: int, pos
         job, tuning="lora", lora_targets=(), bits=teacher.bits, double_quant=teacher.double_quant, teacher=None
     )
     part = held_part(shape, frozen, layout, pp_rank)
-    stage = stage_of(shape, frozen, layout, pp_rank)
-    outer = outer_part(shape, frozen, layout, stage)
+    stage, seen = stage_of(shape, frozen, layout, pp_rank), layout.of_a_layer()
+    outer = outer_part(shape, frozen, seen, is_first=stage.is_first, is_last=stage.is_last)
     head = outer.whole
     if not shape.tied and stage.is_first:
         rest = replace(shape, outer=tuple(weight for weight in shape.outer if weight.kind != "embedding"))
-        head = outer_part(rest, frozen, layout, stage).whole
+        head = outer_part(rest, frozen, seen, is_first=True, is_last=stage.is_last).whole
     if not stage.is_last:
         head = 0
-    largest = max(layer_part(shape, frozen, layout, layer, trained=False).whole for layer in shape.kinds)
+    largest = max(layer_part(shape, frozen, seen, kind, trained=False).whole for kind in range(len(shape.kinds)))
     stays = layout.pp > 1 or not layout.reshards
     width = 4 * shape.hidden + 3 * max(shape.intermediate, shape.expert_intermediate * shape.experts_per_token)
     return TeacherMemory(

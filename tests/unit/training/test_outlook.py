@@ -80,7 +80,7 @@ def test_layers_when_most_are_frozen_are_not_spared(look: Look) -> None:
 def test_bytes_to_come_when_tokens_are_added_grow_by_what_layers_keep(look: Look, recompute: Recompute) -> None:
     outlook = look()
     one, two = (outlook.memory(recompute, tokens).terms for tokens in (100_000, 200_000))
-    layers = [kept(outlook.shape, outlook.job, Layout(), layer, trained=False) for layer in outlook.shape.layers]
+    layers = [kept(outlook.shape, outlook.job, Layout(), kind, trained=False) for kind in outlook.shape.order]
     hidden = 2 * outlook.shape.hidden
     least = sum(layer.of(recompute) for layer in layers)
     # at the peak there may also be four copies of hidden states, and what one layer works with
