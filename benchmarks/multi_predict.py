@@ -13,6 +13,7 @@ from fourfold.base.errors import PlanError
 from fourfold.planning.cost import cut_step
 from fourfold.planning.device import Device, Link
 from fourfold.planning.hardware import build_cluster, find_device
+from fourfold.planning.keeps import Keeps
 from fourfold.training.outlook import Outlook
 from rehearsed import GIB, Point, described, point_of
 
@@ -52,7 +53,7 @@ def outlook_of(point: Point, card: Device, stage: int = 0) -> Outlook:
     _, shape, job = described(point)
     layout = point.layout
     cluster = build_cluster(card, layout.world_size)
-    return Outlook(shape, job, job, layout, cluster, stage).sparing_so_many(point.spared)
+    return Outlook(shape, job, job, layout, cluster, stage).keeping(Keeps(spared=point.spared))
 
 
 def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str, Any]:

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.families.one_input import columns_of_rank
 from fourfold.models.beside import beside
 from fourfold.models.low_rank import FrozenWeight, apart, results, side_by_side
 
-_RANKS = 32
-"""The rank is filled up to a multiple of it: of 16, 32, 64 and 128 about the fastest (docs/lab-notes.md)."""
 _ALIGNED = 8
 """What a row must be a multiple of, so that kernels may read it sixteen bytes at a time."""
 
@@ -49,7 +48,7 @@ class _WideRank(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """See `wide_rank`; adapters: A of each weight, then B of each."""
         a, b = side_by_side(adapters, x.dtype)
-        more = -a.shape[0] % _RANKS
+        more = columns_of_rank(a.shape[0]) - a.shape[0]
         low = x @ F.pad(scale * a, (0, 0, 0, more)).T
         both = torch.cat([x, low], 1)
         y = torch.ops.fourfold.wide_rank(both, wide, bias, F.pad(b, (0, more)))
@@ -95,13 +94,13 @@ def pays(weight: Tensor) -> bool:
 
 def has_room(wide: Tensor, width: int, rank: int) -> bool:
     """Whether a weight [out, in + R] whose own width is `in` was widened for such a rank."""
-    return wide.shape[1] == width + rank + -rank % _RANKS
+    return wide.shape[1] == width + columns_of_rank(rank)
 
 
 def widened(weight: Tensor, rank: int) -> Tensor:
     """A weight [out, in] with room for terms of a rank beside it: [out, in + R], the last R columns zero."""
     import torch._dynamo  # takes a second, and is there where layers are compiled
 
-    found = F.pad(weight, (0, rank + -rank % _RANKS))
+    found = F.pad(weight, (0, columns_of_rank(rank)))
     torch._dynamo.mark_static(found)  # its width is nobody's number of tokens
     return found

@@ -20,13 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from fourfold.dataset.batch import IGNORE_INDEX, Batch
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.vocabulary import VocabularyShare, shared_argmax, shared_cross_entropy
+from fourfold.planning.job import CHUNK_TOKENS, KEPT_CHUNK_TOKENS
 
-CHUNK_TOKENS = 2048
-"""Positions whose logits exist at one time."""
-_KEPT_CHUNK_TOKENS = 8192
-"""The same where logits are kept: cut for 32-bit indices alone, since each cut adds a gradient of the head."""
 _CPU_CHUNK_TOKENS = 128
-"""The same on a CPU, where more bring no speed, and memory that stays small is used again."""
+"""Of positions whose logits exist at one time, on a CPU: more bring no speed, and memory that stays small is reused."""
 _HALF_SCALE = 1024.0
 """Factor on gradients that are made in fp16 before the loss's own is known, against underflow."""
 
@@ -210,7 +207,7 @@ def score_tokens(
     chunk_tokens = chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device)
     keeps_logits = outputs.keep_logits and outputs.token_nll is not None and not with_correct
     if keeps_logits:
-        chunk_tokens = max(chunk_tokens, _KEPT_CHUNK_TOKENS)
+        chunk_tokens = max(chunk_tokens, KEPT_CHUNK_TOKENS)
     nll, correct = score_in_chunks(
         partial(outputs.score, with_correct=with_correct),
         at_positions(outputs.hidden, positions),

@@ -7,6 +7,7 @@ from typing import Any
 
 from fourfold.base.units import GIB
 from fourfold.planning.job import EngineName, Recompute
+from fourfold.planning.keeps import NOTHING, Keeps
 from fourfold.planning.layout import Layout
 
 TERMS = (
@@ -37,9 +38,6 @@ a job ran with 98.6 % of the card allocated, the context with it, and another ra
 
 LOADED = ("parameters", "scales", "teacher", "context")
 """Terms of a rank's memory that are there once the model is loaded."""
-STEP_SHARE = 0.93
-"""Of the memory that is free then, what a step may take by prediction, unless it was planned with a margin of its own;
-the rest is for what libraries allocate later, and for what the prediction is off by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +108,8 @@ class Estimate:
     Attributes:
         micro_batch: positions of a micro-batch on a data-parallel rank.
         reason: why it is what it is, one line.
-        unpacked: 4-bit weights are unpacked once and kept, since there is room.
         engine: what runs the layers.
-        spared: layers of which nothing is computed again, since there is room.
+        keeps: what is kept since there is room.
     """
 
     layout: Layout
@@ -121,9 +118,8 @@ class Estimate:
     memory: Memory
     cost: Cost
     reason: str = ""
-    unpacked: bool = False
     engine: EngineName = "eager"
-    spared: int = 0
+    keeps: Keeps = NOTHING
 
     def as_json(self) -> dict[str, Any]:
         """One entry of `layouts` of `fourfold plan --json`."""
@@ -136,9 +132,11 @@ class Estimate:
                 "offload": layout.offload,
                 "recompute": self.recompute,
                 "micro_batch": self.micro_batch,
-                "unpacked": self.unpacked,
                 "engine": self.engine,
-                "spared": self.spared,
+                "unpacked": self.keeps.unpacked,
+                "keeps_logits": self.keeps.logits,
+                "spared": self.keeps.spared,
+                "keeps_copies": self.keeps.copies,
             },
             "memory_gib": {name: self.memory.terms.get(name, 0) / GIB for name in TERMS},
             "allocated_gib": self.memory.allocated / GIB,

@@ -7,7 +7,6 @@ from typing import Literal
 
 from fourfold.base.errors import ConfigError
 from fourfold.config.schema import Run
-from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
@@ -16,10 +15,12 @@ RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-_CHUNK_TOKENS = 2048
-"""Positions whose logits exist at one time (parallel/loss.py)."""
+CHUNK_TOKENS = 2048
+"""Positions whose logits exist at one time."""
 LOW_MEMORY_CHUNK = 256
 """The same under `memory: low`."""
+KEPT_CHUNK_TOKENS = 8192
+"""The same where logits are kept: cut for 32-bit indices alone, since each cut adds a gradient of the head."""
 _WITHOUT_LOGITS = ("rm",)
 """Stages whose loss reads a value head alone (models/value_head.py)."""
 
@@ -86,7 +87,7 @@ class Job:
     sequences_per_step: int = 8
     packed: bool = True
     trained_share: float = 1.0
-    chunk: int = _CHUNK_TOKENS
+    chunk: int = CHUNK_TOKENS
     keeps_logits: bool = False
     keeps_copies: bool = False
     teacher: Teacher | None = None
@@ -166,45 +167,7 @@ class Job:
             sequences_per_step=training.global_batch_size or per_rank * dp,
             packed=run.model.flash_attn in ("auto", "fa2", "fa3"),
             trained_share=0.0 if training.stage in _WITHOUT_LOGITS else 1.0,
-            chunk=LOW_MEMORY_CHUNK if run.parallel.memory == "low" else _CHUNK_TOKENS,
+            chunk=LOW_MEMORY_CHUNK if run.parallel.memory == "low" else CHUNK_TOKENS,
             float8=training.fp8,
             host_embedding=run.parallel.memory == "low",
         )
-
-
-def unpacks(job: Job, layout: Layout) -> bool:
-    """Whether 4-bit weights may be unpacked once and kept, if there is room (models/unpacked.py).
-
-    Not where ranks split the model, whose parts are cut packed, nor where the least memory is asked for.
-    """
-    return job.bits == 4 and not layout.splits_model and layout.offload == "none" and not job.host_embedding
-
-
-def may_spare(job: Job, layout: Layout, recompute: Recompute) -> bool:
-    """Whether nothing may be computed again in some layers, if there is room, where others are.
-
-    Not in pipelines; nor under freeze tuning, where few layers keep anything, and those are the last ones.
-    """
-    return recompute != "none" and layout.pp == 1 and job.tuning != "freeze"
-
-
-def may_keep_logits(job: Job, layout: Layout) -> bool:
-    """Whether logits may be kept for the backward pass, if there is room, instead of being made again.
-
-    That is where the head is trained, and the loss compiled, which makes them in the compute dtype alone
-    (models/compiled.py); not where the least memory is asked for.
-    """
-    whole = layout.tp == 1 and layout.pp == 1 and not job.host_embedding
-    return job.tuning == "full" and job.engine != "eager" and whole and job.trained_share > 0 and not job.teacher
-
-
-def may_keep_copies(job: Job, layout: Layout) -> bool:
-    """Whether copies of trained matrices in the compute dtype may be kept, if there is room, instead of being made for
-    each product.
-
-    That is where compiled layers copy for themselves (models/masters.py), and the optimizer writes the copies with the
-    masters; not where the least memory is asked for.
-    """
-    whole = layout.tp == 1 and layout.pp == 1 and layout.shards == 1 and layout.offload == "none"
-    copies = job.tuning != "lora" and job.is_mixed and job.engine != "eager" and not job.float8
-    return whole and copies and job.optim == "adamw_torch" and not job.host_embedding

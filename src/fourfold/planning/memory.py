@@ -21,7 +21,7 @@ from typing import NamedTuple
 from fourfold.planning.device import Device
 from fourfold.planning.estimate import Memory
 from fourfold.planning.in_flight import Flight, flights
-from fourfold.planning.job import Job, Recompute
+from fourfold.planning.job import KEPT_CHUNK_TOKENS, Job, Recompute
 from fourfold.planning.layer_sums import LayerSums, sum_layers
 from fourfold.planning.layout import Layout
 from fourfold.planning.reserved import Pools, gradients_may_join
@@ -33,8 +33,6 @@ from fourfold.planning.teacher import teacher_memory
 _FORWARD_LOGIT_BYTES, _LOGIT_BYTES, _SHARED_LOGIT_BYTES = 8, 12, 8
 """Of one logit, fp32: with its log-softmax in the forward pass; while the loss is differentiated its log-softmax, the
 gradient of that and its own; and where ranks share the vocabulary, the softmax and its gradient."""
-_KEPT_CHUNK = 8192
-"""Positions whose logits are made at one time where all are kept (parallel/loss.py)."""
 _TAUGHT_LOGIT_BYTES, _TAUGHT_CHUNK, _TAUGHT_CHUNK_BYTES = 18, 8192, 16
 """Of one logit beside a teacher's, for half as many positions at a time: its own, its log-softmax and two gradients,
 fp32, and the teacher's in bf16; and of so many tokens at a time what the divergence works with
@@ -268,7 +266,7 @@ def _waiting_moments(
     elif job.engine != "eager":
         # in the compute dtype alone, and their gradient takes their place
         kept = _scored(job, stage, positions) if job.keeps_logits else scored
-        made = min(kept, _KEPT_CHUNK) if job.keeps_logits else scored
+        made = min(kept, KEPT_CHUNK_TOKENS) if job.keeps_logits else scored
         forward_logits = logits = c * (kept * max(shape.changed_logits, 1) + made * shape.changed_logits) * own
     if job.teacher is not None:
         rows = min(scored, job.chunk // 2)

@@ -10,6 +10,7 @@ from fourfold.planning.engines import engine_of
 from fourfold.planning.estimate import Cost, Memory
 from fourfold.planning.hardware import Cluster
 from fourfold.planning.job import RECOMPUTES, EngineName, Job, Recompute
+from fourfold.planning.keeps import NOTHING, Keeps
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.shape import ModelShape
@@ -23,15 +24,13 @@ class Form:
     """A layout with the choices that change no result: what one prediction is made for.
 
     Attributes:
-        unpacked: 4-bit weights are unpacked once and kept.
-        spared: layers of which nothing is computed again where others are.
+        keeps: what is kept since there is room.
     """
 
     layout: Layout
     recompute: Recompute
     micro_batch: int
-    unpacked: bool = False
-    spared: int = 0
+    keeps: Keeps = NOTHING
 
 
 @dataclass(slots=True)
@@ -47,8 +46,8 @@ class Predictor:
 
     def job_of(self, form: Form) -> Job:
         """The job as a form runs it."""
-        job = self.wishes.job_of(self.job, form.layout, unpacked=form.unpacked)
-        return replace(job, engine=self.engine_of(form.layout), spared=form.spared)
+        job = self.wishes.job_of(self.job, form.layout)
+        return form.keeps.job(replace(job, engine=self.engine_of(form.layout)))
 
     def engine_of(self, layout: Layout) -> EngineName:
         """What will run the layers of a layout."""

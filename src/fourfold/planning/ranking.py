@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from fourfold.base.bisection import largest_that
 from fourfold.planning.candidates import simplicity
-from fourfold.planning.estimate import LOADED, STEP_SHARE
+from fourfold.planning.estimate import LOADED
 from fourfold.planning.hardware import Cluster
-from fourfold.planning.job import RECOMPUTES, may_spare, unpacks
+from fourfold.planning.job import RECOMPUTES
+from fourfold.planning.keeps import NOTHING, Keeps, may_unpack, room_for_step, what_fits
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form, Predictor
 from fourfold.planning.traffic import strides
@@ -103,24 +103,28 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
     return ranked(predictor, found or [predictor.leanest(layout)])
 
 
-def sparing(predictor: Predictor, form: Form, limit: int) -> Form:
-    """A form with as many layers, of which nothing is computed again, as a run finds room for; where `recompute` is
-    given, all are."""
-    if predictor.wishes.recomputes != RECOMPUTES or not may_spare(predictor.job, form.layout, form.recompute):
-        return form
-    loaded = sum(predictor.memory(form).terms[name] for name in LOADED)
-    most = min(limit, loaded + int(STEP_SHARE * (predictor.cluster.device.memory_bytes - loaded)))
-    spared = largest_that(
-        lambda count: predictor.memory(replace(form, spared=count)).device <= most, predictor.shape.num_layers - 1
+def keeping(predictor: Predictor, form: Form, limit: int) -> Form:
+    """A form that keeps what a run finds room for; where `recompute` is given, no layer is spared."""
+    plain = replace(form, keeps=NOTHING)
+    loaded = sum(predictor.memory(plain).terms[name] for name in LOADED)
+    most = min(limit, loaded + room_for_step(predictor.cluster.device.memory_bytes - loaded))
+    keeps = what_fits(
+        predictor.job_of(plain),
+        form.layout,
+        form.recompute,
+        form.micro_batch,
+        predictor.shape.num_layers,
+        lambda keeps: predictor.memory(replace(form, keeps=keeps)).device <= most,
+        spares=predictor.wishes.recomputes == RECOMPUTES,
     )
-    return replace(form, spared=spared)
+    return replace(form, keeps=keeps)
 
 
 def _unpacked_if_it_fits(predictor: Predictor, form: Form, limit: int) -> Form:
     """A form with its 4-bit weights unpacked once, where there is ample room beside what it takes anyway."""
-    if not unpacks(predictor.job, form.layout):
+    if not may_unpack(predictor.job, form.layout):
         return form
-    unpacked = replace(form, unpacked=True)
+    unpacked = replace(form, keeps=Keeps(unpacked=True))
     return unpacked if predictor.memory(unpacked).device <= _UNPACKED_SHARE * limit else form
 
 

@@ -32,8 +32,12 @@ def reason_of(
     parts = list(_parts(found, shape, job, cluster, whole, without))
     if found.recompute != "none":
         need = f"{kept.device / GIB:.1f} GiB with everything kept"
-        which = f" of {shape.num_layers - found.spared} of {shape.num_layers} layers" if found.spared else ""
+        spared = found.keeps.spared
+        which = f" of {shape.num_layers - spared} of {shape.num_layers} layers" if spared else ""
         parts.append(f"recompute {found.recompute}{which}, since it would take {need}")
+    more = {"logits": found.keeps.logits, "copies of weights in 16 bits": found.keeps.copies}
+    if any(more.values()):
+        parts.append(f"{' and '.join(what for what, is_kept in more.items() if is_kept)} are kept, since there is room")
     return "; ".join(parts)
 
 
@@ -75,7 +79,7 @@ def _parts(
         yield f"the whole needs {whole.device / GIB:.1f} GiB and a GPU has {room:.1f}"
     else:
         yield f"the whole fits one GPU ({need} at least), but is faster when shared"
-    if found.unpacked:
+    if found.keeps.unpacked:
         yield "4-bit weights are unpacked once and kept, since there is room (memory: low leaves them packed)"
     told: set[str | None] = {None}
     for axis, what in _axes(found, shape, job, cluster):

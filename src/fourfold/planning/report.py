@@ -45,7 +45,7 @@ def best_config(plan: Plan) -> dict[str, Any] | None:
     if best is None:
         return None
     # what hangs on whether layers are compiled, and on what is free, is left to the run
-    free = plan.wishes.recomputes == RECOMPUTES and (best.engine != "eager" or best.spared > 0)
+    free = plan.wishes.recomputes == RECOMPUTES and (best.engine != "eager" or best.keeps.spared > 0)
     return config_of(Form(best.layout, best.recompute, best.micro_batch), plan.wishes, recompute=not free)
 
 
@@ -144,8 +144,8 @@ def _ranking(plan: Plan) -> Iterator[str]:
 def _figures(found: Estimate, num_layers: int) -> str:
     cost = found.cost
     recompute: str = found.recompute
-    if found.spared:
-        recompute = f"{recompute.replace('selective', 'sel.')} {num_layers - found.spared}/{num_layers}"
+    if found.keeps.spared:
+        recompute = f"{recompute.replace('selective', 'sel.')} {num_layers - found.keeps.spared}/{num_layers}"
     return (
         f"{recompute:<12}{found.micro_batch:>7}{found.memory.device / GIB:>6.1f}{_number(cost.step_s):>7}"
         f"{_thousands(cost.tokens_per_s):>8}{cost.mfu * 100:>3.0f}%{cost.bubble * 100:>4.0f}%"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from fourfold.families.one_input import OF_ONE_INPUT
+from fourfold.families.one_input import OF_ONE_INPUT, columns_of_rank
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape, Weight
@@ -26,8 +26,6 @@ _MOMENT_BYTES = {
     "muon": (1, None),
 }
 """Optimizer -> moments of a trained number, and bytes of each (None: as the masters)."""
-_COLUMNS = 32
-"""What the low-rank columns beside a weight are filled up to a multiple of (models/wide_rank.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +248,7 @@ def _room_beside(job: Job, layout: Layout, weight: Weight) -> int:
     group = next((group for group in OF_ONE_INPUT if name in group), ())
     if "all" not in job.lora_targets and not set(group) <= set(job.lora_targets):
         return 0
-    columns = len(group) * job.lora_rank
-    return weight.shape[0] * (columns + -columns % _COLUMNS) * job.compute_bytes
+    return weight.shape[0] * columns_of_rank(len(group) * job.lora_rank) * job.compute_bytes
 
 
 def _sum(parts: Iterable[Part]) -> Part:

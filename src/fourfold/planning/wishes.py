@@ -63,13 +63,8 @@ class Wishes:
         """Whether the config has this key of the layout."""
         return name in self.parallel.model_fields_set
 
-    def job_of(self, job: Job, layout: Layout, *, unpacked: bool = False) -> Job:
-        """The job as a layout runs it: more data-parallel ranks may mean more sequences in a step.
-
-        Args:
-            unpacked: 4-bit weights are unpacked once and kept.
-        """
-        job = replace(job, bits=None) if unpacked else job
+    def job_of(self, job: Job, layout: Layout) -> Job:
+        """The job as a layout runs it: more data-parallel ranks may mean more sequences in a step."""
         return job if self.per_rank is None else replace(job, sequences_per_step=self.per_rank * layout.dp)
 
 

@@ -37,6 +37,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.step import Step
 from fourfold.planning.job import RECOMPUTES
+from fourfold.planning.keeps import Keeps
 from fourfold.planning.predictor import Form
 from fourfold.training.build import Built, build
 from fourfold.training.evaluate import Evaluator
@@ -66,7 +67,7 @@ class Parts:
     Attributes:
         built: the model on its rank.
         base: which model an adapter is trained on; None for other tunings.
-        recompute: what the backward pass computes again, but in the outlook's `spared` layers; settled with `policy`.
+        recompute: what the backward pass computes again, but in layers that are spared; settled with `policy`.
         planned: what the planner chose the layout with; None where it did not.
         teacher: the second model of stage kd.
         clock: tells how long the start took, once the first step is done.
@@ -151,41 +152,35 @@ class Parts:
         )
         # Ranks that share micro-batches must cut and recompute alike, whatever each has free.
         largest = self.split.reducer.largest
-        spared = -largest(-fit.spared)
-        if spared < fit.spared:
+        spared = -largest(-fit.keeps.spared)
+        if spared < fit.keeps.spared:
             log.info("Other ranks have less room: nothing is computed again in %d layers", spared)
         self.recompute = self.built.recompute(RECOMPUTES[largest(RECOMPUTES.index(fit.recompute))], spared)
         if self.outlook is not None:
-            self.outlook = self.outlook.sparing_so_many(spared)
+            self._keep(self.outlook, replace(fit.keeps, spared=spared))
             if self.outlook.joins_gradients(self.recompute, sizes.largest_micro_batch(fit.policy.max_tokens)):
                 self.built.join_gradients()
-        if fit.unpacks:
-            self._keep_unpacked()
-        if fit.keeps_logits:
-            assert self.outlook is not None
-            self.outlook, self.built.model.keep_logits = self.outlook.keeping_logits(), True
+        return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
+
+    def _keep(self, outlook: Outlook, keeps: Keeps) -> None:
+        """Keep what there is room for; what is expected of the run changes with it."""
+        self.outlook = outlook.keeping(keeps)
+        if keeps.unpacked:
+            log.info(
+                "The %d matrices of 4 bits are unpacked once and kept, %s more, since there is room: their numbers are "
+                "the same, and steps are faster (memory: low leaves them packed)",
+                self.built.keep_unpacked(self.run),
+                format_bytes(self.outlook.loaded() - outlook.loaded()),
+            )
+            torch.cuda.empty_cache()  # what the packed ones leave is in pieces too small for anything else
+        if keeps.logits:
+            self.built.model.keep_logits = True
             log.info("Logits are kept for the backward pass, since there is room")
-        if fit.keeps_copies:
-            assert self.outlook is not None
-            self.outlook = self.outlook.keeping_copies()
+        if keeps.copies:
             log.info(
                 "Copies of weights in 16 bits are kept from step to step, %s, since there is room",
                 format_bytes(self.built.keep_copies()),
             )
-        return replace(fit.policy, max_tokens=-largest(-fit.policy.max_tokens))
-
-    def _keep_unpacked(self) -> None:
-        """Unpack the model's 4-bit weights for good; what is expected of the run changes with it."""
-        assert self.outlook is not None
-        before = self.outlook.loaded()
-        self.outlook = self.outlook.unpacked()
-        log.info(
-            "The %d matrices of 4 bits are unpacked once and kept, %s more, since there is room: their numbers are the "
-            "same, and steps are faster (memory: low leaves them packed)",
-            self.built.keep_unpacked(self.run),
-            format_bytes(self.outlook.loaded() - before),
-        )
-        torch.cuda.empty_cache()  # what the packed ones leave is in pieces too small for anything else
 
     def _shares_prompts(self) -> int:
         """From how many tokens on the answers of a pair see one prompt, 0 for never: rows must be whole, and nothing

@@ -52,8 +52,8 @@ def _paragraph(plan: Plan, best: Estimate) -> list[str]:
     """What was taken, why, and what to expect of it."""
     cost, room = best.cost, plan.cluster.device.memory_gib
     kept = {"none": "activations kept", "selective": "recompute selective", "full": "recompute full"}[best.recompute]
-    if best.spared:
-        kept = f"{kept} but for {best.spared} of {plan.shape.num_layers} layers"
+    if best.keeps.spared:
+        kept = f"{kept} but for {best.keeps.spared} of {plan.shape.num_layers} layers"
     how = ""
     if best.engine != "eager":
         how = ", with compiled layers" + (

@@ -114,7 +114,7 @@ def _rehearse_rank(
     run: Run, plan: Plan, best: Estimate, rank: int, device: torch.device | None, steps: int
 ) -> Rehearsed:
     layout = best.layout
-    job = replace(plan.wishes.job_of(plan.job, layout, unpacked=best.unpacked), spared=best.spared)
+    job = best.keeps.job(replace(plan.wishes.job_of(plan.job, layout), engine=best.engine))
     in_batch = max(best.micro_batch // job.sequence, 1)
     of_step = max(-(-job.sequences_per_step // (layout.dp * in_batch)), _fewest(layout))
     batches = min(of_step, max(_MOST_BATCHES, _fewest(layout)))
@@ -126,8 +126,8 @@ def _rehearse_rank(
         "rank": rank,
         "recompute": best.recompute,
         "device": device,
-        "unpacked": best.unpacked,
-        "spared": best.spared,
+        "unpacked": best.keeps.unpacked,
+        "spared": best.keeps.spared,
         "joins_gradients": memory.joins_gradients,
     }
     found = rehearse(run, layout, workload, **settings, steps=steps)

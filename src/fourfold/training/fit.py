@@ -94,7 +94,7 @@ def _place(parts: Parts, budget: Budget, state: TrainState) -> Place:
     """Where the training is."""
     what = f"in step {state.step + 1} of {budget.max_steps}"
     policy = parts.policy  # which settles the rest
-    spared = 0 if parts.outlook is None else parts.outlook.spared
+    spared = 0 if parts.outlook is None else parts.outlook.job.spared
     return Place(what, policy.max_tokens, parts.sizes().longest, recompute=parts.recompute, spared=spared)
 
 

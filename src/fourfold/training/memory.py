@@ -21,7 +21,7 @@ from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.expert import find_experts
 from fourfold.parallel.recompute import Recompute, settings
 from fourfold.parallel.sharded import local
-from fourfold.planning.estimate import STEP_SHARE
+from fourfold.planning.keeps import NOTHING, Keeps, room_for_step
 from fourfold.planning.predictor import Form
 from fourfold.training.outlook import Outlook
 from fourfold.training.step_sizes import StepSizes
@@ -51,18 +51,12 @@ class Fit:
     Attributes:
         policy: with a limit on tokens that is expected to fit.
         recompute: what the backward pass computes again.
-        unpacks: there is room to keep 4-bit weights unpacked beside it.
-        keeps_logits: there is room to keep the logits of all chunks.
-        spared: layers of which nothing is computed again, since there is room.
-        keeps_copies: there is room to keep copies of masters from update to update.
+        keeps: what there is room for beside it.
     """
 
     policy: CutPolicy
     recompute: Recompute
-    unpacks: bool = False
-    keeps_logits: bool = False
-    spared: int = 0
-    keeps_copies: bool = False
+    keeps: Keeps = NOTHING
 
 
 def choose_fit(
@@ -115,71 +109,16 @@ def fit_to_memory(
     free -= outlook.not_seen(sum(local(p).nbytes for p in module.parameters() if p.requires_grad))
     fit = fit_to_bytes(policy, sizes, recompute, free=free, need=outlook.to_come, planned=planned)
     largest = sizes.largest_micro_batch(fit.policy.max_tokens)
-    fit = replace(
-        fit,
-        unpacks=unpacking_fits(outlook, fit.recompute, largest, free),
-        keeps_logits=logits_fit(outlook, fit.recompute, largest, free),
-    )
-    if spares and not chosen_by_user:
-        outlook = _with_rest(outlook, fit, largest, free)
-    keeps_copies = copies_fit(outlook, fit, largest, free)
+    keeps = outlook.what_fits(fit.recompute, largest, free, spares=spares and not chosen_by_user)
     log.info(
         "Activations are %s%s; micro-batches of up to %s tokens; %s are free, and a step is expected to take %s",
         _WORDS[fit.recompute],
-        f", but for {outlook.spared} of {outlook.shape.num_layers} layers" if outlook.spared else "",
+        f", but for {keeps.spared} of {outlook.shape.num_layers} layers" if keeps.spared else "",
         format_count(fit.policy.max_tokens),
         format_bytes(free),
-        format_bytes(outlook.to_come(fit.recompute, largest)),
+        format_bytes(outlook.keeping(keeps).to_come(fit.recompute, largest)),
     )
-    return replace(fit, spared=outlook.spared, keeps_copies=keeps_copies)
-
-
-def _becoming(outlook: Outlook, fit: Fit) -> Outlook:
-    """What is expected once the step does what fits beside it."""
-    after = outlook.unpacked() if fit.unpacks else outlook
-    return after.keeping_logits() if fit.keeps_logits else after
-
-
-def _with_rest(outlook: Outlook, fit: Fit, largest: int, free: int) -> Outlook:
-    """What is left beside a step goes to layers of which nothing is computed again."""
-    after = _becoming(outlook, fit)
-    return outlook.sparing_so_many(after.sparing(fit.recompute, largest, _room_after(outlook, after, free)).spared)
-
-
-def _room_after(outlook: Outlook, after: Outlook, free: int) -> int:
-    """Bytes that a step may take once the loaded model has become another."""
-    return int(free * STEP_SHARE) - (after.loaded() - outlook.loaded())
-
-
-def _fits(outlook: Outlook, after: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
-    """Whether a step fits beside the loaded model once that has become another; see `unpacking_fits`."""
-    return after.to_come(recompute, largest) <= _room_after(outlook, after, free)
-
-
-def unpacking_fits(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
-    """Whether 4-bit weights may stay unpacked beside a step.
-
-    Args:
-        largest: tokens of its largest micro-batch.
-        free: bytes of the device, beside the loaded model.
-    """
-    if not outlook.may_unpack:
-        return False
-    return _fits(outlook, outlook.unpacked(), recompute, largest, free)
-
-
-def logits_fit(outlook: Outlook, recompute: Recompute, largest: int, free: int) -> bool:
-    """Whether logits of more than one chunk may be kept; see `unpacking_fits`."""
-    if not outlook.may_keep_logits or largest <= outlook.job.chunk:
-        return False
-    return _fits(outlook, outlook.keeping_logits(), recompute, largest, free)
-
-
-def copies_fit(outlook: Outlook, fit: Fit, largest: int, free: int) -> bool:
-    """Whether copies of masters may be kept in what everything else leaves; see `unpacking_fits`."""
-    if not outlook.may_keep_copies:
-        return False
-    return _fits(outlook, _becoming(outlook, fit).keeping_copies(), fit.recompute, largest, free)
+    return replace(fit, keeps=keeps)
 
 
 def fit_to_bytes(
@@ -201,7 +140,7 @@ def fit_to_bytes(
         largest = max(sizes.longest, policy.max_tokens)
         if need(planned.recompute, largest) <= free:
             return Fit(policy, planned.recompute)
-    left, most = int(free * STEP_SHARE), max(policy.max_tokens, sizes.longest)
+    left, most = room_for_step(free), max(policy.max_tokens, sizes.longest)
     return choose_fit(policy, sizes, room=lambda kind: _room(kind, need, left, most), recompute=recompute)
 
 

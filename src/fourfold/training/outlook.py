@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from fourfold.base.bisection import largest_that
 from fourfold.base.errors import ModelError, PlanError, first_line
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
@@ -21,16 +19,8 @@ from fourfold.planning.detect import Card, cluster_of_cards
 from fourfold.planning.estimate import LOADED, Cost, Memory
 from fourfold.planning.hardware import Cluster, build_cluster
 from fourfold.planning.held import held_by
-from fourfold.planning.job import (
-    EngineName,
-    Job,
-    Recompute,
-    Teacher,
-    may_keep_copies,
-    may_keep_logits,
-    may_spare,
-    unpacks,
-)
+from fourfold.planning.job import EngineName, Job, Recompute, Teacher
+from fourfold.planning.keeps import Keeps, room_for_step, what_fits
 from fourfold.planning.known_shape import find_shape
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
@@ -153,59 +143,26 @@ class Outlook:
         device = self.cluster.device
         return estimate_memory(self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device)
 
-    @property
-    def spared(self) -> int:
-        """Layers of which nothing is computed again where others are."""
-        return self.heaviest.spared
+    def keeping(self, keeps: Keeps) -> Outlook:
+        """The same, of which nothing is kept yet, with what there is room for."""
+        return replace(self, job=keeps.job(self.job), heaviest=keeps.job(self.heaviest))
 
-    def sparing_so_many(self, count: int) -> Outlook:
-        """The same with so many of them."""
-        job, heaviest = (replace(job, spared=count) for job in (self.job, self.heaviest))
-        return replace(self, job=job, heaviest=heaviest)
-
-    def sparing(self, recompute: Recompute, micro_batch: int, room: int) -> Outlook:
-        """The same with as many layers, of which nothing is computed again, as there is room for.
+    def what_fits(self, recompute: Recompute, micro_batch: int, free: int, *, spares: bool = True) -> Keeps:
+        """What there is room for beside a step.
 
         Args:
-            room: bytes for a step, beside the loaded model.
+            micro_batch: positions of the largest.
+            free: bytes of the device, beside the loaded model.
+            spares: as of `keeps.what_fits`.
         """
-        if not may_spare(self.heaviest, self.layout, recompute):
-            return self
-        count = largest_that(
-            lambda count: self.sparing_so_many(count).to_come(recompute, micro_batch) <= room, self.shape.num_layers - 1
-        )
-        return self.sparing_so_many(count)
+        left = room_for_step(free) + self.loaded()
 
-    def _of_jobs(self, **changes: Any) -> Outlook:
-        """The same of jobs with other attributes."""
-        return replace(self, job=replace(self.job, **changes), heaviest=replace(self.heaviest, **changes))
+        def fits(keeps: Keeps) -> bool:
+            after = self.keeping(keeps)
+            return after.loaded() + after.to_come(recompute, micro_batch) <= left
 
-    def unpacked(self) -> Outlook:
-        """The same with 4-bit weights that are unpacked once and kept."""
-        return self._of_jobs(bits=None)
-
-    @property
-    def may_unpack(self) -> bool:
-        """Whether keeping 4-bit weights unpacked is a question of memory alone."""
-        return unpacks(self.job, self.layout)
-
-    def keeping_logits(self) -> Outlook:
-        """The same with logits that are kept for the backward pass."""
-        return self._of_jobs(keeps_logits=True)
-
-    @property
-    def may_keep_logits(self) -> bool:
-        """Whether keeping logits is a question of memory alone."""
-        return may_keep_logits(self.job, self.layout)
-
-    def keeping_copies(self) -> Outlook:
-        """The same with copies of masters that are kept from update to update."""
-        return self._of_jobs(keeps_copies=True)
-
-    @property
-    def may_keep_copies(self) -> bool:
-        """Whether keeping copies of masters is a question of memory alone."""
-        return may_keep_copies(self.job, self.layout)
+        layers = self.shape.num_layers
+        return what_fits(self.heaviest, self.layout, recompute, micro_batch, layers, fits, spares=spares)
 
     def loaded(self) -> int:
         """Bytes of the loaded model on this rank."""

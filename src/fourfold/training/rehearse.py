@@ -43,6 +43,7 @@ from fourfold.parallel.mesh import build_mesh, single
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.sharded import local
+from fourfold.planning.job import CHUNK_TOKENS
 from fourfold.planning.layout import Layout
 from fourfold.planning.wishes import Wishes
 from fourfold.training.build import Built, build
@@ -290,7 +291,7 @@ def _gpu_branches() -> Iterator[None]:
     with (
         _packed_weights_stay_fake(),
         mock.patch.object(context, "has_varlen", lambda device: True),
-        mock.patch.object(loss, "_CPU_CHUNK_TOKENS", loss.CHUNK_TOKENS),
+        mock.patch.object(loss, "_CPU_CHUNK_TOKENS", CHUNK_TOKENS),
     ):
         yield
 

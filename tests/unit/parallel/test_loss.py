@@ -74,7 +74,7 @@ def test_score_tokens_when_nothing_is_trained_gives_none() -> None:
 def test_score_tokens_when_logits_are_kept_makes_them_once(
     keeps: bool, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_KEPT_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(loss, "KEPT_CHUNK_TOKENS", 8)
     weight = torch.randn(_VOCABULARY, _HIDDEN, dtype=torch.float64)
     hidden = torch.randn(1, _TOKENS, _HIDDEN, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, _VOCABULARY, (1, _TOKENS))

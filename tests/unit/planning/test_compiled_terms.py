@@ -9,7 +9,8 @@ import pytest
 
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.hardware import build_cluster, find_device
-from fourfold.planning.job import Job, may_keep_copies
+from fourfold.planning.job import Job
+from fourfold.planning.keeps import may_keep_copies
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.read_shape import read_shape

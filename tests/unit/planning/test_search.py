@@ -51,7 +51,7 @@ def test_layouts_when_ranked_fit_and_are_predicted_alike(
     assert plan.best is plan.layouts[0]
     for found in plan.layouts:
         asked = (found.layout, found.recompute, found.micro_batch)
-        own = replace(job, spared=found.spared)
+        own = found.keeps.job(job)
         assert found.memory == estimate_memory(shape, own, *asked, device=cluster.device)
         assert found.cost == estimate_cost(shape, own, found.layout, cluster, found.recompute, found.micro_batch)
         assert found.memory.device <= _limit(cluster)
@@ -59,7 +59,7 @@ def test_layouts_when_ranked_fit_and_are_predicted_alike(
     assert len({(f.layout, f.recompute, f.micro_batch) for f in plan.layouts}) == len(plan.layouts)
     predictor = Predictor(shape, job, cluster, Wishes())
     worths = [
-        worth(predictor, Form(found.layout, found.recompute, found.micro_batch, spared=found.spared))
+        worth(predictor, Form(found.layout, found.recompute, found.micro_batch, keeps=found.keeps))
         for found in plan.layouts
     ]
     assert all(later <= earlier * (1 + TIE) for i, earlier in enumerate(worths) for later in worths[i + 1 :])

@@ -19,7 +19,7 @@ def test_plan_when_there_is_room_unpacks_once_and_says_so(shape_of: Callable[[st
     plain = search(shape, replace(_JOB, bits=None), build_cluster("h100")).best
     assert best is not None
     assert plain is not None
-    assert best.unpacked
+    assert best.keeps.unpacked
     assert "unpacked once" in best.reason
     assert best.as_json()["layout"]["unpacked"] is True
     assert (best.memory, best.cost) == (plain.memory, plain.cost)  # LoRA's speed
@@ -31,9 +31,9 @@ def test_plan_when_there_is_no_room_or_ranks_split_the_model_leaves_weights_pack
     shape = shape_of("Llama-3-8B")
     large = search(shape_of("Llama-3-70B"), _JOB, build_cluster("h100")).best
     assert large is not None
-    assert not large.unpacked
+    assert not large.keeps.unpacked
     low = search(shape, replace(_JOB, host_embedding=True), build_cluster("h100")).best
     assert low is not None
-    assert not low.unpacked
+    assert not low.keeps.unpacked
     several = search(shape, _JOB, build_cluster("h100", 8))
-    assert {found.unpacked for found in several.layouts if found.layout.splits_model} <= {False}
+    assert {found.keeps.unpacked for found in several.layouts if found.layout.splits_model} <= {False}

@@ -12,6 +12,7 @@ from fourfold.config.load import load
 from fourfold.dataset.collate import CutPolicy
 from fourfold.parallel.recompute import Recompute
 from fourfold.planning.hardware import build_cluster
+from fourfold.planning.keeps import Keeps
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form
 from fourfold.training.memory import choose_fit, fit_to_bytes, fit_to_memory
@@ -131,13 +132,13 @@ def test_fit_when_a_part_of_the_layers_has_room_spares_them(
     fit = fit_to_memory(policy, module, sizes, asked, device=device, outlook=outlook, spares=spares)
     assert fit.recompute != "none"
     if asked is None and spares:
-        assert 0 < fit.spared < 12
-        now = outlook.sparing_so_many(fit.spared)
+        assert 0 < fit.keeps.spared < 12
+        now, more = (outlook.keeping(Keeps(spared=count)) for count in (fit.keeps.spared, fit.keeps.spared + 1))
         assert now.to_come(fit.recompute, 20_000) <= 0.93 * free
-        assert now.sparing_so_many(fit.spared + 1).to_come(fit.recompute, 20_000) > 0.93 * free
-        assert f"in the backward pass, but for {fit.spared} of 12 layers;" in caplog.text
+        assert more.to_come(fit.recompute, 20_000) > 0.93 * free
+        assert f"in the backward pass, but for {fit.keeps.spared} of 12 layers;" in caplog.text
     else:
-        assert fit.spared == 0
+        assert fit.keeps.spared == 0
         assert "but for" not in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from fourfold.config.load import load
 from fourfold.planning.activations import kept
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.job import Recompute
+from fourfold.planning.keeps import NOTHING, Keeps
 from fourfold.planning.layout import Layout
-from fourfold.training.memory import logits_fit, unpacking_fits
 from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.step_sizes import StepSizes
 from tiny_models import FAMILIES, tiny_config, tiny_model
@@ -43,6 +44,11 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Look:
     return make
 
 
+def _free(step: int) -> int:
+    """Bytes that must be free for a step to take so many."""
+    return math.ceil(step / 0.93)
+
+
 def test_outlook_when_made_has_the_real_lengths(look: Look) -> None:
     outlook = look(layout=Layout(dp_replicate=4), cutoff_len=2048)
     assert outlook.job.sequence == 30
@@ -55,25 +61,28 @@ def test_outlook_when_made_has_the_real_lengths(look: Look) -> None:
 def test_layers_when_there_is_room_are_spared(look: Look, family: str, recompute: Recompute) -> None:
     outlook, tokens = look(family, num_hidden_layers=6), 100_000
     least, most = outlook.to_come(recompute, tokens), outlook.to_come("none", tokens)
-    found = [outlook.sparing(recompute, tokens, room) for room in (least - 1, least, (least + most) // 2, 2 * most)]
+    rooms = (least - 1, least, (least + most) // 2, 2 * most)
+    found = [outlook.what_fits(recompute, tokens, _free(room)) for room in rooms]
     assert [each.spared for each in found[:2]] == [0, 0]
     assert 1 <= found[2].spared <= 3
     assert found[3].spared == 5
-    assert least < found[2].to_come(recompute, tokens) <= (least + most) // 2
-    assert found[2].memory(recompute, tokens).allocated > outlook.memory(recompute, tokens).allocated
-    assert outlook.cost("none", tokens).step_s < found[2].cost(recompute, tokens).step_s
-    assert found[2].cost(recompute, tokens).step_s < outlook.cost(recompute, tokens).step_s
-    assert outlook.sparing("none", tokens, 2 * most).spared == 0
+    sparing = outlook.keeping(found[2])
+    assert least < sparing.to_come(recompute, tokens) <= (least + most) // 2
+    assert sparing.memory(recompute, tokens).allocated > outlook.memory(recompute, tokens).allocated
+    assert outlook.cost("none", tokens).step_s < sparing.cost(recompute, tokens).step_s
+    assert sparing.cost(recompute, tokens).step_s < outlook.cost(recompute, tokens).step_s
+    assert outlook.what_fits("none", tokens, _free(2 * most)) == NOTHING
+    assert outlook.what_fits(recompute, tokens, _free(2 * most), spares=False) == NOTHING
 
 
 def test_layers_when_they_are_of_a_pipeline_are_not_spared(look: Look) -> None:
     outlook = look(layout=Layout(pp=2), num_hidden_layers=6)
-    assert outlook.sparing("full", 100_000, 1 << 50).spared == 0
+    assert outlook.what_fits("full", 100_000, 1 << 50) == NOTHING
 
 
 def test_layers_when_most_are_frozen_are_not_spared(look: Look) -> None:
     outlook = look(num_hidden_layers=6, finetuning_type="freeze", freeze_trainable_layers=2)
-    assert outlook.sparing("full", 100_000, 1 << 50).spared == 0
+    assert outlook.what_fits("full", 100_000, 1 << 50) == NOTHING
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -103,14 +112,15 @@ def test_bytes_not_seen_when_more_is_trained_than_known_count_its_state(look: Lo
 def test_unpacking_when_there_is_room_is_chosen_and_not_otherwise(look: Look) -> None:
     outlook = look(quantization_bit=4)
     outlook = replace(outlook, job=replace(outlook.job, bits=4), heaviest=replace(outlook.heaviest, bits=4))
-    more = outlook.unpacked().loaded() - outlook.loaded()
+    unpacked = Keeps(unpacked=True)
+    more = outlook.keeping(unpacked).loaded() - outlook.loaded()
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of two layers
     assert 1.4 * linear < more < 1.5 * linear  # two bytes instead of a half and a scale
-    step = outlook.unpacked().to_come("none", 300)
-    assert unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.93) + 10)
-    assert not unpacking_fits(outlook, "none", 300, free=int((step + more) / 0.93) - 10)
+    step = outlook.keeping(unpacked).to_come("none", 300)
+    assert outlook.what_fits("none", 300, _free(step + more) + 10) == unpacked
+    assert outlook.what_fits("none", 300, _free(step + more) - 10) == NOTHING
     for other in (look(), look(quantization_bit=4, memory="low"), look(layout=Layout(dp_shard=2))):
-        assert not unpacking_fits(other, "none", 300, free=2**40)
+        assert not other.what_fits("none", 300, 2**40).unpacked
 
 
 def test_logits_when_there_is_room_are_kept_and_not_otherwise(look: Look) -> None:
@@ -118,15 +128,28 @@ def test_logits_when_there_is_room_are_kept_and_not_otherwise(look: Look) -> Non
     job, heaviest = (replace(job, engine="compiled") for job in (outlook.job, outlook.heaviest))
     outlook = replace(outlook, job=job, heaviest=heaviest)
     tokens = outlook.job.chunk + 1000
-    more = outlook.keeping_logits().to_come("none", tokens) - outlook.to_come("none", tokens)
+    keeping = outlook.keeping(Keeps(logits=True))
+    more = keeping.to_come("none", tokens) - outlook.to_come("none", tokens)
     assert 2 * 1000 * outlook.shape.vocab <= more <= 1.03 * 2 * 1000 * outlook.shape.vocab
-    step = outlook.keeping_logits().to_come("none", tokens)
-    assert logits_fit(outlook, "none", tokens, free=int(step / 0.93) + 10)
-    assert not logits_fit(outlook, "none", tokens, free=int(step / 0.93) - 10)
-    assert not logits_fit(outlook, "none", outlook.job.chunk, free=2**40)  # they are kept anyway
-    low = replace(outlook, job=replace(job, host_embedding=True))
+    step = keeping.to_come("none", tokens)
+    assert outlook.what_fits("none", tokens, _free(step) + 10).logits
+    assert not outlook.what_fits("none", tokens, _free(step) - 10).logits
+    assert not outlook.what_fits("none", outlook.job.chunk, 2**40).logits  # they are kept anyway
+    low = replace(outlook, heaviest=replace(heaviest, host_embedding=True))
     for other in (look(finetuning_type="full"), look(), replace(outlook, layout=Layout(tp=2)), low):
-        assert not logits_fit(other, "none", tokens, free=2**40)
+        assert not other.what_fits("none", tokens, 2**40).logits
+
+
+def test_copies_when_logits_leave_room_are_kept(look: Look) -> None:
+    outlook = look(finetuning_type="full")
+    job, heaviest = (replace(job, engine="compiled") for job in (outlook.job, outlook.heaviest))
+    outlook, tokens = replace(outlook, job=job, heaviest=heaviest), outlook.job.chunk + 1000
+    logits = outlook.keeping(Keeps(logits=True))
+    copies = outlook.keeping(Keeps(logits=True, copies=True)).loaded() - outlook.loaded()
+    assert copies == 2 * 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)  # of the matrices of two layers
+    free = _free(logits.to_come("none", tokens) + copies)
+    assert outlook.what_fits("none", tokens, free + 10) == Keeps(logits=True, copies=True)
+    assert outlook.what_fits("none", tokens, free - 10) == Keeps(logits=True)
 
 
 def test_bytes_when_the_family_is_any_can_be_told(look: Look) -> None:
