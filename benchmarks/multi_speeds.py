@@ -22,8 +22,8 @@ class Speed:
 
     Attributes:
         model: folder of examples/models; layers: cut to so many, 0 for all.
-        tuning: a name of rehearsed.py's TUNINGS; `pure` is full with bf16 masters. Layers run as they are, as by
-            default with several GPUs, unless it says `compiled` or `float8`.
+        tuning: a name of rehearsed.py's TUNINGS; `pure` is full with bf16 masters. Layers run as they are unless it
+            says `compiled` or `float8`.
         sequences: lengths of a micro-batch's documents on a data-parallel rank.
         batches: micro-batches of a step.
         note: how it is cut down from what it stands for.
@@ -34,7 +34,7 @@ class Speed:
     """
 
     model: str
-    tuning: Literal["full", "pure", "lora", "qlora", "full compiled", "full float8", "lora compiled"]
+    tuning: Literal["full", "pure", "lora", "qlora", "full compiled", "full float8", "lora compiled", "qlora compiled"]
     layout: Layout
     recompute: Literal["none", "selective", "full"]
     sequences: tuple[int, ...]
@@ -90,6 +90,7 @@ _TWO: dict[str, Speed] = {
         _8B, "full float8", Layout(dp_shard=2), "none", _ROW, layers=16, note="16 of 32 layers", seconds=40
     ),
     "8b-lora-ddp2-compiled": Speed(_8B, "lora compiled", Layout(dp_replicate=2), "none", _ROW, seconds=40),
+    "8b-lora-tp2-compiled": Speed(_8B, "lora compiled", Layout(tp=2), "none", _ROW, seconds=40),
     **_bubbles(
         32, {"1f1b": (17, 15), "zbv": (7, 9, 8, 8), "interleaved_1f1b": (9, 8, 8, 7), "gpipe": (17, 15)}, ranks=2
     ),
@@ -137,6 +138,9 @@ _FOUR: dict[str, Speed] = {
     "8b-lora-ddp4": Speed(_8B, "lora", Layout(dp_replicate=4), "none", _ROW),
     "8b-lora-fsdp4": Speed(_8B, "lora", Layout(dp_shard=4), "none", _ROW),
     "8b-lora-tp4": Speed(_8B, "lora", Layout(tp=4), "none", _ROW),
+    "8b-lora-tp4-compiled": Speed(_8B, "lora compiled", Layout(tp=4), "none", _ROW, seconds=40),
+    "8b-qlora-tp4-compiled": Speed(_8B, "qlora compiled", Layout(tp=4), "none", _ROW, seconds=45),
+    "8b-full-fsdp2-tp2-compiled": Speed(_8B, "full compiled", Layout(dp_shard=2, tp=2), "none", _ROW, seconds=45),
     **_bubbles(
         32,
         {
@@ -197,6 +201,10 @@ _FOUR["8b-lora-pp4-interleaved_1f1b-one-group"] = replace(
     layout=replace(_INTERLEAVED.layout, pp_overlap_p2p=False),
     note=f"{_INTERLEAVED.note}; all sends and receives in one group",
 )
+_FOUR |= {
+    f"{name}-compiled": replace(_FOUR[name], tuning="lora compiled", seconds=60)
+    for name in ("8b-lora-pp4-1f1b", "8b-lora-pp4-interleaved_1f1b")
+}
 _EIGHT: dict[str, Speed] = {
     "8b-full-fsdp8": Speed(_8B, "full", Layout(dp_shard=8), "selective", _ROW, target=9000),
     "8b-full-fsdp8-compiled": Speed(_8B, "full compiled", Layout(dp_shard=8), "none", _ROW, target=9000, seconds=50),

@@ -49,6 +49,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "full compiled": {"finetuning_type": "full", "bf16": True, "torch_compile": True},
     "full float8": {"finetuning_type": "full", "bf16": True, "torch_compile": True, "fp8": True},
     "lora compiled": {"finetuning_type": "lora", "bf16": True, "torch_compile": True},
+    "qlora compiled": {"finetuning_type": "lora", "bf16": True, "quantization_bit": 4, "torch_compile": True},
 }
 
 

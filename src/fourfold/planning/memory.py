@@ -147,8 +147,9 @@ def _pools(
     if layout.shards == 1:
         moving = max(sum(moment) for moment in moments)
         largest = _largest_gradient(shape, job, layout, stage)
-        if job.engine != "eager":  # few blocks come and go within a compiled layer, and the loss makes nothing in fp32
-            logits = largest = 0
+        if job.engine != "eager":  # few blocks come and go within a compiled layer
+            largest = 0
+            logits = logits if shared else 0  # a compiled loss makes nothing in fp32; one that ranks share is not
         yield False, Pools(moving, 0, 0, logits, largest)
         return
     reduced = 4 if job.is_mixed else job.compute_bytes

@@ -53,7 +53,13 @@ class Predictor:
         """What will run the layers of a layout."""
         wishes = self.wishes
         return engine_of(
-            self.shape, self.job, layout, self.cluster.device, compiles=wishes.compiles, replays=wishes.replays
+            self.shape,
+            self.job,
+            layout,
+            self.cluster.device,
+            compiles=wishes.compiles,
+            replays=wishes.replays,
+            parts=wishes.compiles_parts,
         )
 
     def memory(self, form: Form) -> Memory:

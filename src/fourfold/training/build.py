@@ -256,7 +256,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
     if run.training.fp8:
         _use_float8(blocks, mesh)
     if fast.compiled:
-        if precision.narrow is not None and not mesh.layout.splits_model:  # FSDP gathers in the compute dtype
+        if precision.narrow is not None and mesh.layout.shards == 1:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
             join_wide_siblings(model.module, apart=_apart(run, model.module))
         widen_siblings(model.module)

@@ -19,7 +19,7 @@ from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
-from fourfold.planning.engines import wants_compiled
+from fourfold.planning.engines import asks_for_parts, compiles_parts, wants_compiled
 from fourfold.planning.job import EngineName
 from fourfold.training.precision import Precision
 
@@ -78,8 +78,12 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
 def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Iterator[str]:
     """Why neither goes."""
     layout, inner = mesh.layout, base_model(model.module)
-    if layout.tp * layout.cp * layout.pp * layout.ep > 1:
-        yield "the model is split by more than FSDP"
+    if layout.cp * layout.ep > 1:
+        yield "ranks share positions or experts"
+    if layout.splits_backward:
+        yield "zbv makes a layer's gradients in two parts"
+    if not compiles_parts(layout, experts=has_experts(inner), asked=asks_for_parts(run.training)):
+        yield "layers that tp or pp splits are compiled if torch_compile: true asks for it, and if they have no experts"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):

@@ -50,6 +50,28 @@ def test_engine_when_a_layout_is_planned_is_the_runs_own(
     assert engine_of(shape_of(model), job, layout, find_device(card), compiles=True, replays=True) == engine
 
 
+@pytest.mark.parametrize(
+    ("model", "layout", "engine"),
+    [
+        ("Llama-3-8B", Layout(tp=4), "compiled"),
+        ("Llama-3-8B", Layout(dp_shard=4, tp=2), "compiled"),
+        ("Llama-3-8B", Layout(dp_replicate=2, tp=2, pp=2, pp_schedule="interleaved_1f1b"), "compiled"),
+        ("Llama-3-8B", Layout(pp=4, pp_schedule="zbv"), "eager"),
+        ("Llama-3-8B", Layout(tp=2, cp=2), "eager"),
+        ("Qwen3-30B-A3B", Layout(tp=2), "eager"),
+        ("Qwen3-30B-A3B", Layout(dp_shard=2), "compiled"),
+    ],
+)
+def test_engine_when_layers_are_split_is_compiled_where_a_run_asks_for_it(
+    model: str, layout: Layout, engine: str, shape_of: Callable[[str], ModelShape]
+) -> None:
+    arguments = (shape_of(model), _FULL, layout, find_device("h100"))
+    assert engine_of(*arguments, compiles=True, replays=True, parts=True) == engine
+    assert engine_of(*arguments, compiles=False, replays=True, parts=True) == "eager"
+    assert Wishes.of(load({"torch_compile": True})).compiles_parts
+    assert not Wishes.of(load({})).compiles_parts
+
+
 def test_engine_when_attention_needs_more_than_offsets_is_eager(shape_of: Callable[[str], ModelShape]) -> None:
     capped = replace(shape_of("Llama-3-8B"), by_offsets=False)
     assert engine_of(capped, _FULL, Layout(), find_device("h100"), compiles=True, replays=True) == "eager"

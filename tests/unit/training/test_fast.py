@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fourfold.config.load import load
 from fourfold.models.adapters import attach
 from fourfold.models.forward import StepModel
 from fourfold.parallel.mesh import single
+from fourfold.planning.layout import Layout
 from fourfold.training import fast
 from fourfold.training.fast import Fast, what_goes, wished
 from fourfold.training.precision import resolve
@@ -25,14 +27,17 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "takes_offsets", lambda *_: True)
 
 
-def chosen(family: str, targets: str | None = None, *, balance: bool = False, **keys: Any) -> Fast:
+def chosen(
+    family: str, targets: str | None = None, *, balance: bool = False, layout: Layout | None = None, **keys: Any
+) -> Fast:
     """What goes of both, for a model with adapters on `targets`, or fully tuned."""
     tuning = {"finetuning_type": "full"} if targets is None else {"finetuning_type": "lora", "lora_target": targets}
     run = load({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", **tuning, **keys}, verb="train")
     precision = resolve(run)
     module = attach(tiny_model(family), run.model, run.tuning, trainable=True, master_dtype=precision.master)
     step_model = StepModel(module, packed=True, balance_experts=balance)
-    return what_goes(_BOTH, step_model, single(torch.device("cuda")), precision, run)
+    mesh = single(torch.device("cuda"))
+    return what_goes(_BOTH, step_model, mesh if layout is None else replace(mesh, layout=layout), precision, run)
 
 
 def test_choice_when_the_model_is_dense_is_both_with_adapters_and_compiled_without() -> None:
@@ -54,6 +59,26 @@ def test_choice_when_experts_have_adapters_or_their_balance_counts_is_neither(ca
     reasons = [message for message in caplog.messages if message.startswith("Layers are not compiled")]
     assert "adapters" in reasons[0]
     assert "balance" in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "reason"),
+    [
+        ("llama", Layout(tp=2), None),
+        ("llama", Layout(dp_shard=2, pp=2), None),
+        ("llama", Layout(pp=2, pp_schedule="zbv"), "in two parts"),
+        ("llama", Layout(tp=2, cp=2), "share positions"),
+        ("qwen3_moe", Layout(tp=2), "no experts"),
+    ],
+)
+def test_choice_when_tp_or_pp_split_layers_is_compiled_if_asked_for(
+    family: str, layout: Layout, reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast.log.propagate = True
+    caplog.set_level(logging.INFO)
+    assert chosen(family, layout=layout, bf16=True, torch_compile=True) == Fast(compiled=reason is None)
+    assert (reason or "Layers are compiled") in caplog.text
+    assert chosen(family, layout=layout, bf16=True) == Fast()
 
 
 @pytest.mark.parametrize(
