@@ -230,7 +230,8 @@ class _Rank:
         """Of logits and loss."""
         if not self.load.last:
             return Seconds(0.0, 0.0, 0.0)
-        return head_seconds(self.shape, self.job, self.tokens, self.layout.tp, self.cluster.device)
+        shared = self.layout.tp > 1 and self.layout.loss_parallel
+        return head_seconds(self.shape, self.job, self.tokens, self.layout.tp, self.cluster.device, shares_loss=shared)
 
     @cached_property
     def outer_sent(self) -> Sent:

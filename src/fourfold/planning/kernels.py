@@ -392,11 +392,16 @@ def _host_kernels(
     return found
 
 
-def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: Device) -> Seconds:
+def head_seconds(
+    shape: ModelShape, job: Job, tokens: float, tp: int, device: Device, *, shares_loss: bool = False
+) -> Seconds:
     """Logits, loss and their gradients for so many positions of a micro-batch.
 
     Under a frozen head the gradient is made with the logits, in the forward pass; under a trained one logits of more
     than one chunk are made again (parallel/loss.py), unless they are kept.
+
+    Args:
+        shares_loss: tp ranks share its vocabulary, and it is not compiled.
     """
     if not job.trained_share:
         return Seconds(0.0, 0.0, 0.0)
@@ -404,7 +409,7 @@ def head_seconds(shape: ModelShape, job: Job, tokens: float, tp: int, device: De
     chunk = min(positions, job.chunk)
     product = Product(-(-shape.vocab // tp), shape.hidden)
     one = product_seconds(device, product, chunk, job.compute, job.compute_bytes) * positions / max(chunk, 1.0)
-    moved = LOGIT_BYTES if job.engine == "eager" else COMPILED_LOGIT_BYTES
+    moved = LOGIT_BYTES if job.engine == "eager" or shares_loss else COMPILED_LOGIT_BYTES
     forward, backward = (memory_seconds(device, each * positions * product.rows) for each in moved)
     forward += HOST_HEAD * EAGER.launch_ops * device.host_op_s  # counted once: the host waits for nothing here
     if job.tuning != "full":

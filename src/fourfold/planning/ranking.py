@@ -8,7 +8,7 @@ equal within TIE go by simplicity.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from fourfold.planning.candidates import simplicity
@@ -79,7 +79,8 @@ def at_best(predictor: Predictor, layout: Layout) -> Form:
     # a pipeline's bubble is smaller with smaller micro-batches
     tried = {sizes[0], sizes[-1]} if layout.pp > 1 else {sizes[0]}
     lean = _stages_of_zero(predictor, layout)[0]
-    return max((Form(lean, kind, size) for size in sorted(tried)), key=lambda form: speed(predictor, form))
+    forms = (_keeping(predictor, Form(lean, kind, size), lambda _: True) for size in sorted(tried))
+    return max(forms, key=lambda form: speed(predictor, form))
 
 
 def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
@@ -103,21 +104,26 @@ def forms_of(predictor: Predictor, layout: Layout, limit: int) -> list[Form]:
     return ranked(predictor, found or [predictor.leanest(layout)])
 
 
-def keeping(predictor: Predictor, form: Form, limit: int) -> Form:
+def with_what_fits(predictor: Predictor, form: Form, limit: int) -> Form:
     """A form that keeps what a run finds room for; where `recompute` is given, no layer is spared."""
     plain = replace(form, keeps=NOTHING)
     loaded = sum(predictor.memory(plain).terms[name] for name in LOADED)
     most = min(limit, loaded + room_for_step(predictor.cluster.device.memory_bytes - loaded))
+    return _keeping(predictor, plain, lambda form: predictor.memory(form).device <= most)
+
+
+def _keeping(predictor: Predictor, plain: Form, fits: Callable[[Form], bool]) -> Form:
+    """A form that keeps all with which it fits."""
     keeps = what_fits(
         predictor.job_of(plain),
-        form.layout,
-        form.recompute,
-        form.micro_batch,
+        plain.layout,
+        plain.recompute,
+        plain.micro_batch,
         predictor.shape.num_layers,
-        lambda keeps: predictor.memory(replace(form, keeps=keeps)).device <= most,
+        lambda keeps: fits(replace(plain, keeps=keeps)),
         spares=predictor.wishes.recomputes == RECOMPUTES,
     )
-    return replace(form, keeps=keeps)
+    return replace(plain, keeps=keeps)
 
 
 def _unpacked_if_it_fits(predictor: Predictor, form: Form, limit: int) -> Form:

@@ -19,7 +19,7 @@ from fourfold.planning.job import Job
 from fourfold.planning.keeps import Keeps
 from fourfold.planning.layout import Layout
 from fourfold.planning.predictor import Form, Predictor
-from fourfold.planning.ranking import at_best, best_without, forms_of, keeping, ranked, speed, worth
+from fourfold.planning.ranking import at_best, best_without, forms_of, ranked, speed, with_what_fits, worth
 from fourfold.planning.reasons import reason_of
 from fourfold.planning.rescues import Rescue, find_rescues
 from fourfold.planning.shape import ModelShape
@@ -108,12 +108,13 @@ def _ranked(plan: Plan, predictor: Predictor, limit: int) -> Plan:
     best = ranked(predictor, [forms[0] for forms in found.values()])[:_MOST_RANKED]
     others = ranked(predictor, [form for forms in found.values() for form in forms[1:]])
     best = best + others[: _MOST_RANKED - len(best)]
-    best = ranked(predictor, [keeping(predictor, form, limit) for form in best])
+    best = ranked(predictor, [with_what_fits(predictor, form, limit) for form in best])
     without: dict[str, Estimate | None] = {}
     for axis in axes_in_use(best[0].layout):
         rest = [layout for layout in fitting if axis not in axes_in_use(layout)]
         form = best_without(predictor, rest, limit, found)
-        without[axis] = None if form is None else _estimate(predictor, keeping(predictor, form, limit), whole, {})
+        form = None if form is None else with_what_fits(predictor, form, limit)
+        without[axis] = None if form is None else _estimate(predictor, form, whole, {})
     estimates = tuple(_estimate(predictor, form, whole, {} if i else without) for i, form in enumerate(best))
     named = {_sizes(form.layout) for form in best}
     left = [layout for layout in order if _sizes(layout) not in named]

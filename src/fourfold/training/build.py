@@ -38,6 +38,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
+from fourfold.parallel.stages import Skip
 from fourfold.parallel.step import LossFunction, Step, no_figures
 from fourfold.planning.job import LOW_MEMORY_CHUNK
 from fourfold.training.fast import NOTHING_FAST, Fast, what_goes
@@ -182,7 +183,8 @@ class Built:
             join_gradients(self.module)
 
     def _layers(self) -> list[nn.Module]:
-        return list(decoder_blocks(base_model(self.module))[1])
+        """The decoder layers of this rank."""
+        return [layer for layer in decoder_blocks(base_model(self.module))[1] if not isinstance(layer, Skip)]
 
 
 def build(

@@ -80,10 +80,10 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
     layout, inner = mesh.layout, base_model(model.module)
     if layout.cp * layout.ep > 1:
         yield "ranks share positions or experts"
-    if layout.splits_backward:
-        yield "zbv makes a layer's gradients in two parts"
-    if not compiles_parts(layout, experts=has_experts(inner), asked=asks_for_parts(run.training)):
-        yield "layers that tp or pp splits are compiled if torch_compile: true asks for it, and if they have no experts"
+    if not compiles_parts(layout, experts=has_experts(inner), asked=True):
+        yield "zbv makes gradients in two parts" if layout.splits_backward else "ranks have parts of its experts"
+    elif not compiles_parts(layout, experts=has_experts(inner), asked=asks_for_parts(run.training)):
+        yield "tp or pp splits them; torch_compile: true compiles them all the same"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):

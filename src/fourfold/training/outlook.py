@@ -144,7 +144,7 @@ class Outlook:
         return estimate_memory(self.shape, self.heaviest, self.layout, recompute, micro_batch, rank=rank, device=device)
 
     def keeping(self, keeps: Keeps) -> Outlook:
-        """The same, of which nothing is kept yet, with what there is room for."""
+        """The same run where just so much is kept."""
         return replace(self, job=keeps.job(self.job), heaviest=keeps.job(self.heaviest))
 
     def what_fits(self, recompute: Recompute, micro_batch: int, free: int, *, spares: bool = True) -> Keeps:

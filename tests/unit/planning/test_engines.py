@@ -10,11 +10,13 @@ import pytest
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from fourfold.config.load import load
+from fourfold.config.parallel import ParallelConfig
 from fourfold.families.shared_positions import has_plain_scores, is_exchangeable
 from fourfold.planning.config_lines import parallel_config
 from fourfold.planning.engines import engine_of
 from fourfold.planning.hardware import build_cluster, find_device
 from fourfold.planning.job import Job
+from fourfold.planning.keeps import Keeps
 from fourfold.planning.layout import Layout
 from fourfold.planning.report import best_config
 from fourfold.planning.search import search
@@ -70,6 +72,24 @@ def test_engine_when_layers_are_split_is_compiled_where_a_run_asks_for_it(
     assert engine_of(*arguments, compiles=False, replays=True, parts=True) == "eager"
     assert Wishes.of(load({"torch_compile": True})).compiles_parts
     assert not Wishes.of(load({})).compiles_parts
+
+
+def test_plan_when_there_is_room_says_what_a_run_keeps(shape_of: Callable[[str], ModelShape]) -> None:
+    shape, wishes = shape_of("Llama-3.2-3B"), Wishes(compiles=True)
+    job = replace(_FULL, sequence=4096, micro_batch=8192, sequences_per_step=2)
+    one = search(shape, job, build_cluster("h100"), wishes).best
+    assert one is not None
+    assert one.keeps == Keeps(logits=True, copies=True)
+    assert (one.as_json()["layout"]["keeps_logits"], one.as_json()["layout"]["keeps_copies"]) == (True, True)
+    assert "logits and copies of weights in 16 bits are kept" in one.reason
+    full = replace(wishes, parallel=ParallelConfig(strategy="fsdp"))
+    sharded = search(shape, replace(job, sequences_per_step=32), build_cluster("h100", 8), full).best
+    assert sharded is not None
+    assert sharded.keeps == Keeps(logits=True)
+    for other, asked in ((job, Wishes()), (replace(job, host_embedding=True), wishes)):
+        found = search(shape, other, build_cluster("h100"), asked).best
+        assert found is not None
+        assert (found.keeps.logits, found.keeps.copies) == (False, False)
 
 
 def test_engine_when_attention_needs_more_than_offsets_is_eager(shape_of: Callable[[str], ModelShape]) -> None:

@@ -68,7 +68,7 @@ def test_choice_when_experts_have_adapters_or_their_balance_counts_is_neither(ca
         ("llama", Layout(dp_shard=2, pp=2), None),
         ("llama", Layout(pp=2, pp_schedule="zbv"), "in two parts"),
         ("llama", Layout(tp=2, cp=2), "share positions"),
-        ("qwen3_moe", Layout(tp=2), "no experts"),
+        ("qwen3_moe", Layout(tp=2), "parts of its experts"),
     ],
 )
 def test_choice_when_tp_or_pp_split_layers_is_compiled_if_asked_for(
