@@ -28,7 +28,7 @@ from fourfold.training.precision import resolve
 
 def _join_layers(run: Any, mesh: Mesh, module: Any) -> None:
     """As a GPU has it."""
-    if not mesh.layout.splits_model:
+    if mesh.layout.shards == 1:
         join_siblings(module, apart=building._apart(run, module))
 
 

@@ -52,7 +52,6 @@ IN_EVERY_RUN = {
     ("ddp2", "llama-full"),
     ("zero3-2", "llama-full"),
     ("tp2", "llama-lora"),
-    ("pp2", "llama-full"),
 }
 
 

@@ -14,7 +14,6 @@ import torch._dynamo
 from harness import run_ranks
 
 from compiled_building import build_as_on_a_gpu, train_built
-from fourfold.models.masters import WideLinear
 from fourfold.parallel.mesh import build_mesh, single
 from fourfold.parallel.recompute import Recompute
 from fourfold.planning.layout import Layout
@@ -45,15 +44,15 @@ Found = tuple[list[float], dict[str, torch.Tensor], int, int]
 def _train(
     folder: Path, layout: Layout, wishes: Fast, keys: dict[str, Any], recompute: Recompute = "none"
 ) -> list[Found]:
-    """Of each rank, losses and weights, how many layers have wide products, and how many graphs were compiled."""
+    """Of each rank, losses and weights, how many layers are joined, and how many graphs were compiled."""
 
     def work() -> Found:
         mesh = build_mesh(layout, _CPU) if layout.world_size > 1 else single(_CPU)
         built = build_as_on_a_gpu(folder, wishes, mesh, **keys)
         assert built.recompute(recompute) == recompute
-        wide = sum(isinstance(layer, WideLinear) for layer in built.module.modules())
+        groups = {id(layer.siblings[1]) for layer in built.module.modules() if getattr(layer, "siblings", None)}
         losses, weights = train_built(built)
-        return losses, weights, wide, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return losses, weights, len(groups), torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     return run_ranks(layout.world_size, work)
 
@@ -73,10 +72,10 @@ def test_training_when_built_to_run_compiled_on_parts_is_that_of_layers_as_they_
     ((whole, *_),) = _train(tmp_path, Layout(), NOTHING_FAST, keys)
     plain = _train(tmp_path, _LAYOUTS[layout], NOTHING_FAST, keys)
     found = _train(tmp_path, _LAYOUTS[layout], Fast(compiled=True), keys, recompute)
-    for (losses, weights, wide, graphs), (_, before, none, no_graphs) in zip(found, plain, strict=True):
+    for (losses, weights, groups, graphs), (_, before, none, no_graphs) in zip(found, plain, strict=True):
         assert (none, no_graphs) == (0, 0)
         assert graphs > 0
-        assert tuning == "lora" or wide > 0  # of adapters none is called
+        assert groups == 2 * 4 / _LAYOUTS[layout].pp  # of a layer: queries, keys and values; gate and up
         assert mean(abs(a - b) for a, b in zip(losses, whole, strict=True)) <= 2e-3
         assert weights.keys() == before.keys()
         apart = torch.cat([(weight - before[name]).flatten() for name, weight in weights.items()])

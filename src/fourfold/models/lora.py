@@ -224,7 +224,7 @@ def join_siblings(model: nn.Module, *, apart: frozenset[str] = frozenset()) -> i
     none of them may be replaced or resized afterwards.
 
     Args:
-        model: on its device, not split over ranks.
+        model: on its device, with the weights that this rank has for good.
         apart: names of layers that stay by themselves.
     Returns:
         how many groups there are.

@@ -236,19 +236,19 @@ def _adapter_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, s
     if weight.kind == "experts":
         rows, rest = cut_numel(shape, layout, weight)
         merged = rows * rest
-    return Part(held * job.master_bytes + _room_beside(job, layout, weight), 0, held, gathered, whole, 0, merged)
+    return Part(held * job.master_bytes + _room_beside(shape, job, layout, weight), 0, held, gathered, whole, 0, merged)
 
 
-def _room_beside(job: Job, layout: Layout, weight: Weight) -> int:
+def _room_beside(shape: ModelShape, job: Job, layout: Layout, weight: Weight) -> int:
     """Bytes of the columns beside a frozen weight for low-rank terms of its input (models/wide_rank.py)."""
-    whole = not layout.splits_model and layout.shards == 1
-    if job.engine == "eager" or job.bits is not None or not whole or len(weight.shape) != 2:
+    if job.engine == "eager" or job.bits is not None or layout.shards > 1 or len(weight.shape) != 2:
         return 0
     name = weight.name.removesuffix(".weight").rpartition(".")[2]
     group = next((group for group in OF_ONE_INPUT if name in group), ())
     if "all" not in job.lora_targets and not set(group) <= set(job.lora_targets):
         return 0
-    return weight.shape[0] * columns_of_rank(len(group) * job.lora_rank) * job.compute_bytes
+    rows, _ = cut_numel(shape, layout, weight)
+    return rows * columns_of_rank(len(group) * job.lora_rank) * job.compute_bytes
 
 
 def _sum(parts: Iterable[Part]) -> Part:

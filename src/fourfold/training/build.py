@@ -223,6 +223,9 @@ def build(
         inner, list(decoder_blocks(inner)[1]), mesh, compute=precision.narrow, fill=fill, vocabulary=vocabulary
     )
     model.take(split)
+    if fast.compiled and mesh.layout.splits_model and mesh.layout.shards == 1:
+        _join_layers(run, mesh, module)  # now that this rank has its parts of their weights
+        widen_siblings(module)
     if mesh.layout.world_size == 1 and not fast.graphs:
         add_within_products(decoder_blocks(inner)[1])
     if mesh.layout.splits_model or mesh.layout.shards > 1:
@@ -237,7 +240,8 @@ def _prepare_layers(run: Run, precision: Precision, mesh: Mesh, module: TunedMod
     training = run.training
     if not mesh.layout.splits_backward:  # one function cannot make its gradients in two parts
         use_short_forward(module)
-    _join_layers(run, mesh, module)
+    if not mesh.layout.splits_model:
+        _join_layers(run, mesh, module)
     if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
         _keep_embedding_on_host(base_model(module))
     noise = NoiseKeys(training.seed)
@@ -261,7 +265,8 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         if precision.narrow is not None and mesh.layout.shards == 1:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
             join_wide_siblings(model.module, apart=_apart(run, model.module))
-        widen_siblings(model.module)
+        if not mesh.layout.splits_model:
+            widen_siblings(model.module)
         model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs
@@ -270,8 +275,8 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
 
 
 def _join_layers(run: Run, mesh: Mesh, module: nn.Module) -> None:
-    """Let layers of one input be one product, on a GPU that has the whole model."""
-    if mesh.device.type == "cuda" and not mesh.layout.splits_model and mesh.layout.offload == "none":
+    """Let layers of one input be one product, on a GPU that has all that it needs of them."""
+    if mesh.device.type == "cuda" and mesh.layout.shards == 1 and mesh.layout.offload == "none":
         # on a CPU it is no faster, and takes memory (docs/lab-notes.md)
         join_siblings(module, apart=_apart(run, module))
 
