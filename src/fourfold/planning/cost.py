@@ -230,8 +230,9 @@ class _Rank:
         """Of logits and loss."""
         if not self.load.last:
             return Seconds(0.0, 0.0, 0.0)
-        shared = self.layout.tp > 1 and self.layout.loss_parallel
-        return head_seconds(self.shape, self.job, self.tokens, self.layout.tp, self.cluster.device, shares_loss=shared)
+        layout, device = self.layout, self.cluster.device
+        shared = layout.shares_vocabulary
+        return head_seconds(self.shape, self.job, self.tokens, layout.tp, device, shares_loss=shared)
 
     @cached_property
     def outer_sent(self) -> Sent:
@@ -291,8 +292,7 @@ class _Rank:
         moved = self.exchange.copied
         if self.layout.shards == 1:
             casts = 0 if not job.is_mixed else compute if job.keeps_copies else 2 * (master + compute) * count
-            copies_itself = job.tuning != "lora" and job.is_mixed and job.engine != "eager" and not job.float8
-            adds_itself = copies_itself and self.layout.world_size == 1
+            adds_itself = job.copies_itself and self.layout.world_size == 1
             moved += self.trained * (casts + (1 if adds_itself else 3) * master * (count - 1))
         else:
             moved += self.trained * (master + compute) * count

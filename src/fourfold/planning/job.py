@@ -112,6 +112,11 @@ class Job:
         return self.master_bytes > self.compute_bytes
 
     @property
+    def copies_itself(self) -> bool:
+        """Whether layers, and not autocast, copy trained weights to the compute dtype (models/masters.py)."""
+        return self.tuning != "lora" and self.is_mixed and self.engine != "eager" and not self.float8
+
+    @property
     def tokens_per_step(self) -> int:
         """Positions of an optimizer step over all ranks."""
         return self.sequences_per_step * self.sequence

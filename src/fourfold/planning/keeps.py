@@ -110,5 +110,4 @@ def may_keep_copies(job: Job, layout: Layout) -> bool:
     the least memory is asked for.
     """
     whole = layout.tp == 1 and layout.pp == 1 and layout.shards == 1 and layout.offload == "none"
-    copies = job.tuning != "lora" and job.is_mixed and job.engine != "eager" and not job.float8
-    return whole and copies and job.optim == "adamw_torch" and not job.host_embedding
+    return whole and job.copies_itself and job.optim == "adamw_torch" and not job.host_embedding

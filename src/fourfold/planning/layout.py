@@ -84,6 +84,11 @@ class Layout:
         return self.zero == 3 if self.reshard is None else self.reshard
 
     @property
+    def shares_vocabulary(self) -> bool:
+        """Whether ranks share the vocabulary of the loss."""
+        return self.tp > 1 and self.loss_parallel
+
+    @property
     def overlaps_p2p(self) -> bool:
         """Whether sends and receives between stages have groups of their own."""
         return self.pp > 1 and self.pp_schedule == "interleaved_1f1b" and self.pp_overlap_p2p

@@ -123,7 +123,7 @@ def _own_pools(work: RankWork, moments: Sequence[Moment]) -> Pools:
     if work.job.engine == "eager":
         return Pools(moving, 0, 0, _wide_logits(work), _largest_gradient(work))
     # few blocks come and go within a compiled layer; its loss makes nothing in fp32, but where ranks share it
-    return Pools(moving, 0, 0, _wide_logits(work) if work.shares_vocabulary else 0, 0)
+    return Pools(moving, 0, 0, _wide_logits(work) if work.layout.shares_vocabulary else 0, 0)
 
 
 def _wide_logits(work: RankWork) -> int:

@@ -102,7 +102,7 @@ def _logit_bytes(work: RankWork) -> tuple[int, int]:
         rows = min(scored, job.chunk // 2)
         taught = rows * (_TAUGHT_LOGIT_BYTES * own + _TAUGHT_CHUNK_BYTES * min(_TAUGHT_CHUNK, own))
         return taught, taught
-    if work.shares_vocabulary:
+    if work.layout.shares_vocabulary:
         return _FORWARD_LOGIT_BYTES * scored * own, _SHARED_LOGIT_BYTES * scored * own
     if job.engine == "eager":
         return _FORWARD_LOGIT_BYTES * scored * own, _LOGIT_BYTES * scored * own

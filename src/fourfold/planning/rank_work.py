@@ -68,14 +68,9 @@ class RankWork:
         return self.layers.replayed > 0
 
     @property
-    def shares_vocabulary(self) -> bool:
-        """Whether ranks share the vocabulary of the loss."""
-        return self.layout.tp > 1 and self.layout.loss_parallel
-
-    @property
     def own_vocabulary(self) -> int:
         """Tokens that it has logits of."""
-        return -(-self.shape.vocab // self.layout.tp) if self.shares_vocabulary else self.shape.vocab
+        return -(-self.shape.vocab // self.layout.tp) if self.layout.shares_vocabulary else self.shape.vocab
 
     @property
     def scored(self) -> int:
@@ -102,4 +97,4 @@ class RankWork:
     def head_beside_logits(self) -> bool:
         """Whether the gradient of the head is there beside logits: those of the chunks after the first, or those that
         ranks share, which are kept until both gradients are made."""
-        return self.scored > self.job.chunk or self.shares_vocabulary
+        return self.scored > self.job.chunk or self.layout.shares_vocabulary

@@ -265,8 +265,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         if precision.narrow is not None and mesh.layout.shards == 1:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
             join_wide_siblings(model.module, apart=_apart(run, model.module))
-        if not mesh.layout.splits_model:
-            widen_siblings(model.module)
+        widen_siblings(model.module)
         model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs

@@ -78,17 +78,18 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
 def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Iterator[str]:
     """Why neither goes."""
     layout, inner = mesh.layout, base_model(model.module)
+    experts = has_experts(inner)
     if layout.cp * layout.ep > 1:
         yield "ranks share positions or experts"
-    if not compiles_parts(layout, experts=has_experts(inner), asked=True):
+    if not compiles_parts(layout, experts=experts, asked=True):
         yield "zbv makes gradients in two parts" if layout.splits_backward else "ranks have parts of its experts"
-    elif not compiles_parts(layout, experts=has_experts(inner), asked=asks_for_parts(run.training)):
+    elif not compiles_parts(layout, experts=experts, asked=asks_for_parts(run.training)):
         yield "tp or pp splits them; torch_compile: true compiles them all the same"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
         yield "its attention needs more than the documents' offsets"
-    if has_experts(inner):
+    if experts:
         if precision.compute != torch.bfloat16:
             yield "products of its experts are compiled in bf16 alone"
         if any(isinstance(module, ParamWrapper) for module in inner.modules()):
