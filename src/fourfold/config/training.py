@@ -94,8 +94,7 @@ class TrainingConfig(Section):
     )  # fmt: skip
     torch_compile: bool | None = key(
         None,
-        "Compile the decoder layers; default: on GPUs, in runs that are long enough for it to pay, unless tp or pp "
-        "splits them.",
+        "Compile the decoder layers; default: on GPUs, in runs that are long enough for it to pay.",
         group="Precision and memory",
     )
     cuda_graphs: bool | None = key(

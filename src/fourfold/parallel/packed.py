@@ -80,20 +80,25 @@ def cut_packed(layer: nn.Linear, name: str, cut: Cut) -> None:
     layer.quant_state = part  # type: ignore[assignment]
 
 
-def store_packed_as(root: nn.Module, dtype: torch.dtype) -> None:
+def store_packed_as(root: nn.Module, dtype: torch.dtype) -> bool:
     """Let packed weights lie in tensors of a floating dtype, in place: the same bytes under another name.
 
-    FSDP gathers them with the rest of their layer, and before torch 2.12 it cannot hold parameters of integers.
+    FSDP gathers them with the rest of their layer, and before torch 2.12 it cannot hold parameters of integers. As
+    numbers some are NaNs, so what copies them must copy their bits.
 
     Args:
         dtype: the one that FSDP gathers in, so that it casts nothing.
+    Returns:
+        whether there are any.
     """
-    for layer in root.modules():
-        if isinstance(layer, nn.Linear) and is_packed(layer) and layer.weight.dtype != dtype:
-            weight: Any = layer.weight
+    layers = [layer for layer in root.modules() if isinstance(layer, nn.Linear) and is_packed(layer)]
+    for layer in layers:
+        weight: Any = layer.weight
+        if weight.dtype != dtype:
             data = weight.data.reshape(-1).view(torch.uint8).view(dtype).reshape(-1, 1)
             layer.weight = wrap_packed(layer, data, weight.quant_state)
             layer.quant_storage = dtype  # type: ignore[assignment]
+    return bool(layers)
 
 
 def wrap_packed(layer: nn.Linear, data: torch.Tensor, state: Any) -> nn.Parameter:

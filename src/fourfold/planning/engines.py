@@ -77,28 +77,21 @@ def wants_compiled(training: TrainingConfig, max_steps: int | None) -> bool:
     return training.fp8 or max_steps is None or max_steps >= STEPS_TO_PAY
 
 
-def asks_for_parts(training: TrainingConfig) -> bool:
-    """Whether a run asks for compiled layers also where ranks of tp or pp have parts of the model: by its key alone,
-    until their speed there is measured."""
-    return training.torch_compile is True
-
-
-def compiles_parts(layout: Layout, *, experts: bool, asked: bool) -> bool:
+def compiles_parts(layout: Layout, *, experts: bool) -> bool:
     """Whether layers can be compiled under a layout's tp and pp; the reasons: training/fast.py."""
-    return layout.tp * layout.pp == 1 or (asked and not experts and not layout.splits_backward)
+    return layout.tp * layout.pp == 1 or not (experts or layout.splits_backward)
 
 
 def engine_of(
-    shape: ModelShape, job: Job, layout: Layout, device: Device, *, compiles: bool, replays: bool, parts: bool = False
+    shape: ModelShape, job: Job, layout: Layout, device: Device, *, compiles: bool, replays: bool
 ) -> EngineName:
     """What will run the layers of a job.
 
     Args:
         device: bf16 is a sign of the generation that has the attention kernel of documents' offsets.
         compiles, replays: whether the run's keys allow for it.
-        parts: as `asks_for_parts` has it.
     """
-    goes = compiles_parts(layout, experts=shape.experts > 0, asked=parts)
+    goes = compiles_parts(layout, experts=shape.experts > 0)
     goes = goes and layout.cp * layout.ep == 1 and layout.offload == "none"
     fits = job.packed and shape.by_offsets and job.compute != "fp32" and "bf16" in device.dense
     if not (compiles and goes and fits) or (shape.experts and not _compiles_experts(shape, job)):

@@ -59,7 +59,6 @@ class Predictor:
             self.cluster.device,
             compiles=wishes.compiles,
             replays=wishes.replays,
-            parts=wishes.compiles_parts,
         )
 
     def memory(self, form: Form) -> Memory:

@@ -12,7 +12,7 @@ from fourfold.config.parallel import ParallelConfig
 from fourfold.config.schema import Run
 from fourfold.families.shared_positions import CHANGING_ROTATION
 from fourfold.families.tensor_styles import TENSOR_FAMILIES
-from fourfold.planning.engines import asks_for_parts, wants_compiled
+from fourfold.planning.engines import wants_compiled
 from fourfold.planning.job import RECOMPUTES, Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
@@ -33,7 +33,6 @@ class Wishes:
         per_rank: sequences of a step on each data-parallel rank; None where the job's number is of all ranks.
         ruled_out: axis -> why the run's other keys rule it out.
         compiles, replays: whether layers may be compiled, and micro-batches replayed as graphs.
-        compiles_parts: also where ranks of tp or pp have parts of the model.
         compiles_by_default: they are, since the run is taken to be a long one.
     """
 
@@ -44,7 +43,6 @@ class Wishes:
     compiles: bool = False
     replays: bool = False
     compiles_by_default: bool = False
-    compiles_parts: bool = False
 
     @classmethod
     def of(cls, run: Run) -> Wishes:
@@ -59,7 +57,6 @@ class Wishes:
             compiles=_compiles(run),
             replays=run.training.cuda_graphs is not False,
             compiles_by_default=training.torch_compile is None and training.max_steps <= 0 and not training.fp8,
-            compiles_parts=asks_for_parts(training),
         )
 
     def is_given(self, name: str) -> bool:

@@ -19,7 +19,7 @@ from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
-from fourfold.planning.engines import asks_for_parts, compiles_parts, wants_compiled
+from fourfold.planning.engines import compiles_parts, wants_compiled
 from fourfold.planning.job import EngineName
 from fourfold.training.precision import Precision
 
@@ -81,10 +81,8 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
     experts = has_experts(inner)
     if layout.cp * layout.ep > 1:
         yield "ranks share positions or experts"
-    if not compiles_parts(layout, experts=experts, asked=True):
+    if not compiles_parts(layout, experts=experts):
         yield "zbv makes gradients in two parts" if layout.splits_backward else "ranks have parts of its experts"
-    elif not compiles_parts(layout, experts=experts, asked=asks_for_parts(run.training)):
-        yield "tp or pp splits them; torch_compile: true compiles them all the same"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):

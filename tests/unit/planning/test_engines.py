@@ -33,8 +33,8 @@ _FULL, _LORA = Job(tuning="full"), Job(tuning="lora")
         ("Llama-3-8B", _FULL, Layout(), "h100", "compiled"),
         ("Llama-3-8B", _LORA, Layout(dp_replicate=2), "h100", "compiled"),
         ("Llama-3-8B", _FULL, Layout(dp_shard=8), "4090", "compiled"),
-        ("Llama-3-8B", _FULL, Layout(dp_shard=4, tp=2), "h100", "eager"),
-        ("Llama-3-8B", _FULL, Layout(pp=2), "h100", "eager"),
+        ("Llama-3-8B", _FULL, Layout(dp_shard=4, tp=2), "h100", "compiled"),
+        ("Llama-3-8B", _FULL, Layout(pp=2), "h100", "compiled"),
         ("Llama-3-8B", _FULL, Layout(cp=2), "h100", "eager"),
         ("Llama-3-8B", _FULL, Layout(dp_shard=2, offload="params"), "h100", "eager"),
         ("Llama-3-8B", replace(_LORA, compute="fp32"), Layout(), "h100", "eager"),
@@ -64,14 +64,12 @@ def test_engine_when_a_layout_is_planned_is_the_runs_own(
         ("Qwen3-30B-A3B", Layout(dp_shard=2), "compiled"),
     ],
 )
-def test_engine_when_layers_are_split_is_compiled_where_a_run_asks_for_it(
+def test_engine_when_layers_are_split_is_compiled_but_for_zbv_and_experts(
     model: str, layout: Layout, engine: str, shape_of: Callable[[str], ModelShape]
 ) -> None:
     arguments = (shape_of(model), _FULL, layout, find_device("h100"))
-    assert engine_of(*arguments, compiles=True, replays=True, parts=True) == engine
-    assert engine_of(*arguments, compiles=False, replays=True, parts=True) == "eager"
-    assert Wishes.of(load({"torch_compile": True})).compiles_parts
-    assert not Wishes.of(load({})).compiles_parts
+    assert engine_of(*arguments, compiles=True, replays=True) == engine
+    assert engine_of(*arguments, compiles=False, replays=True) == "eager"
 
 
 def test_plan_when_there_is_room_says_what_a_run_keeps(shape_of: Callable[[str], ModelShape]) -> None:

@@ -71,14 +71,13 @@ def test_choice_when_experts_have_adapters_or_their_balance_counts_is_neither(ca
         ("qwen3_moe", Layout(tp=2), "parts of its experts"),
     ],
 )
-def test_choice_when_tp_or_pp_split_layers_is_compiled_if_asked_for(
+def test_choice_when_tp_or_pp_split_layers_is_compiled_but_for_zbv_and_experts(
     family: str, layout: Layout, reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     fast.log.propagate = True
     caplog.set_level(logging.INFO)
-    assert chosen(family, layout=layout, bf16=True, torch_compile=True) == Fast(compiled=reason is None)
+    assert chosen(family, layout=layout, bf16=True) == Fast(compiled=reason is None)
     assert (reason or "Layers are compiled") in caplog.text
-    assert chosen(family, layout=layout, bf16=True) == Fast()
 
 
 @pytest.mark.parametrize(
