@@ -205,6 +205,23 @@ _FOUR |= {
     f"{name}-compiled": replace(_FOUR[name], tuning="lora compiled", seconds=60)
     for name in ("8b-lora-pp4-1f1b", "8b-lora-pp4-interleaved_1f1b")
 }
+_FOUR |= {
+    f"70b-40layers-lora-{name}-compiled": Speed(
+        _70B,
+        "lora compiled",
+        layout,
+        "none",
+        (2048,),
+        batches,
+        layers=40,
+        note="40 of 80 layers, 16 rows of 2,048 a step, for the choice between shards and stages",
+        seconds=60,
+    )
+    for name, layout, batches in (
+        ("pp4-1f1b", Layout(pp=4, pp_layers=(10, 10, 10, 10)), 16),
+        ("fsdp4", Layout(dp_shard=4), 4),
+    )
+}
 _EIGHT: dict[str, Speed] = {
     "8b-full-fsdp8": Speed(_8B, "full", Layout(dp_shard=8), "selective", _ROW, target=9000),
     "8b-full-fsdp8-compiled": Speed(_8B, "full compiled", Layout(dp_shard=8), "none", _ROW, target=9000, seconds=50),

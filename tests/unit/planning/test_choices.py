@@ -180,8 +180,8 @@ KNOWN: list[tuple[str, str, str, Holds]] = [
     ("Llama-3-8B", "8x80", "lora", lambda layout: layout == Layout(dp_replicate=8)),
     ("Llama-3-8B", "4x8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=32)),
     ("Llama-3-70B", "1x80", "qlora", lambda layout: layout == Layout()),
-    # two whole copies of half a model each, with everything kept, are 8 % faster than shards that recompute
-    ("Llama-3-70B", "8x141", "lora", lambda layout: layout in (Layout(dp_shard=8), Layout(dp_replicate=4, tp=2))),
+    # half of its layers took 2.62 s a step in four stages over 4 H100, compiled, everything kept, and 3.10 s in shards
+    ("Llama-3-70B", "8x141", "lora", lambda layout: layout == Layout(dp_replicate=2, pp=4)),
     ("Llama-3-70B", "4x8x80", "full", lambda layout: layout.shards > 8 and layout.pp == 1),
     ("Llama-3.1-405B", "64x8x80", "full", lambda layout: layout.shards > 8 and layout.tp * layout.pp > 1),
     # 16 layers of it over 4 H100 took 0.41 s a step in shards, compiled, and 1.06 s with experts apart, as they are

@@ -33,14 +33,19 @@ _LESS_NEAR = {
 """Predicted over measured memory: what a layer of long rows works with is put too high by half a gigabyte."""
 
 
-_HELD_IN_PIECES = {"70b-qlora-fsdp4": 0.91, "8b-lora-64k-cp4-ring": 0.915, "30b-16layers-full-ep4": 0.93}
+_HELD_OTHERWISE = {
+    "70b-qlora-fsdp4": 0.91,
+    "8b-lora-64k-cp4-ring": 0.915,
+    "30b-16layers-full-ep4": 0.93,
+    "70b-40layers-lora-fsdp4-compiled": 1.076,
+}
 """Predicted over measured reserved memory of what the allocator held more of than is known why: 2.8 GiB of 31.0, the
 same before and after pieces that loading leaves were given back; 1.7 of 20.3 around the ring; and 3.6 of 52.7 beside
-experts that one rank each holds."""
+experts that one rank each holds. And less of 49.7 for layers of 1.6 GiB: 3.3 beside what is allocated, 6.8 predicted."""
 
 
 def test_rows_are_those_of_every_layout_that_ran() -> None:
-    assert len(_ROWS) == 27
+    assert len(_ROWS) == 34
     assert all(row["losses_finite"] for row in _ROWS.values())
 
 
@@ -56,8 +61,8 @@ def test_memory_when_compared_with_every_rank_is_within_the_tolerance(name: str)
         if "reserved_gib" not in row:  # measured while gradients lay apart
             continue
         reserved = found.reserved / GIB / max(row["reserved_gib"][own])
-        if name in _HELD_IN_PIECES:
-            assert reserved == pytest.approx(_HELD_IN_PIECES[name], abs=0.01)
+        if name in _HELD_OTHERWISE:
+            assert reserved == pytest.approx(_HELD_OTHERWISE[name], abs=0.01)
         else:
             assert 1 - _MOST_UNDER <= reserved <= 1 + _MOST_OVER
 
@@ -80,7 +85,12 @@ def test_step_time_when_compared_with_measured_layouts_is_within_the_tolerance(n
 
 
 def test_step_time_when_layouts_of_one_job_are_compared_ranks_them_as_they_were() -> None:
-    for names in (("8b-lora-ddp4", "8b-lora-fsdp4"), ("8b-lora-pp4-1f1b", "8b-lora-pp4-zbv")):
+    for names in (
+        ("8b-lora-ddp4", "8b-lora-fsdp4"),
+        ("8b-lora-pp4-1f1b", "8b-lora-pp4-zbv"),
+        ("8b-lora-tp4-compiled", "8b-qlora-tp4-compiled"),
+        ("70b-40layers-lora-pp4-1f1b-compiled", "70b-40layers-lora-fsdp4-compiled"),
+    ):
         measured = [_ROWS[name]["step_s"] for name in names]
         predicted = [predict(_ROWS[name], "h100")["predicted_step_s"] for name in names]
         assert measured == sorted(measured)
