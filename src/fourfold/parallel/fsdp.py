@@ -110,7 +110,8 @@ def _copy_bits() -> Library:
     def copy_in(inputs: list[Tensor], output: Tensor, sizes: list[int], numel: int, rank: int) -> tuple[Tensor, Tensor]:
         own = output.narrow(0, numel * rank, numel)
         with torch.no_grad():
-            torch._foreach_copy_([_bits(part) for part in own.split(sizes)], [_bits(part) for part in inputs])
+            parts = [_bits(part) for part in own.split(sizes)]
+            torch._foreach_copy_(parts, [_bits(part) for part in inputs])  # pyright: ignore[reportPrivateImportUsage]
         return own, output
 
     library = Library("fsdp", "IMPL")

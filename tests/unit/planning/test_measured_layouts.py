@@ -41,7 +41,7 @@ _HELD_OTHERWISE = {
 }
 """Predicted over measured reserved memory of what the allocator held more of than is known why: 2.8 GiB of 31.0, the
 same before and after pieces that loading leaves were given back; 1.7 of 20.3 around the ring; and 3.6 of 52.7 beside
-experts that one rank each holds. And less of 49.7 for layers of 1.6 GiB: 3.3 beside what is allocated, 6.8 predicted."""
+experts that one rank each holds. And less of 49.7 for layers of 1.6 GiB: 3.3 not allocated, where 6.8 are predicted."""
 
 
 def test_rows_are_those_of_every_layout_that_ran() -> None:
