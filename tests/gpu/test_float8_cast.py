@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fourfold.models import float8
 
@@ -22,13 +23,22 @@ def test_cast_when_by_the_kernel_gives_the_numbers_of_plain_pytorch(
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs a GPU with float8")
     float8._load_kernel()
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    cast = torch.compile(float8._cast, dynamic=True, fullgraph=True) if compiled else float8._cast
-    for num_rows, num_columns in ((176, 96), (512, 272)):
-        values = torch.randn(num_rows, num_columns, device="cuda").to(source)
-        amax = float8._amax(values)
-        rows, columns = cast(values, amax, dtype, rows=True, columns=True)
-        expected, turned = float8._cast(values.cpu(), amax.cpu(), dtype, rows=True, columns=True)
+
+    def cast_both(parts: list[Tensor], beside: bool, rows: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return float8._cast(parts, float8._largest(parts), dtype, beside=beside, rows=rows, columns=True)
+
+    cast = torch.compile(cast_both, dynamic=True, fullgraph=True) if compiled else cast_both
+    for sizes, beside in (((176,), False), ((512, 48, 208), False), ((96, 2064), True), ((256, 16, 160), True)):
+        there = [torch.randn(*((2, 88, size) if beside else (size, 272))).to(source) for size in sizes]
+        if beside:
+            there[0] = there[0].transpose(0, 1).contiguous().transpose(0, 1)  # rows that do not follow each other
+            there[-1] = torch.cat([there[-1], there[-1]], -1)[..., : sizes[-1]]  # and such that do, with gaps
+        there[-1][..., -1, -1] = -7
+        rows, columns, scale = cast([part.cuda() for part in there], beside, True)
+        expected, turned, wanted = cast_both(there, beside, True)
+        assert torch.equal(scale.cpu(), wanted)
         assert columns.is_contiguous()
         assert torch.equal(columns.t().float(), rows.float())
         # a multiplication by the factor may round a number at the middle of two to the other one
@@ -36,6 +46,6 @@ def test_cast_when_by_the_kernel_gives_the_numbers_of_plain_pytorch(
         assert near.all()
         assert (rows.float().cpu() != expected.float()).float().mean() < 1e-3
         assert turned.shape == columns.shape
-        nothing, only = cast(values, amax, dtype, rows=False, columns=True)
+        nothing, only, _ = cast([part.cuda() for part in there], beside, False)
         assert nothing.numel() == 0
         assert torch.equal(only.float(), columns.float())

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import IGNORE_INDEX
-from fourfold.models.beside import teach_inductor
+from fourfold.models.inductor import teach_inductor
 
 log = get_logger(__name__)
 

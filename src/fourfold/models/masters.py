@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fourfold.models.beside import beside
-from fourfold.models.siblings import Siblings, of_one_input
+from fourfold.models.inductor import beside
 from fourfold.models.trained_linear import TrainedLinear, compute_dtype, exchange
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
@@ -196,45 +195,27 @@ class _WideProduct(torch.autograd.Function):
         return grad_x if wants_x else None, *parts
 
 
-def _alone(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in], weight [out, in] -> [T, out]."""
-    (out,) = _WideProduct.apply(x, weight)  # type: ignore[misc]
-    return out
+def _products(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x [..., in], weights [out, in] each -> [..., out] each."""
+    parts: Any = _WideProduct.apply(x.reshape(-1, x.shape[-1]), *weights)
+    return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in parts)
 
 
 class WideLinear(TrainedLinear):
     """A linear layer of a trained weight, under autocast without a copy that autograd keeps.
 
     Attributes:
-        siblings: its name among the layers of its input, and those; None where it is alone.
         copies: of its weight and its siblings' where they are kept; the first of them has them.
     """
 
-    product = _alone
-    siblings: tuple[str, WideSiblings] | None = None
+    product = _products
     copies: Copies | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
         if self.weight.dtype == compute_dtype(input) or not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        if self.siblings is None:
-            return super().forward(input)
-        name, group = self.siblings
-        found = group.take(name, input)
-        assert found is not None
-        return found if self.bias is None else found + self.bias.to(found.dtype)
-
-
-class WideSiblings(Siblings[WideLinear]):
-    """Layers of one input whose masters are wider than the products."""
-
-    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        """See `Siblings`; without biases."""
-        layers = list(self.layers.values())
-        flat = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        out: Any = _WideProduct.apply(flat, *(layer.weight for layer in layers))
-        return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in out)
+        return super().forward(input)
 
 
 def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
@@ -248,33 +229,15 @@ def use_wide_products(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
     return exchange(blocks, WideLinear, lambda layer: layer.weight.dtype != compute)
 
 
-def join_wide_siblings(model: nn.Module, *, apart: frozenset[str] = frozenset()) -> int:
-    """Let layers with wide products that are given the same input be one product each.
-
-    Args:
-        apart: names of layers that stay by themselves.
-    Returns:
-        how many groups there are.
-    """
-    count = 0
-    for found in of_one_input(model):
-        layers = {name: layer for name, layer in found.items() if isinstance(layer, WideLinear)}
-        kinds = {(layer.in_features, layer.weight.dtype) for layer in layers.values()}
-        if len(layers) == len(found) and len(kinds) == 1 and apart.isdisjoint(found):
-            group = WideSiblings(layers)
-            for name, layer in layers.items():
-                layer.siblings = (name, group)
-            count += 1
-    return count
-
-
-def _groups(blocks: Iterable[nn.Module]) -> Iterator[list[WideLinear]]:
+def _groups(blocks: Iterable[nn.Module]) -> Iterator[list[TrainedLinear]]:
     """The layers of each wide product."""
-    seen: set[WideLinear] = set()
+    seen: set[TrainedLinear] = set()
     for block in blocks:
         for layer in block.modules():
             if isinstance(layer, WideLinear) and layer not in seen:
-                found = [layer] if layer.siblings is None else list(layer.siblings[1].layers.values())
+                found: list[TrainedLinear] = [layer]
+                if layer.siblings is not None:
+                    found = list(layer.siblings[1].layers.values())
                 seen.update(found)
                 yield found
 
@@ -309,6 +272,8 @@ def keep_copies(blocks: Iterable[nn.Module], compute: torch.dtype) -> int:
     count = 0
     for group in _groups(blocks):
         copies = Copies([layer.weight for layer in group], compute)
-        group[0].copies = copies
+        first = group[0]
+        assert isinstance(first, WideLinear)
+        first.copies = copies
         count += copies.nbytes
     return count

@@ -1,12 +1,18 @@
-"""Linear layers whose products are operators of the engine's own, in the places of plain ones."""
+"""Linear layers of trained weights whose products are operators of the engine's own, in the places of plain ones.
+
+Those that are given the same input may be one product: its operands are then prepared once, and the gradient of the
+input is one product instead of a sum of several.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from fourfold.models.siblings import Siblings, of_one_input
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -16,17 +22,39 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class TrainedLinear(nn.Linear):
-    """A linear layer of a trained weight whose product is `product`."""
+    """A linear layer of a trained weight whose product is `product`.
 
-    product: ClassVar[Callable[[Tensor, Tensor], Tensor]]
-    """x [T, in] in the compute dtype, weight [out, in] in any -> [T, out] as x, differentiable."""
+    Attributes:
+        siblings: its name among the layers of its input, and those; None where it is alone.
+    """
+
+    product: ClassVar[Callable[..., tuple[Tensor, ...]]]
+    """x [..., in] in the compute dtype, weights [out, in] each in any -> [..., out] each as x, differentiable."""
+    siblings: tuple[str, TrainedSiblings] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in] -> [..., out]."""
-        compute = compute_dtype(input)
-        out = type(self).product(input.reshape(-1, input.shape[-1]).to(compute), self.weight)
-        out = out if self.bias is None else out + self.bias.to(compute)
-        return out.view(*input.shape[:-1], out.shape[-1])
+        if self.siblings is None:
+            out = products_of([self], input)[0]
+        else:
+            name, group = self.siblings
+            found = group.take(name, input)
+            assert found is not None
+            out = found
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class TrainedSiblings(Siblings[TrainedLinear]):
+    """Layers of one input, all of one kind."""
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        """See `Siblings`; without biases."""
+        return products_of(list(self.layers.values()), x)
+
+
+def products_of(layers: Sequence[TrainedLinear], x: Tensor) -> tuple[Tensor, ...]:
+    """x [..., in] -> [..., out] of each of some layers of one kind, without biases."""
+    return type(layers[0]).product(x.to(compute_dtype(x)), *(layer.weight for layer in layers))
 
 
 def exchange(blocks: Iterable[nn.Module], kind: type[TrainedLinear], takes: Callable[[nn.Linear], bool]) -> int:
@@ -46,3 +74,23 @@ def exchange(blocks: Iterable[nn.Module], kind: type[TrainedLinear], takes: Call
     for layer in found:
         layer.__class__ = kind
     return len(found)
+
+
+def join_trained_siblings(model: nn.Module, *, apart: frozenset[str] = frozenset()) -> int:
+    """Let trained layers of one kind that are given the same input be one product each.
+
+    Args:
+        apart: names of layers that stay by themselves.
+    Returns:
+        how many groups there are.
+    """
+    count = 0
+    for found in of_one_input(model):
+        layers = {name: layer for name, layer in found.items() if isinstance(layer, TrainedLinear)}
+        kinds = {(type(layer), layer.in_features, layer.weight.dtype) for layer in layers.values()}
+        if len(layers) == len(found) and len(kinds) == 1 and apart.isdisjoint(found):
+            group = TrainedSiblings(layers)
+            for name, layer in layers.items():
+                layer.siblings = (name, group)
+            count += 1
+    return count

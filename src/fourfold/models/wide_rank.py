@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.families.one_input import columns_of_rank
-from fourfold.models.beside import beside
+from fourfold.models.inductor import beside
 from fourfold.models.low_rank import FrozenWeight, apart, results, side_by_side
 
 _ALIGNED = 8

@@ -24,9 +24,10 @@ from fourfold.models.equal_documents import EqualDocuments, has_kernel
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, use_short_forward, widen_siblings
-from fourfold.models.masters import add_within_products, join_wide_siblings, keep_copies, use_wide_products
+from fourfold.models.masters import add_within_products, keep_copies, use_wide_products
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
 from fourfold.models.targets import decoder_blocks
+from fourfold.models.trained_linear import join_trained_siblings
 from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
@@ -264,7 +265,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
     if fast.compiled:
         if precision.narrow is not None and mesh.layout.shards == 1:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
-            join_wide_siblings(model.module, apart=_apart(run, model.module))
+        join_trained_siblings(model.module, apart=_apart(run, model.module))
         widen_siblings(model.module)
         model.compiled = compile_layers(blocks)
         model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None

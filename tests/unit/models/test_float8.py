@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fourfold.models.compiled import compile_layers
 from fourfold.models.float8 import Float8Linear, use_float8
+from fourfold.models.trained_linear import join_trained_siblings
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,6 +53,42 @@ def test_layers_when_they_are_frozen_or_of_other_sizes_stay_as_they_are() -> Non
     shared = nn.ModuleDict({"wide": nn.Linear(64, 32), "narrow": nn.Linear(64, 16)})
     assert use_float8([shared], parts=2) == 1
     assert type(shared["wide"]) is Float8Linear
+
+
+class _Attention(nn.Module):
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        sizes = {"q_proj": 48, "k_proj": 16, "v_proj": 32}
+        for name, size in sizes.items():
+            setattr(self, name, nn.Linear(32, size, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), 3 * self.v_proj(x)], -1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_of_one_input_when_joined_multiply_as_one_layer_of_all_their_weights(bias: bool) -> None:
+    torch.manual_seed(0)
+    block = _Attention(bias=bias)
+    whole = nn.Linear(32, 96, bias=bias)
+    layers = [block.q_proj, block.k_proj, block.v_proj]
+    with torch.no_grad():
+        whole.weight.copy_(torch.cat([layer.weight for layer in layers]))
+        if bias:
+            whole.bias.copy_(torch.cat([layer.bias for layer in layers]))
+    assert (use_float8([block]), use_float8([whole]), join_trained_siblings(block)) == (3, 1, 1)
+    results: list[list[Tensor]] = []
+    for module, factors in ((block, 1.0), (whole, torch.tensor([1.0] * 64 + [3.0] * 32).bfloat16())):
+        x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(x) * factors
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(2)))
+        found = [p for p in module.parameters() if p.ndim == 2]
+        results.append([out.detach(), x.grad, torch.cat([p.grad for p in found])])  # type: ignore[list-item, misc]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.float(), other.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), results[0][0])  # as evaluation runs it
 
 
 class _Gated(nn.Module):

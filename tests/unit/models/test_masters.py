@@ -14,10 +14,10 @@ from fourfold.models.masters import (
     WideLinear,
     add_within_products,
     copy_of,
-    join_wide_siblings,
     keep_copies,
     use_wide_products,
 )
+from fourfold.models.trained_linear import join_trained_siblings
 
 pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 
@@ -157,7 +157,7 @@ def test_layers_of_one_input_when_joined_give_what_they_give_alone(compiled: boo
     alone, joined = _Attention(), _Attention()
     for block in (alone, joined):
         assert use_wide_products([block], torch.bfloat16) == 4
-    assert join_wide_siblings(joined) == 1
+    assert join_trained_siblings(joined) == 1
     assert add_within_products([joined]) == 4
     if copies:
         assert keep_copies([joined], torch.bfloat16) == 2 * sum(p.numel() for p in joined.parameters() if p.dim() == 2)
@@ -176,7 +176,7 @@ def test_gradients_of_joined_layers_when_somebody_else_made_them_are_added_to_al
     for block in (alone, joined):
         use_wide_products([block], torch.bfloat16)
         _run(block)
-    join_wide_siblings(joined)
+    join_trained_siblings(joined)
     add_within_products([joined])
     memory = torch.zeros(200, 24)
     for block in (alone, joined):  # neighbours by chance, in memory of their own or not
@@ -195,7 +195,7 @@ def test_gradients_of_joined_layers_when_somebody_else_made_them_are_added_to_al
 def test_joined_layers_when_one_is_left_apart_are_not_joined() -> None:
     block = _Attention()
     use_wide_products([block], torch.bfloat16)
-    assert join_wide_siblings(block, apart=frozenset({"k_proj"})) == 0
+    assert join_trained_siblings(block, apart=frozenset({"k_proj"})) == 0
     with torch.autocast("cpu", torch.bfloat16):
         block.q_proj(_input()).clamp_(-1, 1).sum().backward()  # the result of one layer may be written in place
 
@@ -209,7 +209,7 @@ def test_copies_when_torch_writes_the_masters_are_made_again(settings: dict[str,
     plain, kept = _Attention(), _Attention()
     for block in (plain, kept):
         use_wide_products([block], torch.bfloat16)
-        join_wide_siblings(block)
+        join_trained_siblings(block)
     keep_copies([kept], torch.bfloat16)
     steps = [_adamw(block.parameters(), **settings) for block in (plain, kept)]
     for number in range(4):
@@ -247,7 +247,7 @@ def test_copies_when_an_optimizer_writes_them_are_what_is_multiplied() -> None:
     for writes_copy in (False, True):
         block = _Attention()
         use_wide_products([block], torch.bfloat16)
-        join_wide_siblings(block)
+        join_trained_siblings(block)
         keep_copies([block], torch.bfloat16)
         _run(block)
         _Writer(block.v_proj.weight, writes_copy=writes_copy).step()
