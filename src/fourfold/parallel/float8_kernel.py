@@ -146,6 +146,7 @@ def largest_magnitudes(parts: Sequence[Tensor]) -> Tensor:
     Args:
         parts: of it, at most `MOST_PARTS`, [..., N] each, of one dtype.
     """
+    assert len(parts) <= MOST_PARTS
     lying = [_as_rows(part) for part in parts]
     largest = parts[0].new_empty(_SEARCHES, dtype=torch.float32)
     of_each = [lying[min(number, len(lying) - 1)] for number in range(MOST_PARTS)]
@@ -182,6 +183,7 @@ def to_float8(
     Returns:
         [M, N] and [N, M], contiguous, empty where not wanted, and the scale, fp32 [1].
     """
+    assert len(parts) <= MOST_PARTS
     lying = [_as_rows(part) for part in parts]
     sizes = [part.width if beside else part.number for part in lying]
     ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
