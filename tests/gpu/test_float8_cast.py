@@ -9,6 +9,7 @@ from torch import Tensor
 from fourfold.models import float8
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("default"),  # the compiler warns
 ]
