@@ -140,14 +140,16 @@ def test_lora_when_fast_has_the_losses_of_the_plain_step(folder: Path, keys: dic
     exact = {key: value for key, value in keys.items() if key == "quantization_bit"}
     keys, exact = ({**each, "finetuning_type": "lora", "lora_rank": 8} for each in (keys, exact))
     expected, norms = curve(folder, NOTHING_FAST, **exact)
-    plain, _ = curve(folder, NOTHING_FAST, **keys)
+    plain, plain_norms = curve(folder, NOTHING_FAST, **keys)
     noise = mean(abs(a - b) for a, b in zip(expected, plain, strict=True))
+    # over a packed base a norm of the plain step in bf16 may be 0.058 off (mistral, as a CPU computes it, too)
+    noise_of_norms = max(abs(a / b - 1) for a, b in zip(plain_norms, norms, strict=True))
     for wishes in (Fast(compiled=True), Fast(graphs=True), Fast(compiled=True, graphs=True)):
         losses, found = curve(folder, wishes, **keys)
         differences = [a - b for a, b in zip(losses, expected, strict=True)]
         assert mean(map(abs, differences)) <= max(2e-3, 1.5 * noise), (wishes, differences, noise)
         assert abs(mean(differences[10:])) <= max(2e-3, 1.5 * noise)
-        assert found == pytest.approx(norms, rel=0.05)
+        assert found == pytest.approx(norms, rel=max(0.05, 1.5 * noise_of_norms))
 
 
 @pytest.mark.parametrize("keys", [{"bf16": True}, {"bf16": True, "quantization_bit": 4}])

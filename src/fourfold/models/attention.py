@@ -26,7 +26,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from fourfold.dataset.batch import Keys
 from fourfold.families.shared_positions import has_plain_scores, position_obstacles
-from fourfold.models.equal_documents import equal_documents, takes
+from fourfold.models import document_attention, equal_documents
+from fourfold.models.document_attention import Reach
 from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
 from fourfold.parallel.ring import ring_attention
@@ -83,6 +84,7 @@ def packed_attention(
     cu_seqlens: Tensor | None = None,
     longest: int = 0,
     documents: int = 0,
+    reach: Reach | None = None,
     keys: Keys | None = None,
     context_rows: ContextRows | None = None,
     dropout: float = 0.0,
@@ -104,6 +106,7 @@ def packed_attention(
         longest: at least the length of the longest document, for the kernel that takes `cu_seqlens` alone
             (`takes_offsets`); 0 where `lengths` are given.
         documents: how many equally long documents fill the row, if a kernel for such rows is to be tried; 0 otherwise.
+        reach: who sees what, if the kernels that need no more are to be tried, with `longest`; None otherwise.
         keys: what documents see, where it is not just themselves.
         context_rows: the whole rows that the S positions are a part of.
         dropout, scaling, sliding_window, softcap: see Scores.
@@ -122,8 +125,11 @@ def packed_attention(
     if keys is not None:
         key, value = (tensor.index_select(2, keys.index) for tensor in (key, value))
         key_offsets = keys.offsets
-    if documents and sliding_window is None and takes(query, value):
-        return equal_documents(query, key, value, documents, scaling), None
+    if documents and sliding_window is None and equal_documents.takes(query, value):
+        return equal_documents.equal_documents(query, key, value, documents, scaling), None
+    if reach is not None and (keys is None or sliding_window is None) and document_attention.takes(query, value):
+        of_documents = document_attention.document_attention
+        return of_documents(query, key, value, reach, sliding_window, longest, scaling), None
     if longest:
         assert cu_seqlens is not None
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))

@@ -22,6 +22,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models import attention
 from fourfold.models.compiled import Compiled, token_nll
+from fourfold.models.document_attention import reach_of
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
@@ -112,6 +113,7 @@ class StepModel:
         fixed: give attention the documents' offsets alone, and no numbers that differ from batch to batch: what is
             compiled or recorded would be made anew for each.
         compiled: what compiled layers share, the loss being compiled as well; None where they run as they are.
+        reaches: attention has kernels that are told who sees what.
         equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
         keep_logits: keep them for the backward pass where the loss is compiled.
@@ -128,6 +130,7 @@ class StepModel:
     load: ExpertLoad | None = field(init=False, default=None)
     fixed: bool = field(init=False, default=False)
     compiled: Compiled | None = field(init=False, default=None)
+    reaches: bool = field(init=False, default=False)
     equal: EqualDocuments | None = field(init=False, default=None)
     chunk_tokens: int | None = field(init=False, default=None)
     keep_logits: bool = field(init=False, default=False)
@@ -195,6 +198,8 @@ class StepModel:
         keys = {} if batch.keys is None else {"keys": batch.keys}
         if self.fixed and batch.cu_seqlens is not None:
             found = {"cu_seqlens": batch.cu_seqlens, "longest": batch.max_seqlen, **keys}
+            if self.reaches:
+                found["reach"] = reach_of(batch.cu_seqlens, batch.input_ids.shape[1], batch.keys)
             if self.equal is not None:
                 found["documents"] = 0 if keys else self.equal.of(batch.lengths)
             return found

@@ -25,7 +25,7 @@ from fourfold.base.peft import LoraLayer
 from fourfold.models.low_rank import FrozenWeight, low_rank
 from fourfold.models.siblings import Siblings, of_one_input
 from fourfold.models.trained_linear import compute_dtype
-from fourfold.models.wide_rank import has_room, pays, wide_rank, widened
+from fourfold.models.wide_rank import has_room, takes, wide_rank, widened
 from fourfold.parallel.packed import is_plain, state_of
 
 
@@ -89,13 +89,16 @@ def _product(
     """x [..., in] times one weight, or several one below the other -> [..., its out] of each.
 
     Args:
-        wide: the same weight with room for the terms beside it.
+        wide: the same weight with room for the terms beside it, if it has such.
     """
     compute = compute_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(compute)
     biases = [each.base.bias.to(compute) for each in terms if each.base.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     a, b, scale = [each.a for each in terms], [each.b for each in terms], terms[0].scale
+    rows, columns, rank = sum(each.shape[0] for each in b), a[0].shape[1], sum(each.shape[0] for each in a)
+    if wide is not None and not has_room(wide, rows, columns, rank):
+        wide = None  # other adapters than those it was made for
     if wide is not None and torch.compiler.is_compiling() and torch.is_grad_enabled():
         out = wide_rank(flat, wide, bias, a, b, scale)
     else:
@@ -114,19 +117,19 @@ class LoraSiblings(Siblings[LoraLayer]):
     def __init__(self, layers: dict[str, LoraLayer], weight: Tensor | None) -> None:
         super().__init__(layers)
         self._weight = weight
-        self._is_wide = False
+        self._wide: Tensor | None = None
 
     def widen(self) -> bool:
-        """Make room beside their weight for their terms, if compiled products are faster so; returns whether there is.
+        """Make room beside their weight for their terms; returns whether there is.
 
         The weight is put elsewhere, and the layers' own with it.
         """
-        if self._weight is None or self._is_wide or not pays(self._weight):
+        if self._weight is None or self._wide is not None or not takes(self._weight):
             return False
-        rank = sum(layer.r[name] for layer in self.layers.values() for name in layer.active_adapters)
-        wide = widened(self._weight, rank)
-        _give_rows(self.layers, wide[:, : self._weight.shape[1]])
-        self._weight, self._is_wide = wide, True
+        (rows, columns), rank = self._weight.shape, sum(map(_rank, self.layers.values()))
+        self._wide = widened(self._weight, rank)
+        self._weight = self._wide[:rows, :columns]
+        _give_rows(self.layers, self._weight)
         return True
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
@@ -137,15 +140,16 @@ class LoraSiblings(Siblings[LoraLayer]):
             if found is None or (terms and found.scale != terms[0].scale):
                 return None
             terms.append(found)
-        width, rank = terms[0].a.shape[1], sum(each.a.shape[0] for each in terms)
         if self._weight is None:
             weight = FrozenWeight.packed([each.base for each in terms])
         else:
-            weight = FrozenWeight.plain(self._weight[:, :width] if self._is_wide else self._weight)
-        wide = self._weight if self._is_wide else None
-        if wide is not None and not has_room(wide, width, rank):
-            wide = None  # other adapters than those it was made for
-        return _product(x, weight, terms, wide)
+            weight = FrozenWeight.plain(self._weight)
+        return _product(x, weight, terms, self._wide)
+
+
+def _rank(layer: LoraLayer) -> int:
+    """Of a layer's active adapters."""
+    return sum(layer.r[name] for name in layer.active_adapters)
 
 
 def _short_forward(layer: LoraLayer, adapter: str | None, x: Tensor) -> Tensor | None:
@@ -160,7 +164,7 @@ def _short_forward(layer: LoraLayer, adapter: str | None, x: Tensor) -> Tensor |
         return None
     packed = _is_over_bits(terms.base)
     weight = FrozenWeight.packed([terms.base]) if packed else FrozenWeight.plain(terms.base.weight)
-    return _product(x, weight, [terms])[0]
+    return _product(x, weight, [terms], getattr(layer, "room", None))[0]
 
 
 class LoraLinear(PeftLinear):
@@ -271,17 +275,35 @@ def _give_rows(layers: Mapping[str, LoraLayer], joined: Tensor) -> None:
         base.weight.data = rows
 
 
-def widen_siblings(model: nn.Module) -> int:
-    """Make room for low-rank terms beside the weights of joined layers, for layers that run compiled.
+def make_room(model: nn.Module) -> int:
+    """Make room for low-rank terms beside the plain weights of layers with the short forward pass, which run compiled.
 
     Args:
         model: after `join_siblings`; its adapters have their ranks by now.
     Returns:
-        how many groups have room now.
+        how many weights have room now, joined ones as one.
     """
     groups: dict[int, LoraSiblings] = {}
+    count = 0
     for module in model.modules():
+        if not _is_short(module):
+            continue
         _, group = getattr(module, "siblings", None) or ("", None)
         if isinstance(group, LoraSiblings):
             groups[id(group)] = group
-    return sum(group.widen() for group in groups.values())
+        elif isinstance(module, LoraLinear):
+            count += _make_room(module)
+    return count + sum(group.widen() for group in groups.values())
+
+
+def _make_room(layer: Any) -> bool:
+    """The same for a layer that is alone, unless it has room; returns whether it had none."""
+    base = layer.get_base_layer()
+    if getattr(layer, "room", None) is not None or base.weight.is_meta or not _is_frozen(base, base.weight.dtype):
+        return False
+    if not takes(base.weight):
+        return False
+    rows, columns = base.weight.shape
+    layer.room = widened(base.weight.data, _rank(layer))
+    base.weight.data = layer.room[:rows, :columns]
+    return True

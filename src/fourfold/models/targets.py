@@ -121,3 +121,9 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         f"finetuning_type: freeze needs a list of {count} layers, which this {model.config.model_type} model does not "
         "have. Use full or lora."
     )
+
+
+def final_norms(model: PreTrainedModel) -> list[nn.Module]:
+    """The norms beside the list of decoder layers: the one behind the last of them, in most families."""
+    decoder = model.get_submodule(decoder_blocks(model)[0].rpartition(".")[0])
+    return [child for child in decoder.children() if "Norm" in type(child).__name__]

@@ -30,6 +30,7 @@ _KEPT = frozenset(
         "aten::_scaled_dot_product_cudnn_attention",
         "torch_attn::_varlen_attn",
         "transformers::grouped_mm_fallback",
+        "fourfold::documents",
         "fourfold::equal_documents",
         "fourfold::low_rank",
     }

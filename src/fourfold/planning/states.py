@@ -240,15 +240,17 @@ def _adapter_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, s
 
 
 def _room_beside(shape: ModelShape, job: Job, layout: Layout, weight: Weight) -> int:
-    """Bytes of the columns beside a frozen weight for low-rank terms of its input (models/wide_rank.py)."""
+    """Bytes of the columns and rows beside a frozen weight for low-rank terms (models/wide_rank.py)."""
     if job.engine == "eager" or job.bits is not None or layout.shards > 1 or len(weight.shape) != 2:
         return 0
     name = weight.name.removesuffix(".weight").rpartition(".")[2]
-    group = next((group for group in OF_ONE_INPUT if name in group), ())
+    group = next((group for group in OF_ONE_INPUT if name in group), (name,))
     if "all" not in job.lora_targets and not set(group) <= set(job.lora_targets):
-        return 0
-    rows, _ = cut_numel(shape, layout, weight)
-    return rows * columns_of_rank(len(group) * job.lora_rank) * job.compute_bytes
+        group = (name,)
+    rows, columns = cut_numel(shape, layout, weight)
+    more = columns_of_rank(len(group) * job.lora_rank)
+    below = more * (columns + more) if name == group[0] else 0  # rows are for a group together
+    return (rows * more + below) * job.compute_bytes
 
 
 def _sum(parts: Iterable[Part]) -> Part:

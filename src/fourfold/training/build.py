@@ -18,15 +18,16 @@ from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
 from fourfold.generate.rollout import RolloutEngine
+from fourfold.models import document_attention, equal_documents
 from fourfold.models.adapters import without_adapters
 from fourfold.models.compiled import compile_layers, recompute_compiled
-from fourfold.models.equal_documents import EqualDocuments, has_kernel
+from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
-from fourfold.models.lora import join_siblings, use_short_forward, widen_siblings
+from fourfold.models.lora import join_siblings, make_room, use_short_forward
 from fourfold.models.masters import add_within_products, keep_copies, use_wide_products
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
-from fourfold.models.targets import decoder_blocks
+from fourfold.models.targets import decoder_blocks, final_norms
 from fourfold.models.trained_linear import join_trained_siblings
 from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
@@ -118,7 +119,7 @@ class Built:
         count = keep_unpacked(self.module)
         _join_layers(run, self.mesh, self.module)
         if self.fast.compiled:
-            widen_siblings(self.module)
+            _make_room(self.mesh, self.module)
         return count
 
     def keep_copies(self) -> int:
@@ -226,7 +227,7 @@ def build(
     model.take(split)
     if fast.compiled and mesh.layout.splits_model and mesh.layout.shards == 1:
         _join_layers(run, mesh, module)  # now that this rank has its parts of their weights
-        widen_siblings(module)
+        _make_room(mesh, module)
     if mesh.layout.world_size == 1 and not fast.graphs:
         add_within_products(decoder_blocks(inner)[1])
     if mesh.layout.splits_model or mesh.layout.shards > 1:
@@ -266,17 +267,31 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         if precision.narrow is not None and mesh.layout.shards == 1:  # FSDP gathers in the compute dtype
             use_wide_products(blocks, precision.narrow)
         join_trained_siblings(model.module, apart=_apart(run, model.module))
-        widen_siblings(model.module)
+        if not mesh.layout.splits_model:
+            _make_room(mesh, model.module)
         model.compiled = compile_layers(blocks)
-        model.equal = EqualDocuments(run.data.cutoff_len) if has_kernel(mesh.device) else None
+        compile_layers(final_norms(base_model(model.module)))  # by themselves: a failure is no other layer's
+        model.equal = EqualDocuments(run.data.cutoff_len) if equal_documents.has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs
+    model.reaches = model.fixed and document_attention.has_kernel(mesh.device)
     if run.parallel.memory == "low":
         model.chunk_tokens = LOW_MEMORY_CHUNK
 
 
+def _has_weights(mesh: Mesh) -> bool:
+    """Whether this rank is a GPU that has all that it needs of the layers' weights, for good."""
+    return mesh.device.type == "cuda" and mesh.layout.shards == 1 and mesh.layout.offload == "none"
+
+
+def _make_room(mesh: Mesh, module: nn.Module) -> None:
+    """Make room for low-rank terms beside the weights of layers that run compiled."""
+    if _has_weights(mesh):
+        make_room(module)
+
+
 def _join_layers(run: Run, mesh: Mesh, module: nn.Module) -> None:
-    """Let layers of one input be one product, on a GPU that has all that it needs of them."""
-    if mesh.device.type == "cuda" and mesh.layout.shards == 1 and mesh.layout.offload == "none":
+    """Let layers of one input be one product."""
+    if _has_weights(mesh):
         # on a CPU it is no faster, and takes memory (docs/lab-notes.md)
         join_siblings(module, apart=_apart(run, module))
 

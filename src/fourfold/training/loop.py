@@ -229,7 +229,7 @@ class Loop:
         Returns:
             the step, the gradient's norm before it was clipped, and whether the weights are changed.
         """
-        self.optimizer.zero_grad(set_to_none=self.step.graphs is None)
+        self.optimizer.zero_grad(set_to_none=self.step.graphs is None or not self.step.graphs.are_recorded)
         running = self.step.begin(batches, before=before)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)

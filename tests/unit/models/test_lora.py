@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from fourfold.models.lora import LoraLinear, join_siblings, use_short_forward, widen_siblings
-from fourfold.models.wide_rank import pays, widened
+from fourfold.models.lora import LoraLinear, join_siblings, make_room, use_short_forward
+from fourfold.models.wide_rank import takes, widened
 
 _SIZE = 16
 
@@ -107,20 +107,20 @@ def test_short_forward_when_the_base_is_packed_gives_what_pefts_own_gives(
 
 
 class _Attention(nn.Module):
-    """Four layers of which three have one input; queries wider than keys and values."""
+    """Five layers of which three have one input; queries wider than keys and values."""
 
     def __init__(self, make: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = make(_WIDE, 128), make(_WIDE, 64), make(_WIDE, 64)
-        self.o_proj = make(64, _WIDE)
+        self.o_proj, self.down_proj = make(64, _WIDE), make(_WIDE, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.o_proj(torch.tanh(q[..., :64] * k) + q[..., 64:] * v)
+        return self.down_proj(self.o_proj(torch.tanh(q[..., :64] * k) + q[..., 64:] * v) * 0.01)
 
 
 _WIDE = 128
-_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 
 
 def _linear(bias: bool, dtype: torch.dtype) -> Callable[[int, int], nn.Module]:
@@ -145,7 +145,7 @@ def _attention(make: Callable[[int, int], nn.Module]) -> PeftModel:
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape)
     assert isinstance(model, PeftModel)
-    assert use_short_forward(model) == 4
+    assert use_short_forward(model) == 5
     return model
 
 
@@ -173,7 +173,7 @@ def test_siblings_when_they_are_one_product_give_what_each_gives_alone(
     alone = _passes(model, autocast)
     assert join_siblings(model) == 1
     together = _passes(model, autocast)
-    assert len(alone) == len(together) == 11
+    assert len(alone) == len(together) == 13
     for one, other in zip(alone, together, strict=True):
         assert one.dtype == other.dtype
         assert float((one - other).abs().max()) <= (2e-2 if autocast else 2e-6) * float(one.abs().max())
@@ -186,7 +186,7 @@ def test_siblings_when_wide_and_compiled_give_what_each_gives_alone(autocast: bo
     torch._dynamo.reset()
     model = _attention(_linear(bias, torch.bfloat16 if autocast else torch.float32))
     alone = _passes(model, autocast)
-    assert join_siblings(model) == widen_siblings(model) == 1
+    assert (join_siblings(model), make_room(model), make_room(model)) == (1, 3, 0)
     graphs: list[str] = []
 
     def note(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
@@ -198,11 +198,13 @@ def test_siblings_when_wide_and_compiled_give_what_each_gives_alone(autocast: bo
         inner, backend = model.base_model.model, aot_autograd(fw_compiler=note)
         compiled = torch.compile(inner.forward, backend=backend, dynamic=True, fullgraph=True)
         together = _passes(model, autocast, tokens, compiled)
-        assert len(plain) == len(together) == 11
+        assert len(plain) == len(together) == 13
         for one, other in zip(plain, together, strict=True):
             assert one.dtype == other.dtype
             assert float((one - other).abs().max()) <= (2e-2 if autocast else 5e-5) * float(one.abs().max())
-    assert any("fourfold.wide_rank" in code for code in graphs)
+    code = "".join(graphs)
+    assert code.count("fourfold.wide_rank.default") == 2 * 2  # of those whose results are wider than their inputs
+    assert code.count("fourfold.wide_rank_back.default") == 3 * 2
 
 
 @pytest.mark.filterwarnings("default")
@@ -210,7 +212,7 @@ def test_siblings_when_wide_may_run_twice_before_the_backward_pass_and_with_othe
     torch._dynamo.reset()
     model = _attention(_linear(False, torch.float32))
     plain = copy.deepcopy(model)
-    assert join_siblings(model) == widen_siblings(model) == 1
+    assert (join_siblings(model), make_room(model), make_room(model)) == (1, 3, 0)
     run = torch.compile(model.base_model.model.forward, backend="aot_eager", dynamic=True, fullgraph=True)  # type: ignore[union-attr]
     for adapter in ("default", "other"):
         if adapter == "other":
@@ -227,20 +229,20 @@ def test_siblings_when_wide_may_run_twice_before_the_backward_pass_and_with_othe
         assert float((found[0] - found[1]).abs().max()) <= 5e-5 * float(found[0].abs().max())
 
 
-@pytest.mark.parametrize(("out", "width", "does"), [(24, 16, True), (16, 16, False), (8, 16, False), (24, 12, False)])
-def test_widening_when_the_result_is_no_wider_or_rows_are_crooked_does_not_pay(
-    out: int, width: int, does: bool
-) -> None:
-    assert pays(torch.empty(out, width)) == does
+@pytest.mark.parametrize(("out", "width", "does"), [(24, 16, True), (8, 16, True), (24, 12, False), (12, 24, False)])
+def test_widening_when_rows_would_be_crooked_is_not_for_a_weight(out: int, width: int, does: bool) -> None:
+    assert takes(torch.empty(out, width)) == does
 
 
 def test_operator_of_wide_products_when_checked_by_torch_passes() -> None:
     wide = widened(torch.randn(12, 8), 3)
-    assert wide.shape == (12, 40)
-    b = torch.randn(12, 32)
+    assert wide.shape == (44, 40)
+    a, b = torch.randn(32, 8), torch.randn(12, 32)
     for bias in (None, torch.randn(12)):
         arguments = (torch.randn(5, 40), wide, bias, b)
         torch.library.opcheck(torch.ops.fourfold.wide_rank, arguments, test_utils="test_faketensor")
+    arguments = (torch.randn(5, 44), wide, a, b, torch.randn(5, 8))
+    torch.library.opcheck(torch.ops.fourfold.wide_rank_back, arguments, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("widen", [False, True])
@@ -249,7 +251,7 @@ def test_siblings_when_joined_stay_layers_of_their_own(widen: bool) -> None:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert join_siblings(model) == 1
     if widen:
-        assert widen_siblings(model) == 1
+        assert make_room(model) == 3
     assert {name for name, _ in model.named_parameters()} == weights.keys()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     attention: _Attention = model.base_model.model  # type: ignore[assignment]

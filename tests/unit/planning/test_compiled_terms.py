@@ -75,19 +75,27 @@ def test_memory_when_a_head_changes_its_logits_has_them_twice_at_most(shape_of: 
     assert longer == 3 * own  # all of them kept, and a part made anew
 
 
+_JOINED = ((6144, 4096, 3), (4096, 4096, 1), (28_672, 4096, 2), (4096, 14_336, 1))
+"""Rows, columns and adapters of a layer's products, those of one input as one."""
+_ALONE = ((4096, 4096, 1), (1024, 4096, 1))
+
+
 @pytest.mark.parametrize(
-    ("changes", "layout", "columns"),
+    ("changes", "layout", "products"),
     [
-        ({}, Layout(), 32),
-        ({"lora_rank": 64}, Layout(), None),
-        ({"engine": "eager"}, Layout(), 0),
-        ({"bits": 4}, Layout(), 0),
-        ({"lora_targets": ("q_proj", "v_proj")}, Layout(), 0),
-        ({}, Layout(dp_shard=2), 0),
+        ({}, Layout(), _JOINED),
+        ({"lora_rank": 64}, Layout(), _JOINED),
+        ({"engine": "eager"}, Layout(), ()),
+        ({"bits": 4}, Layout(), ()),
+        ({"lora_targets": ("q_proj", "v_proj")}, Layout(), _ALONE),
+        ({}, Layout(dp_shard=2), ()),
     ],
 )
-def test_memory_when_layers_of_one_input_are_joined_has_room_for_their_terms(
-    changes: dict[str, object], layout: Layout, columns: int | None, shape_of: Callable[[str], ModelShape]
+def test_memory_when_layers_are_compiled_has_room_for_low_rank_terms(
+    changes: dict[str, object],
+    layout: Layout,
+    products: tuple[tuple[int, int, int], ...],
+    shape_of: Callable[[str], ModelShape],
 ) -> None:
     shape = shape_of("Llama-3-8B")
     job = replace(_LORA, **changes)  # type: ignore[arg-type]
@@ -95,9 +103,11 @@ def test_memory_when_layers_of_one_input_are_joined_has_room_for_their_terms(
     with_room, without = (
         estimate_memory(shape, each, layout, "none", 4096, device=_H100).terms["parameters"] for each in (job, eager)
     )
-    queries, gates = 6144 * 32, 28_672 * 32  # rows of all layers
-    room = queries * 192 + gates * 128 if columns is None else (queries + gates) * columns
-    assert with_room - without == 2 * room
+    room = 0
+    for rows, columns, adapters in products:
+        more = -(-adapters * job.lora_rank // 32) * 32
+        room += (rows + more) * (columns + more) - rows * columns
+    assert with_room - without == 2 * 32 * room
 
 
 @pytest.mark.parametrize(("family", "times"), [("llama", 0), ("granite", 1), ("gemma2", 2)])

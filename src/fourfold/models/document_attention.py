@@ -1,0 +1,194 @@
+"""Attention within the documents of a packed row, by kernels of our own (parallel/document_kernel.py), as operators.
+
+On an H100 they take half the time of PyTorch's kernel for documents of any lengths where documents are short, and two
+thirds where they are long. They need nothing of the host but the row's length, so what is compiled or recorded with
+them fits all rows as long.
+
+Shape legend: S queries, K keys, H heads, G key heads, d head dim.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourfold.dataset.batch import Keys
+
+Reach = tuple[Tensor, Tensor]
+"""Who sees what, int32: [2, S], the first and the last key that each query sees; and [2, K], the first query that sees
+each key, and the one behind the last."""
+
+_LEAST_MEMORY = 128 * 1024
+"""Bytes of a multiprocessor's shared memory that the kernels' loads ahead need room in."""
+_WIDTHS = (16, 32, 64, 128)
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether a device runs the kernels, and fast: Hopper and what has as much memory beside its multiprocessors."""
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LEAST_MEMORY
+
+
+def takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernels take heads of such widths in such a dtype; of queries and values [..., d]."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and query.shape[-1] == value.shape[-1] and query.shape[-1] in _WIDTHS
+
+
+def reach_of(offsets: Tensor, positions: int, keys: Keys | None = None) -> Reach:
+    """Who sees what in a packed row; its own keys where `keys` are not given.
+
+    Args:
+        offsets: [D + 1] int32, where each document's queries start; the last is `positions`.
+    """
+    key_offsets = offsets if keys is None else keys.offsets
+    # a document's last query is at its last key
+    shift = key_offsets[1:] - offsets[1:]
+    query = torch.arange(positions, device=offsets.device, dtype=torch.int32)
+    document = torch.searchsorted(offsets[1:], query, right=True)
+    of_queries = torch.stack([key_offsets[document], query + shift[document]])
+    if keys is None:
+        return of_queries, torch.stack([query, offsets[1:][document]])
+    key = torch.arange(len(keys.index), device=offsets.device, dtype=torch.int32)
+    document = torch.searchsorted(key_offsets[1:], key, right=True)
+    begins = torch.maximum(key - shift[document], offsets[document])
+    return of_queries, torch.stack([begins, offsets[1:][document]])
+
+
+_OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
+_SIGHT = "Tensor of_queries, Tensor of_keys, int? window, SymInt longest, float scale"
+_OPERATORS.define(f"documents(Tensor query, Tensor key, Tensor value, {_SIGHT}) -> (Tensor, Tensor)")
+_OPERATORS.define(
+    "documents_back(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, "
+    f"{_SIGHT}) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_OPERATORS, "documents", "CUDA")
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    window: int | None,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from fourfold.parallel.document_kernel import Sight, forward
+
+    sight = Sight(of_queries[0], of_queries[1], of_keys[0], of_keys[1], window, longest)
+    out, sums = forward(query[0], key[0], value[0], sight, scale)
+    return out.transpose(0, 1)[None], sums
+
+
+def _empty_row(tensor: Tensor) -> Tensor:
+    """[1, heads, S, d], in memory [S, heads, d]."""
+    _, heads, length, width = tensor.shape
+    return tensor.new_empty(1, length, heads, width).transpose(1, 2)
+
+
+@torch.library.register_fake("fourfold::documents", lib=_OPERATORS)
+def _forward_of_fakes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    window: int | None,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _empty_row(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+
+
+@torch.library.impl(_OPERATORS, "documents_back", "CUDA")
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    window: int | None,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fourfold.parallel.document_kernel import Sight, backward
+
+    sight = Sight(of_queries[0], of_queries[1], of_keys[0], of_keys[1], window, longest)
+    own_grad = grad[0] if grad.stride(-1) == 1 else grad[0].contiguous()
+    found = backward(own_grad, query[0], key[0], value[0], out[0].transpose(0, 1), sums, sight, scale)
+    query_grad, key_grad, value_grad = (each.transpose(0, 1)[None] for each in found)
+    return query_grad, key_grad, value_grad
+
+
+@torch.library.register_fake("fourfold::documents_back", lib=_OPERATORS)
+def _backward_of_fakes(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    of_queries: Tensor,
+    of_keys: Tensor,
+    window: int | None,
+    longest: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_row(query), _empty_row(key), _empty_row(value)
+
+
+class _Documents(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        of_queries: Tensor,
+        of_keys: Tensor,
+        window: int | None,
+        longest: int,
+        scale: float,
+    ) -> Tensor:
+        sight = (of_queries, of_keys, window, longest, scale)
+        out, sums = torch.ops.fourfold.documents(query, key, value, *sight)
+        ctx.save_for_backward(query, key, value, out, sums, of_queries, of_keys)
+        ctx.numbers = (window, longest, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *torch.ops.fourfold.documents_back(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None
+
+
+def document_attention(
+    query: Tensor, key: Tensor, value: Tensor, reach: Reach, window: int | None, longest: int, scale: float | None
+) -> Tensor:
+    """Causal attention within each document of a row.
+
+    Args:
+        query: [1, H, S, d] in 16 bits; `takes` says which.
+        key, value: [1, G, K, d].
+        reach: who sees what.
+        window: how many keys a query sees at most, itself among them; None for all. Only where documents see their
+            own keys.
+        longest: at least the length of the longest document, or the row's.
+        scale: factor on the scores; None for d ** -0.5.
+    Returns:
+        [1, S, H, d].
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # no copies: the kernels take queries and keys as they lie, but for a head's numbers, which must be adjacent
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    out = _Documents.apply(query, key, value, *reach, window, longest, scale)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)

@@ -1,0 +1,138 @@
+"""Attention told who sees what: what is told, and what surrounds the kernels, which run on GPUs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fourfold.models.attention import packed_attention
+from fourfold.models.document_attention import has_kernel, reach_of, takes
+from reach_reference import attend, keys_of, offsets_of, visible
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (7,), (3, 0, 4, 0, 0)])
+def test_reach_of_a_row_is_causal_within_each_document(lengths: tuple[int, ...]) -> None:
+    of_queries, of_keys = reach = reach_of(offsets_of(lengths), sum(lengths))
+    expected = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
+    assert torch.equal(visible(reach, None), expected)
+    queries = torch.arange(sum(lengths))[:, None]
+    assert torch.equal((queries >= of_keys[0]) & (queries < of_keys[1]), expected)
+    assert of_queries.dtype == of_keys.dtype == torch.int32
+
+
+def test_reach_of_documents_with_further_keys_ends_at_their_own() -> None:
+    lengths, more = (3, 2, 4), (2, 0, 1)
+    of_queries, of_keys = reach_of(offsets_of(lengths), 9, keys_of(lengths, more))
+    blocks = (torch.ones(n, n + m).tril(m) for n, m in zip(lengths, more, strict=True))
+    expected = torch.block_diag(*blocks).bool()
+    assert torch.equal(visible((of_queries, of_keys), None), expected)
+    queries = torch.arange(9)[:, None]
+    assert torch.equal((queries >= of_keys[0]) & (queries < of_keys[1]), expected)
+    for row in (*of_queries, *of_keys):
+        assert torch.equal(row, row.sort().values)  # what the kernels rely on
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[list[int]]:
+    """Plain products in the kernels' places; counts how often they are called."""
+    calls = [0, 0]
+
+    def laid(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        of_queries: Tensor,
+        of_keys: Tensor,
+        window: int | None,
+        longest: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        calls[0] += 1
+        out = attend(query, key, value, (of_queries, of_keys), window, scale)
+        return laid(out), query.new_zeros(query.shape[1:3], dtype=torch.float32)
+
+    def backward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        sums: Tensor,
+        of_queries: Tensor,
+        of_keys: Tensor,
+        window: int | None,
+        longest: int,
+        scale: float,
+    ) -> tuple[Tensor, ...]:
+        calls[1] += 1
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+            made = attend(*inputs, (of_queries, of_keys), window, scale)
+            return tuple(map(laid, torch.autograd.grad(made, inputs, grad)))
+
+    library = torch.library.Library("fourfold", "FRAGMENT")
+    library.impl("documents", forward, "CPU")
+    library.impl("documents_back", backward, "CPU")
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("default")
+def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
+    compiled: bool, window: int | None, shares: bool, on_cpu: list[int]
+) -> None:
+    torch._dynamo.reset()
+    lengths = (11, 2, 19)
+    offsets, keys = offsets_of(lengths), keys_of(lengths, (0, 9, 4)) if shares else None
+    if keys is not None:
+        own = [range(11), (*range(9), 11, 12), (*range(4), *range(13, 32))]
+        keys.index.copy_(torch.tensor([place for document in own for place in document]))
+    results = []
+    for told in (False, True):
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, told: bool = told) -> Tensor:
+            known: dict[str, object] = {"longest": 32, "reach": reach_of(offsets, 32, keys)}
+            return packed_attention(
+                nn.Identity(),
+                query,
+                key,
+                value,
+                None,
+                cu_seqlens=offsets,
+                sliding_window=window,
+                keys=keys,
+                **(known if told else {"lengths": lengths}),  # type: ignore[arg-type]
+            )[0]
+
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(1, 32, heads, 16, generator=generator).bfloat16().transpose(1, 2) for heads in (4, 2, 2)]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        run = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled and told else attention
+        if told and shares and window is not None:
+            continue  # left to PyTorch's kernel, of which there is none here
+        out = run(*inputs)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
+        results.append([out.detach(), *(tensor.grad for tensor in inputs)])
+    if len(results) == 2:
+        assert on_cpu == [1, 1]
+        for expected, found in zip(*results, strict=True):
+            assert expected is not None
+            torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+
+
+def test_kernels_when_heads_are_of_other_widths_or_wider_numbers_are_not_for_them() -> None:
+    half = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16)
+    assert takes(half, half)
+    assert not takes(half.float(), half.float())
+    assert not takes(half[..., :48], half[..., :48])
+    assert not takes(half, half[..., :32])
+    assert not has_kernel(torch.device("cpu"))
