@@ -187,15 +187,16 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenNll.apply(logits, targets.clone())  # type: ignore[return-value]
 
 
-def _join_small_kernels() -> None:
-    """Let Inductor make one kernel of several that do not depend on each other, as casts of adapters do not.
+def join_small_kernels(*, joins: bool) -> None:
+    """Let Inductor make one kernel of several that do not depend on each other, as casts of adapters do not, or not.
 
-    Of a micro-batch of chats a third of the kernels go (docs/lab-notes.md).
+    Of a micro-batch of chats a third of the kernels go. Where ranks exchange within a layer, steps become slower
+    (docs/lab-notes.md).
     """
     import torch._inductor.config
 
     config: Any = torch._inductor.config
-    config.combo_kernels = True
+    config.combo_kernels = joins
 
 
 def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor") -> Compiled:
@@ -211,7 +212,6 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor"
 
     if backend == "inductor":
         teach_inductor()
-        _join_small_kernels()
     # what is compiled stays on disk for the next run, also where a layer has functions of its own, as LoRA has
     functorch: Any = torch._functorch.config
     for setting in (

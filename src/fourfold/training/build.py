@@ -20,7 +20,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.generate.rollout import RolloutEngine
 from fourfold.models import document_attention, equal_documents
 from fourfold.models.adapters import without_adapters
-from fourfold.models.compiled import compile_layers, recompute_compiled
+from fourfold.models.compiled import compile_layers, join_small_kernels, recompute_compiled
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
@@ -269,6 +269,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         join_trained_siblings(model.module, apart=_apart(run, model.module))
         if not mesh.layout.splits_model:
             _make_room(mesh, model.module)
+        join_small_kernels(joins=mesh.layout.tp == 1)
         model.compiled = compile_layers(blocks)
         compile_layers(final_norms(base_model(model.module)))  # by themselves: a failure is no other layer's
         model.equal = EqualDocuments(run.data.cutoff_len) if equal_documents.has_kernel(mesh.device) else None
