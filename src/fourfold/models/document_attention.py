@@ -24,6 +24,8 @@ each key, and the one behind the last."""
 _LEAST_MEMORY = 128 * 1024
 """Bytes of a multiprocessor's shared memory that the kernels' loads ahead need room in."""
 _WIDTHS = (16, 32, 64, 128)
+_MOST_POSITIONS = 2**16
+"""Of a row: beyond, a place in it may be too large for the kernels' 32 bits."""
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -34,9 +36,10 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def takes(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernels take heads of such widths in such a dtype; of queries and values [..., d]."""
+    """Whether the kernels take heads of such widths in such a dtype; queries [..., S, d] and values [..., K, d]."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and query.shape[-1] == value.shape[-1] and query.shape[-1] in _WIDTHS
+    fits = query.shape[-1] == value.shape[-1] and query.shape[-1] in _WIDTHS
+    return half and fits and value.shape[-2] <= _MOST_POSITIONS
 
 
 def reach_of(offsets: Tensor, positions: int, keys: Keys | None = None) -> Reach:

@@ -37,6 +37,8 @@ _NO_WINDOW = tl.constexpr(2**30)
 """More than there are positions."""
 _ROWS = 32
 """Positions of a program that sums rows up."""
+_LENGTHS = ["num_queries", "num_keys", "window"]
+"""Numbers that differ from row to row: one kernel is compiled for all of them."""
 
 
 class Blocks(NamedTuple):
@@ -110,7 +112,7 @@ def _through_keys(  # no annotations but constexpr: the compiler reads them
     return out, total, most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def _forward(  # no annotations but constexpr: the compiler reads them
     q, k, v, firsts, owns, result, sums, num_queries, num_keys, window, scale,
     q_row, q_head, k_row, k_head, v_row, v_head,
@@ -144,7 +146,7 @@ def _forward(  # no annotations but constexpr: the compiler reads them
     tl.store(sums + head * num_queries + at, most + tl.log2(total), mask=is_there)  # in base 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS[:1])
 def _row_sums(
     grad, out, found, num_queries, g_row, g_head, heads: tl.constexpr, width: tl.constexpr, rows: tl.constexpr
 ):
@@ -268,7 +270,7 @@ def _of_queries(  # no annotations but constexpr: the compiler reads them
     tl.store(dq + place, (query_grad * scale).to(dq.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def _backward(  # no annotations but constexpr: the compiler reads them
     q, k, v, grad, sums, deltas, firsts, owns, begins, ends, dq, dk, dv, num_queries, num_keys, window, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
