@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -15,12 +16,18 @@ from transformers import PreTrainedModel
 from fourfold.dataset.batch import IGNORE_INDEX
 from fourfold.models import compiled
 from fourfold.models.adapters import without_adapters
-from fourfold.models.compiled import CompiledForward, compile_layers, recompute_compiled, token_nll
+from fourfold.models.compiled import (
+    CompiledForward,
+    compile_layers,
+    join_small_kernels,
+    recompute_compiled,
+    token_nll,
+)
 from fourfold.models.lora import join_siblings, use_short_forward
-from fourfold.models.targets import decoder_blocks
+from fourfold.models.targets import decoder_blocks, final_norms
 from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.training.precision import cast_experts
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 
@@ -296,3 +303,20 @@ def test_token_nll_when_compared_with_cross_entropy_gives_the_same(monkeypatch: 
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(logits.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_norms_that_are_compiled_beside_the_layers_are_those_behind_the_last_one(family: str) -> None:
+    model = tiny_model(family)
+    found = final_norms(model)
+    assert len(found) == 1
+    assert found[0] is model.get_decoder().norm
+    assert not any(found[0] is module for layer in decoder_blocks(model)[1] for module in layer.modules())
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_small_kernels_when_told_are_joined_or_not(joins: bool) -> None:
+    config: Any = torch._inductor.config
+    with config.patch(combo_kernels=not joins):
+        join_small_kernels(joins=joins)
+        assert config.combo_kernels == joins
