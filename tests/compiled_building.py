@@ -18,18 +18,11 @@ from fourfold.losses.token import TokenLoss
 from fourfold.models.adapters import attach
 from fourfold.models.compiled import compile_layers
 from fourfold.models.load import load_model
-from fourfold.models.lora import join_siblings
 from fourfold.parallel.mesh import Mesh
 from fourfold.training import build as building
 from fourfold.training.build import Built, build
 from fourfold.training.fast import Fast
 from fourfold.training.precision import resolve
-
-
-def _join_layers(run: Any, mesh: Mesh, module: Any) -> None:
-    """As a GPU has it."""
-    if mesh.layout.shards == 1:
-        join_siblings(module, apart=building._apart(run, module))
 
 
 def build_as_on_a_gpu(folder: Path, wishes: Fast, mesh: Mesh, **keys: Any) -> Built:
@@ -42,9 +35,8 @@ def build_as_on_a_gpu(folder: Path, wishes: Fast, mesh: Mesh, **keys: Any) -> Bu
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     instead = {
         "what_goes": lambda wishes, *_: wishes,
-        "_join_layers": _join_layers,
+        "_has_weights": lambda mesh: mesh.layout.shards == 1,
         "compile_layers": partial(compile_layers, backend="aot_eager"),
-        "has_kernel": lambda device: False,
     }
     with ExitStack() as stack:
         for name, found in instead.items():
