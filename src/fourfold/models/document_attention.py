@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fourfold.dataset.batch import Keys
+from fourfold.models.equal_documents import empty_row
 
 Reach = tuple[Tensor, Tensor]
 """Who sees what, int32: [2, S], the first and the last key that each query sees; and [2, K], the first query that sees
@@ -89,24 +90,9 @@ def _forward(
     return out.transpose(0, 1)[None], sums
 
 
-def _empty_row(tensor: Tensor) -> Tensor:
-    """[1, heads, S, d], in memory [S, heads, d]."""
-    _, heads, length, width = tensor.shape
-    return tensor.new_empty(1, length, heads, width).transpose(1, 2)
-
-
 @torch.library.register_fake("fourfold::documents", lib=_OPERATORS)
-def _forward_of_fakes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    of_queries: Tensor,
-    of_keys: Tensor,
-    window: int | None,
-    longest: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    return _empty_row(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
+def _forward_of_fakes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return empty_row(query), query.new_empty(query.shape[1:3], dtype=torch.float32)
 
 
 @torch.library.impl(_OPERATORS, "documents_back", "CUDA")
@@ -134,19 +120,9 @@ def _backward(
 
 @torch.library.register_fake("fourfold::documents_back", lib=_OPERATORS)
 def _backward_of_fakes(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    of_queries: Tensor,
-    of_keys: Tensor,
-    window: int | None,
-    longest: int,
-    scale: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_row(query), _empty_row(key), _empty_row(value)
+    return empty_row(query), empty_row(key), empty_row(value)
 
 
 class _Documents(torch.autograd.Function):

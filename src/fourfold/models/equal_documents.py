@@ -93,7 +93,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, documents: int, scale: f
     return _as_row(out), sums
 
 
-def _empty_row(tensor: Tensor) -> Tensor:
+def empty_row(tensor: Tensor) -> Tensor:
     """[1, heads, S, d], in memory [S, heads, d]."""
     _, heads, length, width = tensor.shape
     return tensor.new_empty(1, length, heads, width).transpose(1, 2)
@@ -104,7 +104,7 @@ def _forward_of_fakes(
     query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     _, heads, length, _ = query.shape
-    return _empty_row(query), query.new_empty((documents, heads, length // documents, 1), dtype=torch.float32)
+    return empty_row(query), query.new_empty((documents, heads, length // documents, 1), dtype=torch.float32)
 
 
 @torch.library.impl(_OPERATORS, "equal_documents_back", "CUDA")
@@ -138,7 +138,7 @@ def _backward_of_fakes(
     documents: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_row(query), _empty_row(key), _empty_row(value)
+    return empty_row(query), empty_row(key), empty_row(value)
 
 
 class _EqualDocuments(torch.autograd.Function):

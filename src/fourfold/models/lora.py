@@ -96,10 +96,8 @@ def _product(
     biases = [each.base.bias.to(compute) for each in terms if each.base.bias is not None]
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     a, b, scale = [each.a for each in terms], [each.b for each in terms], terms[0].scale
-    rows, columns, rank = sum(each.shape[0] for each in b), a[0].shape[1], sum(each.shape[0] for each in a)
-    if wide is not None and not has_room(wide, rows, columns, rank):
-        wide = None  # other adapters than those it was made for
-    if wide is not None and torch.compiler.is_compiling() and torch.is_grad_enabled():
+    is_trained = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if wide is not None and is_trained and has_room(wide, a, b):  # or there are other adapters than it was made for
         out = wide_rank(flat, wide, bias, a, b, scale)
     else:
         out = low_rank(flat, weight, bias, a, b, scale)

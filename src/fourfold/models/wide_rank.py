@@ -124,10 +124,10 @@ def takes(weight: Tensor) -> bool:
     return all(size % _ALIGNED == 0 for size in weight.shape)
 
 
-def has_room(wide: Tensor, out: int, width: int, rank: int) -> bool:
-    """Whether a weight was widened from such a size for such a rank."""
-    more = columns_of_rank(rank)
-    return wide.shape == (out + more, width + more)
+def has_room(wide: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether a weight was widened for such adapters, [r, in] and [its out, r] of each weight that it is joined of."""
+    more = columns_of_rank(sum(each.shape[0] for each in a))
+    return wide.shape == (sum(each.shape[0] for each in b) + more, a[0].shape[1] + more)
 
 
 def widened(weight: Tensor, rank: int) -> Tensor:

@@ -31,8 +31,8 @@ _PARTS_SCORED = (4, 2, 1)
 _MOST_RECORDED = 48
 _DOCUMENTS = 16
 _LONGEST = (512, 1024)
-"""Lengths of the longest document that are told apart, where a row is at least four times as long: the attention kernel
-starts a block for each 128 positions that any document might have, though most have not."""
+"""Lengths of the longest document that are told apart, where a row is at least four times as long: PyTorch's attention
+kernel starts a block for each 128 positions that any document might have, though most have not."""
 _NOT_COMPILED = "fail_on_recompile"
 """The stance of torch.compile in which a function that would have to be compiled is an error, which names it."""
 
