@@ -24,6 +24,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, window: int 
     return scores.masked_fill(~visible(reach, window), float("-inf")).softmax(-1) @ value
 
 
+def in_rows(tensor: Tensor) -> Tensor:
+    """[1, heads, S, d] as kernels of attention leave it: in memory [S, heads, d]."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def offsets_of(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
     """[D + 1] int32."""
     ends = torch.tensor(lengths, device=device).cumsum(0)

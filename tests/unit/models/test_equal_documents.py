@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from fourfold.models.attention import packed_attention
 from fourfold.models.equal_documents import EqualDocuments, equal_documents, takes
+from reach_reference import in_rows
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, documents: int, scale: float | None) -> Tensor:
     batch = (tensor[0].unflatten(1, (documents, -1)).transpose(0, 1) for tensor in (query, key, value))
     made = F.scaled_dot_product_attention(*batch, is_causal=True, scale=scale, enable_gqa=True)
     return made.transpose(0, 1).flatten(1, 2)[None]
-
-
-def _as_the_kernel_leaves_it(tensor: Tensor) -> Tensor:
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @pytest.fixture
@@ -33,7 +30,7 @@ def on_cpu() -> Iterator[None]:
     ) -> tuple[Tensor, Tensor]:
         assert query.transpose(1, 2).is_contiguous()  # as layers give them
         sums = query.new_zeros((documents, query.shape[1], query.shape[2] // documents, 1), dtype=torch.float32)
-        return _as_the_kernel_leaves_it(_attention(query, key, value, documents, scale)), sums
+        return in_rows(_attention(query, key, value, documents, scale)), sums
 
     def backward(
         grad: Tensor,
@@ -48,7 +45,7 @@ def on_cpu() -> Iterator[None]:
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
             found = torch.autograd.grad(_attention(*inputs, documents, scale), inputs, grad)
-        return tuple(map(_as_the_kernel_leaves_it, found))
+        return tuple(map(in_rows, found))
 
     library = torch.library.Library("fourfold", "FRAGMENT")
     library.impl("equal_documents", forward, "CPU")
