@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.parallel.expert import count_choices, find_experts, takes_choices
+from fourfold.parallel.sums import on_host
 
 
 class _Counter:
@@ -72,21 +73,35 @@ class ExpertLoad:
             for counter in self._counters:
                 counter.counted = None
 
-    def figures(self) -> dict[str, float]:
-        """The spread since the last call, over all ranks of the job, which must all call; empty without experts.
+    def figures(self) -> Callable[[], dict[str, float]]:
+        """The spread since the last call, over all ranks of the job, which must all read it; empty without experts.
 
         Returns:
+            what waits for the device as it is now (`sums.on_host`) and tells
             expert_max_share: the largest share of a layer's pairs that one expert got; 1 / experts is even.
             expert_load_cv: standard deviation of the experts' loads over their mean, averaged over layers; 0 is even.
         """
         if not self._counters:
-            return {}
-        sizes = [counter.size for counter in self._counters]
+            return dict
+        counted = [counter.total for counter in self._counters if counter.total is not None]
+        read = on_host(torch.cat(counted)) if counted else None
+        for total in counted:
+            total.zero_()
+        places = [counter.total is not None for counter in self._counters]
+        return lambda: self._spread(places, () if read is None else read().split(list(map(len, counted))))
+
+    def _spread(self, places: Sequence[bool], counted: Sequence[Tensor]) -> dict[str, float]:
+        """See `figures`.
+
+        Args:
+            places: for each layer whether something was counted.
+            counted: the counts of those where it was, on the host.
+        """
+        sizes, totals = [counter.size for counter in self._counters], iter(counted)
         found = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
-        for row, counter in zip(found, self._counters, strict=True):
-            if counter.total is not None:
-                row[: counter.size] = counter.total.cpu()
-                counter.total.zero_()
+        for row, size, is_there in zip(found, sizes, places, strict=True):
+            if is_there:
+                row[:size] = next(totals)
         if dist.is_initialized():
             dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
         shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, sizes, strict=True)]

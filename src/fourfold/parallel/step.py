@@ -100,13 +100,12 @@ class Running:
 
     Attributes:
         num_tokens: input tokens of all ranks without padding.
-        read: waits for the device and tells what the step found; every rank must call, in the same order.
-        keeps: whether `read` may be called after the next step has been begun.
+        read: waits for the device and tells what the step found; every rank must call, in the same order, before the
+            next step or once that has been begun.
     """
 
     num_tokens: int
     read: Callable[[], StepResult]
-    keeps: bool
 
 
 def whole(batch: Batch) -> Batch:
@@ -118,9 +117,9 @@ def nothing() -> None:
     """Gradients are complete after the last backward pass."""
 
 
-def no_figures() -> dict[str, float]:
+def no_figures() -> Callable[[], dict[str, float]]:
     """Nothing is observed."""
-    return {}
+    return dict
 
 
 def _ignore(number: int) -> None:
@@ -162,7 +161,8 @@ class Step:
         reducer: adds up over ranks.
         localize: a micro-batch on the host -> the part of it that this rank computes.
         finish: completes the gradients after the last backward pass of a step.
-        observe: further figures of the step that was trained, over all ranks.
+        observe: begins to fetch further figures of the step that was trained; what it returns reads them, over all
+            ranks.
         staged: runs the micro-batches through a pipeline instead of one after the other.
         module: the model, put into evaluation mode while it is only asked.
         asked: context of what is asked of it while it is trained.
@@ -181,7 +181,7 @@ class Step:
     reducer: Reducer = field(default_factory=Reducer)
     localize: Callable[[Batch], Batch] = whole
     finish: Callable[[], None] = nothing
-    observe: Callable[[], dict[str, float]] = no_figures
+    observe: Callable[[], Callable[[], dict[str, float]]] = no_figures
     staged: Staged | None = None
     module: nn.Module | None = None
     asked: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -207,10 +207,11 @@ class Step:
         """The same, without waiting for the device."""
         running = self._run(batches, before or _ignore)
         self.finish()
+        observed = self.observe()
 
         def read() -> StepResult:
             found = running.read()
-            return replace(found, metrics={**found.metrics, **self.observe()})
+            return replace(found, metrics={**found.metrics, **observed()})
 
         return replace(running, read=read)
 
@@ -235,8 +236,7 @@ class Step:
                 sums.add(self.graphs.run(self.localize(batch), denominators))
         else:
             self._pass(ready, before, loss_of)
-        is_alone = self.observe is no_figures  # what is observed is of the last step that was begun
-        return Running(round(counts[_TOKENS]), partial(self._result, sums.figures(), counts), keeps=is_alone)
+        return Running(round(counts[_TOKENS]), partial(self._result, sums.figures(), counts))
 
     def _loss(
         self, outputs: Outputs, batch: Batch, denominators: Mapping[str, float | Tensor]

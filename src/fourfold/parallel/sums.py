@@ -64,6 +64,26 @@ class Sums:
         return read
 
 
+def on_host(found: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy a tensor to the host; what is returned waits as that of `numbers_of` does.
+
+    The tensor may be written to from now on.
+    """
+    if found.device.type != "cuda":
+        copy = found.clone()
+        return lambda: copy
+    target = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+    target.copy_(found, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+
+    def read() -> Tensor:
+        there.synchronize()
+        return target
+
+    return read
+
+
 def numbers_of(scalars: Sequence[Tensor]) -> Callable[[], list[float]]:
     """Begin to fetch scalars from a device.
 
@@ -72,14 +92,5 @@ def numbers_of(scalars: Sequence[Tensor]) -> Callable[[], list[float]]:
     """
     if not scalars or any(scalar.device.type != "cuda" for scalar in scalars):
         return lambda: [float(scalar) for scalar in scalars]
-    together = torch.stack([scalar.double() for scalar in scalars])
-    on_host = torch.empty(together.shape, dtype=together.dtype, pin_memory=True)
-    on_host.copy_(together, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record()
-
-    def read() -> list[float]:
-        there.synchronize()
-        return on_host.tolist()
-
-    return read
+    read = on_host(torch.stack([scalar.double() for scalar in scalars]))
+    return lambda: read().tolist()

@@ -87,13 +87,11 @@ class _Begun:
         step: its number; the first is 1.
         read: waits for it; its figures, and the gradient's norm before it was clipped.
         rate: the learning rate that it was given.
-        keeps: whether `read` may be called after the next step has been begun.
     """
 
     step: int
     read: Callable[[], tuple[StepResult, float]]
     rate: float
-    keeps: bool
 
 
 @dataclass
@@ -159,7 +157,7 @@ class Loop:
                 self._unread = begun
                 # A signal may reach ranks at different steps; they leave together, after the same one.
                 signal_number = reducer.largest(stop.signal_number or 0)
-                if signal_number or not self._may_read_later(begun):
+                if signal_number or not self._may_read_later():
                     self._read()
                 seconds = time.perf_counter() - started  # a step or the one before has been waited for
                 self.state.train_runtime_s += seconds
@@ -175,7 +173,7 @@ class Loop:
         patience = self.settings.early_stopping
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _may_read_later(self, begun: _Begun) -> bool:
+    def _may_read_later(self) -> bool:
         """Whether nothing needs what a step found before the next one is begun: the device need not wait for it then.
 
         The same on all ranks. The first step is read at once, so that what was started is known to run.
@@ -184,7 +182,7 @@ class Loop:
         last = step >= settings.max_steps
         due = settings.logging.due(step, last=last) or settings.saving.due(step, last=last)
         due = due or settings.evaluation.due(step, last=last) or last
-        return begun.keeps and not due and self.scaler is None and self.clock.ended
+        return self.practice is None and not due and self.scaler is None and self.clock.ended
 
     def _train_step(self, found: StepSamples, parameters: list[nn.Parameter], ahead: Ahead) -> _Begun:
         """Give a step to the device."""
@@ -215,7 +213,7 @@ class Loop:
 
         num_tokens = sum(result.num_tokens for result in earlier) + running.num_tokens
         self._advance(found, num_tokens)
-        return _Begun(found.step + 1, read, float(rate), keeps=running.keeps and self.practice is None)
+        return _Begun(found.step + 1, read, float(rate))
 
     def _begin(self, step: int, update: int) -> Callable[[int], None]:
         """What keys the randomness of an update's micro-batches, by number: those of all updates of a step apart."""

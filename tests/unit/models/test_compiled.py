@@ -224,7 +224,7 @@ def _experts_of(model: PreTrainedModel, recompute: bool, compiled: bool) -> tupl
                 x = x + block(x)  # type: ignore[operator]
         x.square().sum().backward()
         found.append(x.detach())
-    return [*found, *(p.grad for p in model.parameters() if p.grad is not None)], load.figures()
+    return [*found, *(p.grad for p in model.parameters() if p.grad is not None)], load.figures()()
 
 
 @pytest.mark.parametrize("recompute", [False, True])

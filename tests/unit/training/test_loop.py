@@ -22,9 +22,9 @@ from fourfold.training.state import TrainState
 class _Step:
     """Notes what it is asked; the loss of step n is n."""
 
-    def __init__(self, keeps: bool) -> None:
+    def __init__(self) -> None:
         self.seen: list[str] = []
-        self.reducer, self.graphs, self._keeps, self._count = Reducer(), None, keeps, 0
+        self.reducer, self.graphs, self._count = Reducer(), None, 0
 
     def begin(self, batches: Any, *, before: Any) -> Running:
         self._count += 1
@@ -35,7 +35,7 @@ class _Step:
             self.seen.append(f"read {number}")
             return StepResult(terms={"loss": float(number)}, num_tokens=10 * number)
 
-        return Running(10 * number, read, self._keeps)
+        return Running(10 * number, read)
 
 
 class _Loader:
@@ -58,10 +58,17 @@ class _Log(Tracker):
         return
 
 
-def _run(keeps: bool) -> tuple[list[str], list[tuple[int, float, float]], TrainState]:
-    module, step, log, state = nn.Linear(1, 1), _Step(keeps), _Log(), TrainState()
+class _Impatient(Loop):
+    """Waits for each step."""
+
+    def _may_read_later(self) -> bool:
+        return False
+
+
+def _run(kind: type[Loop] = Loop) -> tuple[list[str], list[tuple[int, float, float]], TrainState]:
+    module, step, log, state = nn.Linear(1, 1), _Step(), _Log(), TrainState()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    loop = Loop(
+    loop = kind(
         settings=LoopSettings(7, 7, 0.0, logging=Cadence(3, at_end=True), evaluation=Cadence(0), saving=Cadence(5)),
         step=step,  # type: ignore[arg-type]
         module=module,
@@ -85,7 +92,7 @@ def _no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_steps_when_nothing_is_due_are_read_once_the_next_one_is_begun() -> None:
-    seen, _, _ = _run(keeps=True)
+    seen, _, _ = _run()
     assert seen == [
         *("begin 1", "read 1"),  # the first tells that all works
         *("begin 2", "begin 3", "read 2", "read 3"),  # 3 is logged
@@ -95,8 +102,8 @@ def test_steps_when_nothing_is_due_are_read_once_the_next_one_is_begun() -> None
 
 
 def test_figures_when_steps_are_read_later_are_the_same() -> None:
-    later, rows, state = _run(keeps=True)
-    at_once, same, other = _run(keeps=False)
+    later, rows, state = _run()
+    at_once, same, other = _run(_Impatient)
     assert rows == same == [(3, 2.0, 60.0), (6, 5.0, 210.0), (7, 7.0, 280.0)]
     assert at_once[:4] == ["begin 1", "read 1", "begin 2", "read 2"]
     assert later != at_once
