@@ -38,4 +38,5 @@ def offsets_of(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
 def keys_of(lengths: tuple[int, ...], more: tuple[int, ...], device: str = "cpu") -> Keys:
     """Keys of documents that see so many more than their own positions; which ones is all the same."""
     together = tuple(own + other for own, other in zip(lengths, more, strict=True))
-    return Keys(torch.zeros(sum(together), dtype=torch.long, device=device), offsets_of(together, device), together)
+    index = torch.zeros(sum(together), dtype=torch.long, device=device)
+    return Keys(index, offsets_of(together, device), together, index.new_zeros(2, sum(lengths)))

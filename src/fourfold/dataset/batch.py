@@ -72,6 +72,10 @@ class Sample:
         return sum(len(example) for example in self.sequences.values())
 
 
+_PINNED = 2**20
+"""Bytes of what an objective puts beside a batch that are pinned to be copied; a teacher's states may be gigabytes."""
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, without waiting for it: from memory that can be paged out a copy begins when all is done
     that the device was given before."""
@@ -90,15 +94,17 @@ class Keys:
         index: [K] int64, the positions of the row whose keys the documents see, document after document.
         offsets: [D + 1] int32, where each document's keys start in it.
         lengths: number of keys of each document, on the host; its positions are the last of them.
+        places: [2, S] int64, where each position is in `index`: among its own document's keys, and among those of the
+            document that sees it as well, -1 where none does.
     """
 
-    def __init__(self, index: Tensor, offsets: Tensor, lengths: tuple[int, ...]) -> None:
-        self.index, self.offsets, self.lengths = index, offsets, lengths
+    def __init__(self, index: Tensor, offsets: Tensor, lengths: tuple[int, ...], places: Tensor) -> None:
+        self.index, self.offsets, self.lengths, self.places = index, offsets, lengths, places
 
     def to(self, device: torch.device) -> Keys:
         """The same on `device`."""
-        index, offsets = (to_device(tensor, device) for tensor in (self.index, self.offsets))
-        return Keys(index, offsets, self.lengths)
+        index, offsets, places = (to_device(tensor, device) for tensor in (self.index, self.offsets, self.places))
+        return Keys(index, offsets, self.lengths, places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,5 +199,8 @@ class Batch:
         return replace(self, scored=torch.nonzero(self.targets.reshape(-1) != IGNORE_INDEX).squeeze(-1))
 
     def extras_on(self, device: torch.device) -> dict[str, Tensor]:
-        """The further tensors on `device`; not pinned, since they may be large."""
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.extras.items()}
+        """The further tensors on `device`; large ones are not pinned."""
+        return {
+            name: to_device(tensor, device) if tensor.nbytes <= _PINNED else tensor.to(device, non_blocking=True)
+            for name, tensor in self.extras.items()
+        }

@@ -191,9 +191,11 @@ def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
             "samples": (*batch.samples, (0, 0)),
         }
         if batch.keys is not None:
-            own = torch.arange(width - missing, width)
-            offsets = torch.cat([batch.keys.offsets, batch.keys.offsets[-1:] + missing])
-            added["keys"] = Keys(torch.cat([batch.keys.index, own]), offsets, (*batch.keys.lengths, missing))
+            keys, own = batch.keys, torch.arange(width - missing, width)
+            offsets = torch.cat([keys.offsets, keys.offsets[-1:] + missing])
+            places = torch.stack([len(keys.index) + torch.arange(missing), torch.full((missing,), -1)])
+            index, places = torch.cat([keys.index, own]), torch.cat([keys.places, places], dim=1)
+            added["keys"] = Keys(index, offsets, (*keys.lengths, missing), places)
     return replace(
         batch,
         input_ids=pad(batch.input_ids, value=policy.pad_token_id),
@@ -297,14 +299,18 @@ def _documents_of(sample: Sample, policy: CutPolicy) -> list[_Document]:
 
 
 def _keys(documents: Sequence[_Document], starts: Sequence[int]) -> Keys:
-    pieces: list[torch.Tensor] = []
-    for number, doc in enumerate(documents):
-        if doc.before:
-            pieces.append(torch.arange(starts[number - 1], starts[number - 1] + doc.before))
-        pieces.append(torch.arange(starts[number], starts[number + 1]))
     lengths = tuple(doc.before + len(doc.input_ids) for doc in documents)
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return Keys(torch.cat(pieces), offsets, lengths)
+    offsets = [0, *accumulate(lengths)]
+    index, places = torch.empty(offsets[-1], dtype=torch.long), torch.full((2, starts[-1]), -1)
+    for number, doc in enumerate(documents):
+        seen, own = torch.arange(offsets[number], offsets[number + 1]).split([doc.before, len(doc.input_ids)])
+        if doc.before:
+            others = slice(starts[number - 1], starts[number - 1] + doc.before)
+            index[seen] = torch.arange(others.start, others.stop)
+            places[1, others] = seen
+        index[own] = torch.arange(starts[number], starts[number + 1])
+        places[0, starts[number] : starts[number + 1]] = own
+    return Keys(index, torch.tensor(offsets, dtype=torch.int32), lengths, places)
 
 
 def _number_names(documents: Sequence[_Document]) -> list[str]:

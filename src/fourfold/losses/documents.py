@@ -62,7 +62,9 @@ def stored_logps(batch: Batch, roles: tuple[str, str]) -> Tensor:
 
 
 def reference_logps(batches: Sequence[Batch], roles: tuple[str, str], scorer: Scorer, *, stored: bool) -> list[Tensor]:
-    """For each micro-batch the log-probabilities of its documents under the reference, [D] fp32 on the host.
+    """For each micro-batch the log-probabilities of its documents under the reference, [D] fp32.
+
+    Those that come with the samples are on the host, others where `Scorer.document_logps` leaves them.
 
     Args:
         roles: names of a sample's two sequences.

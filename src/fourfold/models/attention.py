@@ -123,7 +123,7 @@ def packed_attention(
         return _in_context(query, key, value, context_rows, scores), None
     key_offsets = cu_seqlens
     if keys is not None:
-        key, value = (tensor.index_select(2, keys.index) for tensor in (key, value))
+        key, value = (_Seen.apply(tensor, keys.index, keys.places) for tensor in (key, value))
         key_offsets = keys.offsets
     if documents and sliding_window is None and equal_documents.takes(query, value):
         return equal_documents.equal_documents(query, key, value, documents, scaling), None
@@ -139,6 +139,24 @@ def packed_attention(
     offsets = None if cu_seqlens is None or key_offsets is None else (cu_seqlens, key_offsets)
     pairs = tuple(zip(lengths, lengths if keys is None else keys.lengths, strict=True))
     return attend(query, key, value, Stretch(((0, key.shape[2]),), (pairs,), offsets), scores), None
+
+
+class _Seen(torch.autograd.Function):
+    """Keys or values document after document; their gradients are read back, where autograd would add into zeros, with
+    atomic additions in 16 bits on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Tensor, places: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """tensor [B, heads, S, d], index [K], places [2, S] (see `Keys`) -> [B, heads, K, d]."""
+        ctx.save_for_backward(places)
+        return tensor.index_select(2, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad [B, heads, K, d]."""
+        own, other = ctx.saved_tensors[0].unbind()
+        seen = grad.index_select(2, other.clamp(min=0)) * (other >= 0)[:, None]
+        return grad.index_select(2, own) + seen, None, None
 
 
 def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fourfold.config.schema import Run
-from fourfold.dataset.batch import IGNORE_INDEX, Batch
+from fourfold.dataset.batch import IGNORE_INDEX, Batch, to_device
 from fourfold.losses.documents import (
     COUNTS,
     PAIRS,
@@ -67,7 +67,7 @@ class PreferenceObjective:
             return ready
         found = reference_logps(batches, _ROLES, scorer, stored=self.stored)
         ready = [
-            replace(batch, extras={**batch.extras, REFERENCE: logps[batch.extras[PAIRS]]})
+            replace(batch, extras={**batch.extras, REFERENCE: logps[to_device(batch.extras[PAIRS], logps.device)]})
             for batch, logps in zip(ready, found, strict=True)
         ]
         if self.settings.loss == "kto_pair" or self.settings.bco_weight:
@@ -86,7 +86,7 @@ class PreferenceObjective:
         """Means of log pi/pi_ref over the pairs of the whole step, before it is trained."""
         found = scorer.document_logps(batches, reference=False)
         ratios = [
-            logps[batch.extras[PAIRS]] - batch.extras[REFERENCE]
+            logps.cpu()[batch.extras[PAIRS]] - batch.extras[REFERENCE].cpu()
             for logps, batch in zip(found, batches, strict=True)
         ]  # fmt: skip
         chosen, rejected = torch.cat(ratios).double().sum(0).tolist()

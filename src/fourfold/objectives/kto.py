@@ -46,7 +46,7 @@ class KtoObjective:
         reference = reference_logps(batches, _ROLES, scorer, stored=self.stored)
         policy = scorer.document_logps(batches, reference=False)
         ready, total, number = [], 0.0, 0
-        for batch, before, now in zip(batches, reference, policy, strict=True):
+        for batch, before, now in zip(batches, map(Tensor.cpu, reference), map(Tensor.cpu, policy), strict=True):
             pairs = pairs_tensor(batch)
             kl_rows = pairs[:, 1]
             total += float((now[kl_rows] - before[kl_rows]).double().sum())

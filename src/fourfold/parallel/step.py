@@ -43,9 +43,10 @@ class Scorer(Protocol):
         ...
 
     def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
-        """For each micro-batch the log-probabilities of its documents' targets, [D] fp32 on the host, no gradient.
+        """For each micro-batch the log-probabilities of its documents' targets, [D] fp32, no gradient.
 
-        All ranks must call, with equally many micro-batches.
+        They are where they were computed, on a device that need not have done it yet, or on the host, where a rank of
+        a pipeline had them sent. All ranks must call, with equally many micro-batches.
 
         Args:
             reference: under the model without its adapters.
@@ -261,17 +262,21 @@ class Step:
     def document_logps(self, batches: Sequence[Batch], *, reference: bool) -> list[Tensor]:
         """See `Scorer`."""
         with self.reference() if reference else nullcontext():
-            return self._ask(batches, document_logps)
+            return self._asked_for(batches, document_logps)
 
     def document_values(self, batches: Sequence[Batch]) -> list[Tensor]:
         """For each micro-batch the values at its documents' last tokens, [D] fp32 on the host, no gradient.
 
         All ranks must call, with equally many micro-batches; the model has a value head.
         """
-        return self._ask(batches, document_values)
+        return self._on_host(batches, document_values)
 
-    def _ask(self, batches: Sequence[Batch], read: Callable[[Outputs, Batch], Tensor]) -> list[Tensor]:
+    def _on_host(self, batches: Sequence[Batch], read: Callable[[Outputs, Batch], Tensor]) -> list[Tensor]:
         """What is read from the outputs of each micro-batch, on the host of every rank."""
+        return [tensor.cpu() for tensor in self._asked_for(batches, read)]
+
+    def _asked_for(self, batches: Sequence[Batch], read: Callable[[Outputs, Batch], Tensor]) -> list[Tensor]:
+        """What is read from the outputs of each micro-batch, on every rank; sent through the host in a pipeline."""
         found: list[Tensor] = []
 
         def note(outputs: Outputs, batch: Batch) -> Tensor:
@@ -280,7 +285,7 @@ class Step:
 
         with torch.no_grad(), self._asked():
             self._pass(batches, _ignore, note)
-        return self.reducer.from_last_stage([tensor.cpu() for tensor in found])
+        return found if self.staged is None else self.reducer.from_last_stage([tensor.cpu() for tensor in found])
 
     def token_logps(self, batches: Sequence[Batch], *, reference: bool, temperature: float = 1.0) -> list[Tensor]:
         """For each micro-batch the log-probability of every target, [B, S] fp32 on the host, 0 where there is none.
@@ -325,7 +330,7 @@ class Step:
             found = values.new_zeros(size).index_copy(0, places, values.detach())
             return found if outputs.positions is None else add_up(found, outputs.positions)
 
-        found = self._ask(placed, whole)
+        found = self._on_host(placed, whole)
         return [_as_rows(value, batch) for value, batch in zip(found, batches, strict=True)]
 
     def rest(self, *, but_head: bool = False) -> None:

@@ -131,8 +131,9 @@ def _compute(parts: Parts, data: TokenisedDataset, step: Step, name: str) -> np.
         samples = [data[i] for i in range(first, min(first + size, len(data)))[rank::ranks]]
         batches = step.fill(cut(samples, parts.policy))
         for batch, logps in zip(batches, step.document_logps(batches, reference=off), strict=True):
+            on_host = logps.cpu()
             for documents in pairs_of(batch):
-                table[batch.samples[documents[0]][0]] = logps[list(documents)]
+                table[batch.samples[documents[0]][0]] = on_host[list(documents)]
     if parts.split.reducer.data is not None:
         dist.all_reduce(table, group=parts.split.reducer.data)
     return table.numpy()

@@ -34,6 +34,7 @@ def test_rows_when_prompts_are_shared_have_them_once() -> None:
     assert shared.keys.lengths == (25, 27)
     assert shared.keys.index.tolist() == [*range(25), *range(19), *range(25, 33)]
     assert shared.keys.offsets.tolist() == [0, 25, 52]
+    assert shared.keys.places.tolist() == [[*range(25), *range(44, 52)], [*range(25, 44), *[-1] * 14]]
     for batch in (apart, shared):
         assert batch.num_targets == 12
         assert batch.samples == ((0, 0), (0, 1))
@@ -69,4 +70,6 @@ def test_row_when_filled_up_has_keys_of_its_own_there() -> None:
     assert batch.lengths == (25, 8, 7)
     assert batch.keys.lengths == (25, 27, 7)
     assert batch.keys.index[-7:].tolist() == list(range(33, 40))
+    assert batch.keys.index[batch.keys.places[0]].tolist() == list(range(40))
+    assert batch.keys.places[1].tolist() == [*range(25, 44), *[-1] * 21]
     assert widen(batch, 40, SHARED) is batch

@@ -88,10 +88,12 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
 ) -> None:
     torch._dynamo.reset()
     lengths = (11, 2, 19)
-    offsets, keys = offsets_of(lengths), keys_of(lengths, (0, 9, 4)) if shares else None
+    offsets, keys = offsets_of(lengths), keys_of(lengths, (0, 9, 2)) if shares else None
     if keys is not None:
-        own = [range(11), (*range(9), 11, 12), (*range(4), *range(13, 32))]
+        own = [range(11), (*range(9), 11, 12), (11, 12, *range(13, 32))]
         keys.index.copy_(torch.tensor([place for document in own for place in document]))
+        seen = [*range(11, 20), *[-1] * 2, *range(22, 24), *[-1] * 19]
+        keys.places.copy_(torch.tensor([[*range(11), 20, 21, *range(24, 43)], seen]))
     results = []
     for told in (False, True):
 
