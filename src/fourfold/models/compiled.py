@@ -18,11 +18,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fourfold.base.log import get_logger
-from fourfold.dataset.batch import IGNORE_INDEX
 from fourfold.models.inductor import teach_inductor
 
 log = get_logger(__name__)
@@ -131,60 +130,6 @@ def _keeping_inputs(backend: Backend) -> Callable[..., Any]:
             return inner(graph, inputs, **options)
 
     return compile_
-
-
-@lru_cache(maxsize=8)
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
-
-
-def _of_one_vocabulary(logits: Tensor) -> Tensor:
-    """The same [N, V], compiled for this V: kernels that divide by an unknown one take three times as long."""
-    import torch._dynamo
-
-    torch._dynamo.mark_static(logits, 1)
-    return logits
-
-
-def _nll_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    wanted = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0].float()
-    total = torch.logsumexp(logits.float(), dim=-1)
-    return torch.where(targets == IGNORE_INDEX, 0.0, total - wanted), total
-
-
-def _become_gradient(logits: Tensor, targets: Tensor, total: Tensor, grad: Tensor) -> None:
-    probabilities = torch.exp(logits.float() - total[:, None])
-    is_target = torch.arange(logits.shape[1], device=logits.device)[None] == targets[:, None]
-    grad = torch.where(targets == IGNORE_INDEX, 0.0, grad)
-    logits.copy_((probabilities - is_target.float()) * grad[:, None])
-
-
-class _TokenNll(torch.autograd.Function):
-    """Cross entropy of logits as they are, of which no copy in fp32 is ever made; their gradient takes their place."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """logits [N, V], targets [N] -> [N] fp32."""
-        nll, total = _compiled(_nll_of)(_of_one_vocabulary(logits), targets)
-        ctx.save_for_backward(logits, targets, total)
-        return nll
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """grad [N]."""
-        logits, targets, total = ctx.saved_tensors
-        logits = _of_one_vocabulary(logits.detach())
-        _compiled(_become_gradient)(logits, targets, total, grad)
-        return logits, None
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihoods in fp32, compiled: logits [N, V], targets [N] -> [N], 0 for IGNORE_INDEX.
-
-    The backward pass writes the gradient over the logits, so nobody else may need them then.
-    """
-    # a part of a longer tensor would be compiled for its length relative to the whole, and then for others
-    return _TokenNll.apply(logits, targets.clone())  # type: ignore[return-value]
 
 
 def join_small_kernels(*, joins: bool) -> None:

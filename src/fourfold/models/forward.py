@@ -21,12 +21,13 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.families.shared_positions import is_exchangeable
 from fourfold.models import attention
-from fourfold.models.compiled import Compiled, token_nll
+from fourfold.models.compiled import Compiled
 from fourfold.models.document_attention import reach_of
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
 from fourfold.models.router import balance, balance_sums
+from fourfold.models.token_nll import token_nll
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
 from fourfold.parallel.context import ContextParallel, ContextRows

@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fourfold.dataset.batch import IGNORE_INDEX
 from fourfold.models import compiled
 from fourfold.models.adapters import without_adapters
 from fourfold.models.compiled import (
@@ -21,7 +20,6 @@ from fourfold.models.compiled import (
     compile_layers,
     join_small_kernels,
     recompute_compiled,
-    token_nll,
 )
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.targets import decoder_blocks, final_norms
@@ -289,20 +287,6 @@ def test_compiled_layers_when_the_adapters_are_dora_run_and_say_so_if_they_are_n
     told = [message for message in caplog.messages if "are not compiled" in message]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert bool(told) != bool(graphs)  # PEFT's variants can be compiled with some versions of torch, not with others
-
-
-def test_token_nll_when_compared_with_cross_entropy_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_compiled", lambda function: function)
-    logits = torch.randn(7, 11, dtype=torch.float64).float().requires_grad_()
-    targets = torch.tensor([0, 10, IGNORE_INDEX, 3, 3, IGNORE_INDEX, 9])
-    weights = torch.randn(7)
-    other = logits.detach().clone().requires_grad_()
-    expected = F.cross_entropy(other, targets, reduction="none")
-    found = token_nll(logits, targets)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    (found * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(logits.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
