@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
 
 _Found = TypeVar("_Found")
+
+_LARGE = 2**20
+"""Numbers of a tensor that is read by a kernel of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,25 @@ def gradient_norm(
     if shares is not None:
         return _norm_of_shares(held, shares, ranks_per_stage)
     grads = [p.grad for p in held if p.grad is not None]
-    return full(nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
+    return _norm(grads) if grads else torch.zeros(())
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of tensors, a scalar on their device, whatever of them is on other ranks."""
+    large = [grad for grad in grads if _is_large(grad)]
+    if not large:
+        return full(nn.utils.get_total_norm(grads))
+    from fourfold.parallel.norm_kernel import square_sums
+
+    small = [grad for grad in grads if not _is_large(grad)]
+    squares = square_sums(large).sum()
+    return squares.sqrt() if not small else (squares + full(nn.utils.get_total_norm(small)).float().square()).sqrt()
+
+
+def _is_large(grad: Tensor) -> bool:
+    """Whether a gradient is worth a kernel of its own, and can have it."""
+    plain = grad.is_cuda and not isinstance(grad, DTensor) and grad.is_contiguous()
+    return plain and grad.numel() >= _LARGE and find_spec("triton") is not None
 
 
 @torch.no_grad()
