@@ -107,14 +107,25 @@ def gradient_norm(
 
 def _norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of tensors, a scalar on their device, whatever of them is on other ranks."""
-    large = [grad for grad in grads if _is_large(grad)]
-    if not large:
-        return full(nn.utils.get_total_norm(grads))
-    from fourfold.parallel.norm_kernel import square_sums
+    device, norms = grads[0].device, []
+    for (_, dtype, is_large), alike in _alike(grads).items():
+        if is_large:
+            from fourfold.parallel.norm_kernel import square_sums
 
-    small = [grad for grad in grads if not _is_large(grad)]
-    squares = square_sums(large).sum()
-    return squares.sqrt() if not small else (squares + full(nn.utils.get_total_norm(small)).float().square()).sqrt()
+            norms.append(square_sums(alike).sum().sqrt())
+        else:
+            # not in 16 bits, as PyTorch leaves it: that is half a percent, and clips by it
+            wide = torch.promote_types(dtype, torch.float32)
+            norms += torch._foreach_norm(alike, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
+    return full(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])))
+
+
+def _alike(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
+    """Gradients by device and dtype, those apart that have a kernel of their own."""
+    found: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+    for grad in grads:
+        found.setdefault((grad.device, grad.dtype, _is_large(grad)), []).append(grad)
+    return found
 
 
 def _is_large(grad: Tensor) -> bool:
