@@ -1,4 +1,4 @@
-"""Predictions against what an H100 measured (benchmarks/results/*_h100.jsonl): the planner's own tolerances."""
+"""Predictions against what an H100 and an H200 measured (benchmarks/results): the planner's own tolerances."""
 
 from __future__ import annotations
 
@@ -95,8 +95,9 @@ def test_points_when_read_back_have_the_name_they_ran_under() -> None:
         assert described(point_of(row["fields"]))[2].sequence == row["fields"]["sequences"][0]
 
 
-def test_prediction_when_compared_with_compiled_runs_is_near() -> None:
-    for row in rows_of("compiled_h100.jsonl"):
+@pytest.mark.parametrize("name", ["compiled_h100.jsonl", "compiled_h200.jsonl"])
+def test_prediction_when_compared_with_compiled_runs_is_near(name: str) -> None:
+    for row in rows_of(name):
         card = find_device(row["gpu"])
         point = Point(**{**row["fields"], "sequences": tuple(row["fields"]["sequences"]), "layout": Layout()})
         _, shape, job = described(point)
