@@ -31,8 +31,8 @@ class ClockTracker(Tracker):
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         if "loss" in figures:
-            self._clock.steps[-1].loss = figures["loss"]
-            self._clock.steps[-1].grad_norm = figures["grad_norm"]
+            self._clock.steps[step - 1].loss = figures["loss"]
+            self._clock.steps[step - 1].grad_norm = figures["grad_norm"]
 
     def finish(self) -> None:
         return

@@ -87,11 +87,18 @@ class _Begun:
         step: its number; the first is 1.
         read: waits for it; its figures, and the gradient's norm before it was clipped.
         rate: the learning rate that it was given.
+        tokens: its input tokens of all ranks.
+        epoch, all_tokens: of the run with it.
+        is_logged: whether a line of the log is due.
     """
 
     step: int
     read: Callable[[], tuple[StepResult, float]]
     rate: float
+    tokens: int
+    epoch: float
+    all_tokens: int
+    is_logged: bool
 
 
 @dataclass
@@ -132,6 +139,7 @@ class Loop:
     _table: list[dict[str, Any]] = field(default_factory=list)
     _window: Window = field(default_factory=Window)
     _unread: _Begun | None = None
+    _turn_started: float = 0.0
 
     def fit(self) -> None:
         """Train until the budget is spent, early stopping says so, or a signal asks for the end.
@@ -151,7 +159,7 @@ class Loop:
             reducer = self.step.reducer
             ahead = Ahead(iter(self.loader.steps(self.state.step)), self.policy)
             while not self._finished() and (found := ahead.next()) is not None:
-                started = time.perf_counter()
+                self._turn_started = time.perf_counter()
                 begun = self._train_step(found, parameters, ahead)
                 self._read()  # what the step before found, while the device does this one
                 self._unread = begun
@@ -159,7 +167,7 @@ class Loop:
                 signal_number = reducer.largest(stop.signal_number or 0)
                 if signal_number or not self._may_read_later():
                     self._read()
-                seconds = time.perf_counter() - started  # a step or the one before has been waited for
+                seconds = self._turn_seconds()  # a step or the one before has been waited for
                 self.state.train_runtime_s += seconds
                 self.step_times.add(seconds)
                 self.clock.end("first step")
@@ -180,8 +188,9 @@ class Loop:
         """
         settings, step = self.settings, self.state.step
         last = step >= settings.max_steps
-        due = settings.logging.due(step, last=last) or settings.saving.due(step, last=last)
-        due = due or settings.evaluation.due(step, last=last) or last
+        due = settings.saving.due(step, last=last) or settings.evaluation.due(step, last=last) or last
+        # a CPU has done the next step when it is given: a line would come a step late
+        due = due or (self.step.device.type == "cpu" and settings.logging.due(step, last=last))
         return self.practice is None and not due and self.scaler is None and self.clock.ended
 
     def _train_step(self, found: StepSamples, parameters: list[nn.Parameter], ahead: Ahead) -> _Begun:
@@ -213,7 +222,9 @@ class Loop:
 
         num_tokens = sum(result.num_tokens for result in earlier) + running.num_tokens
         self._advance(found, num_tokens)
-        return _Begun(found.step + 1, read, float(rate))
+        state, last = self.state, self.state.step >= self.settings.max_steps
+        is_logged = self.settings.logging.due(state.step, last=last)
+        return _Begun(state.step, read, float(rate), num_tokens, state.epoch, state.num_tokens, is_logged)
 
     def _begin(self, step: int, update: int) -> Callable[[int], None]:
         """What keys the randomness of an update's micro-batches, by number: those of all updates of a step apart."""
@@ -252,12 +263,11 @@ class Loop:
         state.num_samples += found.num_samples
         state.num_tokens += num_tokens
         state.total_flos += self.settings.flos_per_token * num_tokens
-        self._window.tokens += num_tokens
         for tracker in self.trackers:
             tracker.advance(state.step)
 
     def _read(self) -> None:
-        """Note what the last step has found, if that is not done yet."""
+        """Note what the last step has found, and log it if that is due, unless it is done already."""
         if self._unread is None:
             return
         begun, self._unread = self._unread, None
@@ -272,13 +282,18 @@ class Loop:
         for name, value in {**extra, **result.metrics}.items():
             state.window_sums[name] = state.window_sums.get(name, 0.0) + value
             state.window_counts[name] = state.window_counts.get(name, 0) + 1
+        self._window.tokens += begun.tokens
         self._figures = {"grad_norm": norm, "learning_rate": begun.rate}
+        if begun.is_logged:
+            self._log(begun)
+
+    def _turn_seconds(self) -> float:
+        """Since the step that was begun last was asked for."""
+        return time.perf_counter() - self._turn_started
 
     def _after_step(self, signal_number: int) -> None:
         settings, step = self.settings, self.state.step
         last = step >= settings.max_steps
-        if settings.logging.due(step, last=last):
-            self._log()
         if self.evaluator is not None and settings.evaluation.due(step, last=last):
             self._evaluate(self.evaluator)
         if signal_number:
@@ -296,30 +311,31 @@ class Loop:
         is_best = self.settings.save_best and self.state.best_step == self.state.step
         return is_best or self.settings.saving.due(self.state.step, last=False)
 
-    def _log(self) -> None:
+    def _log(self, begun: _Begun) -> None:
+        """The figures of the steps since the last line, the last of which has just been read."""
         state = self.state
-        remaining = self.settings.max_steps - state.step
+        remaining = self.settings.max_steps - begun.step
         figures = {
             "loss": state.window_loss / state.window_steps,
             **self._figures,
             **{name: total / state.window_counts[name] for name, total in state.window_sums.items()},
-            "epoch": state.epoch,
-            "num_tokens": float(state.num_tokens),
+            "epoch": begun.epoch,
+            "num_tokens": float(begun.all_tokens),
             **self._window.speed(remaining, state.window_steps),
-            "elapsed_s": state.train_runtime_s,
+            "elapsed_s": state.train_runtime_s + self._turn_seconds(),
             **peak_memory_figures(),
         }
         state.window_loss, state.window_steps = 0.0, 0
         state.window_sums, state.window_counts = {}, {}
         self._window = Window()
-        self._publish(figures)
+        self._publish(figures, begun.step)
         for tracker in self.trackers if self._table else ():
-            tracker.table(state.step, "completions", self._table)
+            tracker.table(begun.step, "completions", self._table)
 
     def _evaluate(self, evaluator: Evaluator) -> None:
         figures = evaluator.run() | {"epoch": self.state.epoch}
         self._window = Window()
-        self._publish(figures)
+        self._publish(figures, self.state.step)
         name = self.settings.metric
         if name is None:
             return
@@ -338,11 +354,11 @@ class Loop:
         else:
             state.evaluations_since_best += 1
 
-    def _publish(self, figures: dict[str, float]) -> None:
+    def _publish(self, figures: dict[str, float], step: int) -> None:
         row: dict[str, Any] = {key: value for key, value in figures.items() if key not in _MACHINE_FIGURES}
-        self.state.log_history.append({**row, "step": self.state.step})
+        self.state.log_history.append({**row, "step": step})
         for tracker in self.trackers:
-            tracker.log(self.state.step, figures)
+            tracker.log(step, figures)
 
 
 _MICRO_BATCHES = 1 << 16

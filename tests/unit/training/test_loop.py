@@ -22,9 +22,10 @@ from fourfold.training.state import TrainState
 class _Step:
     """Notes what it is asked; the loss of step n is n."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.seen: list[str] = []
         self.reducer, self.graphs, self._count = Reducer(), None, 0
+        self.device = torch.device(device)
 
     def begin(self, batches: Any, *, before: Any) -> Running:
         self._count += 1
@@ -65,8 +66,8 @@ class _Impatient(Loop):
         return False
 
 
-def _run(kind: type[Loop] = Loop) -> tuple[list[str], list[tuple[int, float, float]], TrainState]:
-    module, step, log, state = nn.Linear(1, 1), _Step(), _Log(), TrainState()
+def _run(kind: type[Loop] = Loop, device: str = "cpu") -> tuple[list[str], list[tuple[int, float, float]], TrainState]:
+    module, step, log, state = nn.Linear(1, 1), _Step(device), _Log(), TrainState()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     loop = kind(
         settings=LoopSettings(7, 7, 0.0, logging=Cadence(3, at_end=True), evaluation=Cadence(0), saving=Cadence(5)),
@@ -99,6 +100,16 @@ def test_steps_when_nothing_is_due_are_read_once_the_next_one_is_begun() -> None
         *("begin 4", "begin 5", "read 4", "read 5", "save 5"),
         *("begin 6", "read 6", "begin 7", "read 7", "save 7"),
     ]
+
+
+def test_steps_when_a_gpu_has_them_are_logged_once_the_next_one_is_begun() -> None:
+    seen, rows, _ = _run(device="cuda")
+    assert seen == [
+        *("begin 1", "read 1", "begin 2", "begin 3", "read 2", "begin 4", "read 3"),  # 3 is logged
+        *("begin 5", "read 4", "read 5", "save 5"),
+        *("begin 6", "begin 7", "read 6", "read 7", "save 7"),
+    ]
+    assert rows == _run()[1]
 
 
 def test_figures_when_steps_are_read_later_are_the_same() -> None:
