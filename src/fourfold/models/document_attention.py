@@ -9,12 +9,12 @@ Shape legend: S queries, K keys, H heads, G key heads, d head dim.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fourfold.base.triton import has_triton
 from fourfold.dataset.batch import Keys
 from fourfold.models.equal_documents import empty_row
 
@@ -31,7 +31,7 @@ _MOST_POSITIONS = 2**16
 
 def has_kernel(device: torch.device) -> bool:
     """Whether a device runs the kernels, and fast: Hopper and what has as much memory beside its multiprocessors."""
-    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LEAST_MEMORY
 

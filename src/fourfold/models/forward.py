@@ -117,7 +117,7 @@ class StepModel:
         reaches: attention has kernels that are told who sees what.
         equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
-        keep_logits: keep them for the backward pass where the loss is compiled.
+        keep_logits: keep them for the backward pass where layers are compiled.
     """
 
     module: nn.Module
@@ -304,7 +304,7 @@ class StepModel:
             positions=positions,
             value=value_head_of(self._inner),
             scored=batch.scored,
-            token_nll=token_nll if self._compiles_loss() else None,
+            token_nll=token_nll if self._is_compiled() else None,
             chunk_tokens=self.chunk_tokens,
             keep_logits=self.keep_logits,
         )
@@ -326,7 +326,7 @@ class StepModel:
         """Within it the model is asked as part of a step that trains it."""
         return nullcontext() if self.compiled is None else self.compiled.asked()
 
-    def _compiles_loss(self) -> bool:
+    def _is_compiled(self) -> bool:
         return self.compiled is not None and (torch.is_grad_enabled() or self.compiled.is_asked)
 
     def _head_is_frozen(self) -> bool:

@@ -77,36 +77,31 @@ class ExpertLoad:
         """The spread since the last call, over all ranks of the job, which must all read it; empty without experts.
 
         Returns:
-            what waits for the device as it is now (`sums.on_host`) and tells
+            what waits for the device's work of before this call (`sums.on_host`), and tells:
             expert_max_share: the largest share of a layer's pairs that one expert got; 1 / experts is even.
             expert_load_cv: standard deviation of the experts' loads over their mean, averaged over layers; 0 is even.
         """
         if not self._counters:
             return dict
-        counted = [counter.total for counter in self._counters if counter.total is not None]
-        read = on_host(torch.cat(counted)) if counted else None
-        for total in counted:
+        sizes = [counter.size for counter in self._counters]
+        totals = [counter.total for counter in self._counters if counter.total is not None]  # all, or none as yet
+        read = on_host(torch.cat(totals) if totals else torch.zeros(sum(sizes)))
+        for total in totals:
             total.zero_()
-        places = [counter.total is not None for counter in self._counters]
-        return lambda: self._spread(places, () if read is None else read().split(list(map(len, counted))))
+        return lambda: _spread(read().split(sizes))
 
-    def _spread(self, places: Sequence[bool], counted: Sequence[Tensor]) -> dict[str, float]:
-        """See `figures`.
 
-        Args:
-            places: for each layer whether something was counted.
-            counted: the counts of those where it was, on the host.
-        """
-        sizes, totals = [counter.size for counter in self._counters], iter(counted)
-        found = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
-        for row, size, is_there in zip(found, sizes, places, strict=True):
-            if is_there:
-                row[:size] = next(totals)
-        if dist.is_initialized():
-            dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
-        shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, sizes, strict=True)]
-        spread = [share.std(correction=0) * len(share) for share in shares]
-        return {
-            "expert_max_share": float(torch.stack([share.max() for share in shares]).max()),
-            "expert_load_cv": float(torch.stack(spread).mean()),
-        }
+def _spread(counted: Sequence[Tensor]) -> dict[str, float]:
+    """See `ExpertLoad.figures`; counts of each layer's experts on this rank, on the host."""
+    sizes = list(map(len, counted))
+    found = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
+    for row, counts in zip(found, counted, strict=True):
+        row[: len(counts)] = counts
+    if dist.is_initialized():
+        dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
+    shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, sizes, strict=True)]
+    spread = [share.std(correction=0) * len(share) for share in shares]
+    return {
+        "expert_max_share": float(torch.stack([share.max() for share in shares]).max()),
+        "expert_load_cv": float(torch.stack(spread).mean()),
+    }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fourfold.base.triton import has_triton
 from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
 
@@ -131,7 +131,7 @@ def _alike(grads: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype, boo
 def _is_large(grad: Tensor) -> bool:
     """Whether a gradient is worth a kernel of its own, and can have it."""
     plain = grad.is_cuda and not isinstance(grad, DTensor) and grad.is_contiguous()
-    return plain and grad.numel() >= _LARGE and find_spec("triton") is not None
+    return plain and grad.numel() >= _LARGE and has_triton()
 
 
 @torch.no_grad()

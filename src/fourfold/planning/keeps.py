@@ -96,8 +96,8 @@ def may_spare(job: Job, layout: Layout, recompute: Recompute) -> bool:
 def may_keep_logits(job: Job, layout: Layout) -> bool:
     """Whether logits may be kept for the backward pass.
 
-    That is where the head is trained, and the loss compiled, which makes them in the compute dtype alone
-    (models/compiled.py); not where the least memory is asked for.
+    That is where the head is trained, and layers compiled, whose loss makes them in the compute dtype alone
+    (models/token_nll.py); not where the least memory is asked for.
     """
     whole = layout.tp == 1 and layout.pp == 1 and not job.host_embedding
     return job.tuning == "full" and job.engine != "eager" and whole and job.trained_share > 0 and not job.teacher

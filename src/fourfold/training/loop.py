@@ -88,17 +88,14 @@ class _Begun:
         read: waits for it; its figures, and the gradient's norm before it was clipped.
         rate: the learning rate that it was given.
         tokens: its input tokens of all ranks.
-        epoch, all_tokens: of the run with it.
-        is_logged: whether a line of the log is due.
+        all_tokens: those of the run with it.
     """
 
     step: int
     read: Callable[[], tuple[StepResult, float]]
     rate: float
     tokens: int
-    epoch: float
     all_tokens: int
-    is_logged: bool
 
 
 @dataclass
@@ -187,11 +184,15 @@ class Loop:
         The same on all ranks. The first step is read at once, so that what was started is known to run.
         """
         settings, step = self.settings, self.state.step
-        last = step >= settings.max_steps
-        due = settings.saving.due(step, last=last) or settings.evaluation.due(step, last=last) or last
+        due = self._is_due(settings.saving, step) or self._is_due(settings.evaluation, step)
         # a CPU has done the next step when it is given: a line would come a step late
-        due = due or (self.step.device.type == "cpu" and settings.logging.due(step, last=last))
-        return self.practice is None and not due and self.scaler is None and self.clock.ended
+        due = due or (self.step.device.type == "cpu" and self._is_due(settings.logging, step))
+        last = step >= settings.max_steps
+        return self.practice is None and not (due or last) and self.scaler is None and self.clock.ended
+
+    def _is_due(self, cadence: Cadence, step: int) -> bool:
+        """Whether a cadence meets a step, which may be the last."""
+        return cadence.due(step, last=step >= self.settings.max_steps)
 
     def _train_step(self, found: StepSamples, parameters: list[nn.Parameter], ahead: Ahead) -> _Begun:
         """Give a step to the device."""
@@ -222,9 +223,7 @@ class Loop:
 
         num_tokens = sum(result.num_tokens for result in earlier) + running.num_tokens
         self._advance(found, num_tokens)
-        state, last = self.state, self.state.step >= self.settings.max_steps
-        is_logged = self.settings.logging.due(state.step, last=last)
-        return _Begun(state.step, read, float(rate), num_tokens, state.epoch, state.num_tokens, is_logged)
+        return _Begun(found.step + 1, read, float(rate), num_tokens, self.state.num_tokens)
 
     def _begin(self, step: int, update: int) -> Callable[[int], None]:
         """What keys the randomness of an update's micro-batches, by number: those of all updates of a step apart."""
@@ -284,7 +283,7 @@ class Loop:
             state.window_counts[name] = state.window_counts.get(name, 0) + 1
         self._window.tokens += begun.tokens
         self._figures = {"grad_norm": norm, "learning_rate": begun.rate}
-        if begun.is_logged:
+        if self._is_due(self.settings.logging, begun.step):
             self._log(begun)
 
     def _turn_seconds(self) -> float:
@@ -293,8 +292,7 @@ class Loop:
 
     def _after_step(self, signal_number: int) -> None:
         settings, step = self.settings, self.state.step
-        last = step >= settings.max_steps
-        if self.evaluator is not None and settings.evaluation.due(step, last=last):
+        if self.evaluator is not None and self._is_due(settings.evaluation, step):
             self._evaluate(self.evaluator)
         if signal_number:
             raise RunInterruptedError(
@@ -302,7 +300,7 @@ class Loop:
                 "Go on with resume_from_checkpoint=true.",
                 signal_number,
             )
-        if self._lost_patience() and not last:
+        if self._lost_patience() and step < settings.max_steps:
             log.info("Early stopping at step %d: %s has not improved lately.", step, settings.metric)
         if self._finished() or self._save_is_due():
             self.save()
@@ -319,7 +317,7 @@ class Loop:
             "loss": state.window_loss / state.window_steps,
             **self._figures,
             **{name: total / state.window_counts[name] for name, total in state.window_sums.items()},
-            "epoch": begun.epoch,
+            "epoch": begun.step / self.settings.steps_per_epoch,
             "num_tokens": float(begun.all_tokens),
             **self._window.speed(remaining, state.window_steps),
             "elapsed_s": state.train_runtime_s + self._turn_seconds(),

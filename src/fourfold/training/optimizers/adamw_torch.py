@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from fourfold.base.triton import has_triton
 from fourfold.config.schema import Run
 from fourfold.models.masters import copy_of
 from fourfold.parallel.reduce import scale_gradients
@@ -161,5 +161,5 @@ def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.opt
         "fused": on_cuda or None,
         **training.optim_args,
     }
-    kind = AdamW if on_cuda and _is_plain(settings) and find_spec("triton") is not None else torch.optim.AdamW
+    kind = AdamW if on_cuda and _is_plain(settings) and has_triton() else torch.optim.AdamW
     return kind(groups, lr=training.learning_rate, weight_decay=training.weight_decay, **settings)
