@@ -46,6 +46,7 @@ from fourfold.objectives.ppo import OLD_VALUES, RETURNS, PolicyValueObjective
 from fourfold.objectives.rm import RewardObjective
 from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import Parallelized, parallelize
+from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
@@ -289,6 +290,8 @@ def train(
         use_short_forward(module)
     if mesh.layout.world_size == 1:  # so that what runs alone on a GPU is compared with every layout
         join_siblings(module)
+    else:  # alone they run as Transformers has them
+        use_local_experts(module)
     noise = NoiseKeys(seed=3)
     key_dropout(module, noise)
     model = StepModel(module, packed=case.packed, balance_experts=case.router > 0, noise=noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from harness import Case, Curve, alone, assert_same, assert_together_same, run_r
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fourfold.base.errors import PlanError
-from fourfold.parallel.expert import check_experts, count_choices, split_experts
+from fourfold.parallel.dispatch import regroup
+from fourfold.parallel.expert import check_experts, split_experts
+from fourfold.parallel.expert_load import count_choices
+from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.mesh import build_mesh
 from fourfold.parallel.shares import Shares
 from fourfold.planning.layout import Layout
@@ -164,17 +168,21 @@ def test_count_choices_when_a_number_is_beyond_the_experts_leaves_it_out() -> No
     assert count_choices(torch.tensor([[0, 2], [2, 3], [3, 1]]), 3).tolist() == [1, 1, 2]
 
 
-def test_dispatch_when_a_token_chooses_no_expert_gives_what_the_experts_give() -> None:
-    for close in run_ranks(2, _dispatch_with_skips):
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_dispatch_when_a_token_chooses_no_expert_gives_what_the_experts_give(implementation: str) -> None:
+    for close in run_ranks(2, partial(_dispatch_with_skips, implementation)):
         assert close
 
 
-def _dispatch_with_skips() -> bool:
+def _dispatch_with_skips(implementation: str) -> bool:
     """Whether dispatched experts, some tokens of which skip them, give the same outputs and gradients."""
     model = tiny_model("qwen3_moe")
     model.set_experts_implementation("eager")  # grouped products take no such choices unless told of them
     whole = model.model.layers[0].mlp.experts
     cut = copy.deepcopy(whole)
+    use_local_experts(cut)
+    cut.config = copy.deepcopy(cut.config)
+    cut.config._experts_implementation = implementation
     mesh = build_mesh(Layout(dp_shard=2, ep=2), torch.device("cpu"))
     split_experts(cut, mesh, Shares())
     generator = torch.Generator().manual_seed(mesh.rank)
@@ -189,3 +197,14 @@ def _dispatch_with_skips() -> bool:
         assert given.grad is not None
         found.append((output.detach(), given.grad))
     return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_regroup_gives_rows_by_expert_and_the_way_back() -> None:
+    arrived = torch.tensor([[2, 0, 1], [1, 0, 0], [0, 0, 2]])  # from three ranks, for three experts
+    by_expert, by_sender, ends = regroup(arrived, 6)
+    assert by_expert.tolist() == [0, 1, 3, 2, 4, 5]  # of the first expert two rows of rank 0 and one of rank 1, ...
+    assert by_sender.tolist() == [0, 1, 3, 2, 4, 5]
+    assert ends.tolist() == [3, 3, 6]
+    by_expert, by_sender, _ = regroup(torch.tensor([[1, 2], [3, 1]]), 7)
+    assert by_expert.tolist() == [0, 3, 4, 5, 1, 2, 6]
+    assert by_expert[by_sender].tolist() == list(range(7))

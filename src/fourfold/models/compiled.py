@@ -7,6 +7,8 @@ whose input has no gradient, and for the others. Training runs it, and what a st
 The compiler keeps the results of products and of attention for the backward pass and computes what lies between them
 again, as `selective` recompute does, without its cost. Told to keep a layer's inputs alone, it computes again what the
 backward pass reads and no more: not the layer's last product, a quarter of a llama's layer.
+
+Of a layer with parts that it cannot have, as experts that ranks share, it compiles what lies around them.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Compiled:
     @property
     def runs_plain(self) -> bool:
         """Whether they run as they are now."""
-        return self.trains_plain if torch.is_grad_enabled() else self.asks_plain
+        return self.trains_plain if torch.is_grad_enabled() else self.asks_plain or not self.is_asked
 
     def give_up(self) -> None:
         """Run them as they are from now on: with gradients, or without, as it is now."""
@@ -73,10 +75,12 @@ class CompiledForward:
 
     Args:
         shared: the same for all layers of a model.
+        whole: nothing is left out, and it is an error if something would be.
     """
 
-    def __init__(self, layer: nn.Module, shared: Compiled, backend: Backend) -> None:
+    def __init__(self, layer: nn.Module, shared: Compiled, backend: Backend, *, whole: bool = True) -> None:
         self._layer, self._own, self._shared, self._backend = layer, layer.forward, shared, backend
+        self._whole = whole
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and few runs on a CPU need it
 
         self._errors = TorchDynamoException
@@ -86,19 +90,19 @@ class CompiledForward:
     def recompute(self) -> None:
         """Keep the layer's inputs alone for the backward pass, and compute it again there."""
         self._recomputes = True
-        self._compiled = self._compile(_keeping_inputs(self._backend))
+        if self._whole:
+            self._compiled = self._compile(_keeping_inputs(self._backend))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own."""
-        if not torch.is_grad_enabled():
-            return (self._run if self._shared.is_asked else self._own)(*args, **kwargs)
-        return (self._run if self._layer.training else self._own)(*args, **kwargs)
+        is_tried_out = torch.is_grad_enabled() and not self._layer.training
+        return (self._own if is_tried_out else self._run)(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self._shared.runs_plain:
             return self._plain(*args, **kwargs)
         try:
-            return self._compiled(*args, **kwargs)
+            return self._compiled(*args, **kwargs) if self._whole else self._again(self._compiled, *args, **kwargs)
         except self._errors as error:
             self._shared.give_up()
             what = "" if torch.is_grad_enabled() else " where they have no gradients"
@@ -107,12 +111,40 @@ class CompiledForward:
             return self._plain(*args, **kwargs)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        return self._again(self._own, *args, **kwargs)
+
+    def _again(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run, and in the backward pass again if it is to be."""
         if self._recomputes and torch.is_grad_enabled():
-            return checkpoint(self._own, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return self._own(*args, **kwargs)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return run(*args, **kwargs)
 
     def _compile(self, backend: Backend) -> Callable[..., Any]:
-        return torch.compile(self._own, fullgraph=True, dynamic=True, backend=backend)
+        return torch.compile(self._own, fullgraph=self._whole, dynamic=True, backend=backend)
+
+
+def _leave_out(modules: Sequence[nn.Module], shared: Compiled, backend: Backend) -> None:
+    """Have parts of layers run as they are, hooks and all; in place. Of experts the gate is compiled by itself."""
+    classes: dict[type[nn.Module], type[nn.Module]] = {}
+    for module in modules:
+        own = type(module)
+        if own not in classes:
+            parts: dict[str, Any] = {"__call__": torch.compiler.disable(own.__call__)}
+            if hasattr(own, "_apply_gate"):
+                parts["_apply_gate"] = _gate(own, shared, backend)
+            classes[own] = type(own.__name__, (own,), parts)
+        # the class is exchanged: a compiler makes a function among a module's own attributes anew for each layer
+        module.__class__ = classes[own]
+
+
+def _gate(experts: type[nn.Module], shared: Compiled, backend: Backend) -> Callable[..., Any]:
+    own: Any = experts._apply_gate
+    compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend)
+
+    def gate(self: nn.Module, rows: Any) -> Any:
+        return (own if shared.runs_plain else compiled)(self, rows)
+
+    return gate
 
 
 @lru_cache(maxsize=8)
@@ -144,10 +176,15 @@ def join_small_kernels(*, joins: bool) -> None:
     config.combo_kernels = joins
 
 
-def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor") -> Compiled:
+def compile_layers(
+    layers: Sequence[nn.Module], *, around: Sequence[nn.Module] = (), backend: Backend = "inductor"
+) -> Compiled:
     """Have layers compiled when they are first trained; in place.
 
     A layer that cannot be compiled ends it for all of them, with a warning; with gradients and without apart.
+
+    Args:
+        around: modules in them that are to run as they are.
 
     Returns:
         what they share.
@@ -169,8 +206,9 @@ def compile_layers(layers: Sequence[nn.Module], *, backend: Backend = "inductor"
     torch._dynamo.config.specialize_float = True  # scales of adapters are constants, not inputs to read from the host
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
     shared = Compiled()
+    _leave_out(around, shared, backend)
     for layer in layers:
-        layer.forward = CompiledForward(layer, shared, backend)
+        layer.forward = CompiledForward(layer, shared, backend, whole=not around)
     return shared
 
 

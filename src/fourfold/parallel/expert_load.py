@@ -10,8 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fourfold.parallel.expert import count_choices, find_experts, takes_choices
+from fourfold.parallel.stacked_experts import find_experts, takes_choices
 from fourfold.parallel.sums import on_host
+
+
+def count_choices(indices: Tensor, num_experts: int) -> Tensor:
+    """How often each expert is chosen, [num_experts]; numbers beyond them stand for no expert."""
+    chosen = indices.reshape(-1).clamp(max=num_experts)
+    return chosen.new_zeros(num_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[:-1]
 
 
 class _Counter:

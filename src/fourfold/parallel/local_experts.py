@@ -19,9 +19,11 @@ from transformers.integrations.moe import (
     _grouped_mm,  # pyright: ignore[reportPrivateUsage] - it knows which version of torch multiplies what
 )
 
-from fourfold.parallel.expert import find_experts, takes_choices
+from fourfold.parallel.stacked_experts import find_experts, takes_choices
 
 _MOST_EXPERTS = torch.iinfo(torch.int16).max
+_IS_LOCAL = "_fourfold_is_local"
+"""Name of an attribute of classes that run as here."""
 
 
 def use_local_experts(model: nn.Module) -> int:
@@ -58,11 +60,20 @@ def _local_class(experts: type[nn.Module]) -> type[nn.Module]:
     """A class of experts that run as here; as their own where another implementation is set, as for generation."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.config._experts_implementation != "grouped_mm":  # type: ignore[union-attr] - a config
+        if not _is_chosen(self):
             return experts.forward(self, *args, **kwargs)
         return run_experts(self, *args, **kwargs)
 
-    return type(experts.__name__, (experts,), {"forward": forward})
+    return type(experts.__name__, (experts,), {"forward": forward, _IS_LOCAL: True})
+
+
+def takes_rows(experts: nn.Module) -> bool:
+    """Whether experts would run as here, so that `run_rows` does what they do."""
+    return hasattr(type(experts), _IS_LOCAL) and _is_chosen(experts)
+
+
+def _is_chosen(experts: Any) -> bool:
+    return experts.config._experts_implementation == "grouped_mm"
 
 
 def run_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -77,11 +88,38 @@ def run_experts(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
         [T, H], in the dtype of `hidden_states`; summed over a token's experts in fp32 at least.
     """
     chosen, order, inverse, ends = sort_choices(top_k_index, experts.num_experts)
-    rows = _Spread.apply(hidden_states, order, inverse)
+    results = run_rows(experts, spread(hidden_states, order, inverse), ends, chosen)
+    return combine(results, top_k_weights, order, inverse, hidden_states.dtype)
+
+
+def run_rows(experts: Any, rows: Tensor, ends: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """What experts make of rows.
+
+    Args:
+        experts: as above.
+        rows: sorted by expert, [N, H].
+        ends: where the rows of each expert end, [experts] int32.
+        chosen: the expert of each row, [N], where it is known; found by `ends` where it is needed and not.
+    Returns:
+        [N, H], without weights.
+    """
+    if chosen is None and experts.has_bias:
+        sizes = ends.diff(prepend=ends.new_zeros(1))
+        chosen = torch.repeat_interleave(torch.arange(len(sizes), device=ends.device), sizes, output_size=len(rows))
     outer = _product(experts, "gate_up_proj" if experts.has_gate else "up_proj", rows, chosen, ends)
     inner = experts._apply_gate(outer) if experts.has_gate else experts.act_fn(outer)
-    results = _product(experts, "down_proj", inner, chosen, ends)
-    return _Combine.apply(results, top_k_weights, order, inverse, hidden_states.dtype)  # type: ignore[return-value]
+    return _product(experts, "down_proj", inner, chosen, ends)
+
+
+def spread(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Rows in the order of experts: tokens [T, H], `order` and `inverse` of `sort_choices` -> [T K, H]."""
+    return _Spread.apply(tokens, order, inverse)  # type: ignore[return-value]
+
+
+def combine(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weighted sum of each token's rows: rows [T K, H], weights [T, K] -> [T, H] of `dtype`, summed in fp32 at
+    least."""
+    return _Combine.apply(rows, weights, order, inverse, dtype)  # type: ignore[return-value]
 
 
 def sort_choices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,14 +142,16 @@ def sort_choices(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return chosen, order, inverse.view(indices.shape), torch.cumsum(sizes, 0, dtype=torch.int32)
 
 
-def _product(experts: Any, name: str, rows: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
+def _product(experts: Any, name: str, rows: Tensor, chosen: Tensor | None, ends: Tensor) -> Tensor:
     """Each row times its expert's matrix, [T K, in] -> [T K, out]."""
     weight = getattr(experts, name)
     # torch's own grouped product has no kernel for fp64, which only tests need
     multiply = _grouped_mm if weight.dtype != torch.float64 else torch.ops.transformers.grouped_mm_fallback
     found = multiply(rows, weight if experts.is_transposed else weight.transpose(-2, -1), ends)
     # in place, as planning/activations.py and parallel/recompute.py know it
-    return found.add_(getattr(experts, f"{name}_bias")[chosen.int()]) if experts.has_bias else found
+    return (
+        found if chosen is None or not experts.has_bias else found.add_(getattr(experts, f"{name}_bias")[chosen.int()])
+    )
 
 
 def _weighted_sum(rows: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:

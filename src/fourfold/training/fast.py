@@ -17,8 +17,8 @@ from fourfold.config.schema import Run
 from fourfold.models.attention import takes_offsets
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
-from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.stacked_experts import has_experts
 from fourfold.planning.engines import compiles_parts, wants_compiled
 from fourfold.planning.job import EngineName
 from fourfold.training.precision import Precision

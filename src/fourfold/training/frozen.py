@@ -16,9 +16,9 @@ from fourfold.models.load import load_model, load_streamed
 from fourfold.models.stream import Stream
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import no_weights
-from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import Shares
+from fourfold.parallel.stacked_experts import has_experts
 from fourfold.planning.layout import Layout
 from fourfold.training.build import Built, build
 from fourfold.training.precision import Precision, resolve

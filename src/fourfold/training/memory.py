@@ -18,9 +18,9 @@ from fourfold.models.noise import NoiseKeys
 from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
-from fourfold.parallel.expert import find_experts
 from fourfold.parallel.recompute import Recompute, settings
 from fourfold.parallel.sharded import local
+from fourfold.parallel.stacked_experts import find_experts
 from fourfold.planning.keeps import NOTHING, Keeps, room_for_step
 from fourfold.planning.predictor import Form
 from fourfold.training.outlook import Outlook

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fourfold.config.schema import Run
-from fourfold.parallel.expert import find_experts
 from fourfold.parallel.sharded import local
+from fourfold.parallel.stacked_experts import find_experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ from fourfold.models.blank import blank_model
 from fourfold.models.groups import parameter_groups
 from fourfold.models.unwrap import base_model
 from fourfold.objectives.interface import Objective
-from fourfold.parallel import context, expert, loss
+from fourfold.parallel import context, loss
+from fourfold.parallel.dispatch import Dispatch, Sizes
 from fourfold.parallel.gradients import NoSync
 from fourfold.parallel.mesh import build_mesh, single
 from fourfold.parallel.recompute import Recompute
@@ -338,22 +339,14 @@ def _packed_weights_stay_fake() -> Iterator[None]:
 def _chosen_experts(load: float) -> Iterator[None]:
     """Experts of all ranks are chosen alike often, and those of this rank `load` times so: nobody is there to ask."""
 
-    def totals(sent: Tensor, arrived: Tensor, choices: int) -> tuple[list[int], list[int]]:
-        ranks = len(sent)
-        even = [(rank + 1) * choices // ranks - rank * choices // ranks for rank in range(ranks)]
-        return even, [round(load * size) for size in even]
-
-    def counts(self: expert.Dispatch, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def ask(self: Dispatch, ends: Tensor, choices: int) -> tuple[Tensor, Callable[[], Sizes]]:
         ranks, here = dist.get_world_size(self._group), self._count
-        sent, arrived = totals(indices.new_empty(ranks, 0), indices, indices.numel())
+        even = [(rank + 1) * choices // ranks - rank * choices // ranks for rank in range(ranks)]
+        come = [round(load * size) for size in even]
+        arrived = [[(e + 1) * size // here - e * size // here for e in range(here)] for size in come]
+        return torch.tensor(arrived, device=ends.device), lambda: (even, come)
 
-        def spread(sizes: list[int]) -> Tensor:
-            rows = [[(e + 1) * size // here - e * size // here for e in range(here)] for size in sizes]
-            return torch.tensor(rows, device=indices.device)
-
-        return spread(sent), spread(arrived)
-
-    with mock.patch.object(expert, "totals", totals), mock.patch.object(expert.Dispatch, "_counts", counts):
+    with mock.patch.object(Dispatch, "_ask", ask):
         yield
 
 

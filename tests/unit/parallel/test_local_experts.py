@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourfold.models.patches import peft_noise_ignored
-from fourfold.parallel.expert import find_experts
 from fourfold.parallel.local_experts import sort_choices, use_local_experts
+from fourfold.parallel.stacked_experts import find_experts
 from fourfold.training.precision import cast_experts
 from tiny_models import MOE_FAMILIES, tiny_model
 

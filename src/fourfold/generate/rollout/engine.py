@@ -21,8 +21,8 @@ from fourfold.generate.rollout.sampler import state_of
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
-from fourfold.parallel.expert import has_experts
 from fourfold.parallel.mesh import Mesh
+from fourfold.parallel.stacked_experts import has_experts
 
 
 @dataclass(frozen=True, slots=True)
