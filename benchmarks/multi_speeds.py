@@ -97,6 +97,16 @@ _TWO: dict[str, Speed] = {
     "30b-8layers-full-ep2": Speed(
         _30B, "full", Layout(dp_shard=2, ep=2), "none", (4096,) * 2, layers=8, note="fp32 masters, 8 of 48 layers"
     ),
+    "30b-8layers-full-ep2-compiled": Speed(
+        _30B,
+        "full compiled",
+        Layout(dp_shard=2, ep=2),
+        "none",
+        (4096,) * 2,
+        layers=8,
+        note="8 of 48 layers",
+        seconds=40,
+    ),
     "30b-8layers-full-fsdp2": Speed(
         _30B, "full", Layout(dp_shard=2), "none", (4096,) * 2, layers=8, note="fp32 masters, 8 of 48 layers"
     ),
@@ -164,6 +174,26 @@ _FOUR: dict[str, Speed] = {
     ),
     "30b-16layers-full-fsdp4-compiled": Speed(
         _30B, "full compiled", Layout(dp_shard=4), "none", (4096,) * 2, layers=16, note="16 of 48 layers", seconds=50
+    ),
+    "30b-16layers-full-ep4-compiled": Speed(
+        _30B,
+        "full compiled",
+        Layout(dp_shard=4, ep=4),
+        "none",
+        (4096,) * 2,
+        layers=16,
+        note="16 of 48 layers",
+        seconds=50,
+    ),
+    "30b-16layers-lora-ep4-compiled": Speed(
+        _30B,
+        "lora compiled",
+        Layout(dp_shard=4, ep=4),
+        "none",
+        (4096,) * 2,
+        layers=16,
+        note="16 of 48 layers",
+        seconds=50,
     ),
     "70b-lora-fsdp4": Speed(_70B, "lora", Layout(dp_shard=4), "full", (4096,), seconds=60),
     "70b-qlora-fsdp4": Speed(_70B, "qlora", Layout(dp_shard=4), "full", (4096,), seconds=60),

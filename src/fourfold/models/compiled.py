@@ -129,12 +129,17 @@ def _leave_out(modules: Sequence[nn.Module], shared: Compiled, backend: Backend)
     for module in modules:
         own = type(module)
         if own not in classes:
-            parts: dict[str, Any] = {"__call__": torch.compiler.disable(own.__call__)}
-            if hasattr(own, "_apply_gate"):
-                parts["_apply_gate"] = _gate(own, shared, backend)
-            classes[own] = type(own.__name__, (own,), parts)
+            gates = {"_apply_gate": _gate(own, shared, backend)} if hasattr(own, "_apply_gate") else {}
+            classes[own] = type(own.__name__, (own,), {"__call__": _as_it_is(own), **gates})
         # the class is exchanged: a compiler makes a function among a module's own attributes anew for each layer
         module.__class__ = classes[own]
+
+
+def _as_it_is(own: type[nn.Module]) -> Callable[..., Any]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own.__call__(self, *args, **kwargs)
+
+    return torch.compiler.disable(call, reason="it is to run as it is")
 
 
 def _gate(experts: type[nn.Module], shared: Compiled, backend: Backend) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fourfold.base.peft import ParamWrapper
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds stacked experts: 3-D parameters with as many entries as it says it has experts."""
@@ -27,6 +29,11 @@ def find_experts(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def has_experts(root: nn.Module) -> bool:
     """Whether some layer has stacked experts."""
     return next(find_experts(root), None) is not None
+
+
+def experts_and_adapters(root: nn.Module) -> list[nn.Module]:
+    """The experts of each layer, and the modules around them that add adapters to their parameters."""
+    return [module for module in root.modules() if isinstance(module, ParamWrapper) or is_experts(module)]
 
 
 def number_of_experts(experts: nn.Module) -> int:

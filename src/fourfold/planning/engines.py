@@ -60,9 +60,11 @@ Llama-3.2-3B in full, Qwen3-30B-A3B of 8 layers. Siblings have one pair of thin 
 CUDNN_CARDS = ("h", "b", "gb")
 """Names of cards for which cuDNN has its newest kernels: Hopper and later. On them compiled layers use cuDNN for equal
 documents (models/equal_documents.py)."""
+AROUND = replace(COMPILED, name="around")
+"""The same of what lies around experts, which run as they are but for their gate."""
 REPLAYED = replace(COMPILED, name="replayed", launch_ops=0.0, kernels=0.1)
 """The same, replayed as graphs: nothing is left for the host, and 0.4 us between two kernels instead of 1.3."""
-ENGINES = {"eager": EAGER, "compiled": COMPILED, "replayed": REPLAYED}
+ENGINES = {"eager": EAGER, "compiled": COMPILED, "around": AROUND, "replayed": REPLAYED}
 
 
 def wants_compiled(training: TrainingConfig, max_steps: int | None) -> bool:
@@ -77,9 +79,18 @@ def wants_compiled(training: TrainingConfig, max_steps: int | None) -> bool:
     return training.fp8 or max_steps is None or max_steps >= STEPS_TO_PAY
 
 
-def compiles_parts(layout: Layout, *, experts: bool) -> bool:
-    """Whether layers can be compiled under a layout's tp and pp; the reasons: training/fast.py."""
-    return layout.tp * layout.pp == 1 or not (experts or layout.splits_backward)
+def why_apart(layout: Layout, compute: str, *, adapted: bool) -> str | None:
+    """Why layers are compiled around their experts and not with them; None where they are compiled with them.
+
+    Args:
+        compute: dtype, e.g. bf16.
+        adapted: whether experts have adapters.
+    """
+    if layout.ep * layout.tp > 1:
+        return "ranks share them"
+    if compute != "bf16":
+        return "their products are compiled in bf16 alone"
+    return "they have adapters" if adapted else None
 
 
 def engine_of(
@@ -91,15 +102,16 @@ def engine_of(
         device: bf16 is a sign of the generation that has the attention kernel of documents' offsets.
         compiles, replays: whether the run's keys allow for it.
     """
-    goes = compiles_parts(layout, experts=shape.experts > 0)
-    goes = goes and layout.cp * layout.ep == 1 and layout.offload == "none"
+    goes = layout.cp == 1 and not layout.splits_backward and layout.offload == "none"
     fits = job.packed and shape.by_offsets and job.compute != "fp32" and "bf16" in device.dense
-    if not (compiles and goes and fits) or (shape.experts and not _compiles_experts(shape, job)):
+    if not (compiles and goes and fits):
         return "eager"
-    plain = layout.world_size == 1 and job.tuning == "lora" and not shape.experts
+    if shape.experts:
+        return "compiled" if why_apart(layout, job.compute, adapted=_adapts_experts(shape, job)) is None else "around"
+    plain = layout.world_size == 1 and job.tuning == "lora"
     return "replayed" if replays and plain else "compiled"
 
 
-def _compiles_experts(shape: ModelShape, job: Job) -> bool:
+def _adapts_experts(shape: ModelShape, job: Job) -> bool:
     stacked = (weight for kind in shape.kinds for weight in kind.weights if weight.kind == "experts")
-    return job.compute == "bf16" and not any(gets_adapter(job, weight) for weight in stacked)
+    return any(gets_adapter(job, weight) for weight in stacked)

@@ -10,7 +10,7 @@ from fourfold.config.schema import Run
 from fourfold.planning.shape import ModelShape
 
 Recompute = Literal["none", "selective", "full"]
-EngineName = Literal["eager", "compiled", "replayed"]
+EngineName = Literal["eager", "compiled", "around", "replayed"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -67,7 +67,7 @@ class Job:
         keeps_logits: those of all chunks are kept for the backward pass, in the compute dtype.
         keeps_copies: of trained matrices in the compute dtype, from update to update.
         teacher: that is learnt from; None for none.
-        engine: what runs the layers: as they are, compiled, or compiled and replayed as graphs.
+        engine: what runs the layers (planning/engines.py).
         float8: trained layers multiply in float8.
         spared: the last layers, of which nothing is computed again where others are; not in pipelines.
         host_embedding: a frozen embedding that is no head stays in host memory, where one GPU has the whole model.

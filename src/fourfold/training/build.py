@@ -40,6 +40,7 @@ from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.offload import offload_activations
 from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
+from fourfold.parallel.stacked_experts import experts_and_adapters
 from fourfold.parallel.stages import Skip
 from fourfold.parallel.step import LossFunction, Step, no_figures
 from fourfold.planning.job import LOW_MEMORY_CHUNK
@@ -270,7 +271,8 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         if not mesh.layout.splits_model:
             _make_room(mesh, model.module)
         join_small_kernels(joins=mesh.layout.tp == 1)
-        model.compiled = compile_layers(blocks)
+        around = experts_and_adapters(base_model(model.module)) if fast.around_experts else ()
+        model.compiled = compile_layers(blocks, around=around)
         compile_layers(final_norms(base_model(model.module)))  # by themselves: a failure is no other layer's
         model.equal = EqualDocuments(run.data.cutoff_len) if equal_documents.has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs

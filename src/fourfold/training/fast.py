@@ -19,7 +19,7 @@ from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.stacked_experts import has_experts
-from fourfold.planning.engines import compiles_parts, wants_compiled
+from fourfold.planning.engines import wants_compiled, why_apart
 from fourfold.planning.job import EngineName
 from fourfold.training.precision import Precision
 
@@ -33,15 +33,19 @@ class Fast:
     Attributes:
         compiled: decoder layers run compiled.
         graphs: small micro-batches are replayed as CUDA graphs.
+        around_experts: of what is compiled, experts are left out.
     """
 
     compiled: bool = False
     graphs: bool = False
+    around_experts: bool = False
 
     @property
     def engine(self) -> EngineName:
         """What the planner is told of it."""
-        return "eager" if not self.compiled else "replayed" if self.graphs else "compiled"
+        if not self.compiled:
+            return "eager"
+        return "around" if self.around_experts else "replayed" if self.graphs else "compiled"
 
 
 NOTHING_FAST = Fast()
@@ -64,11 +68,14 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
     compiled = wishes.compiled and against is None
     no_graphs = against or next(_obstacles_of_graphs(model, mesh, run), None)
     graphs = wishes.graphs and no_graphs is None
-    found = Fast(compiled, graphs)
+    alone = _why_experts_are_apart(model, mesh, precision) if compiled else None
+    found = Fast(compiled, graphs, around_experts=alone is not None)
+    reason = against if wishes.compiled else None
     log.info(
-        "Layers are %scompiled%s; small micro-batches are %sreplayed as CUDA graphs%s",
+        "Layers are %scompiled%s%s; small micro-batches are %sreplayed as CUDA graphs%s",
         "" if compiled else "not ",
-        f" ({against})" if wishes.compiled and against else "",
+        "" if alone is None else f" around their experts, which run as they are ({alone})",
+        "" if reason is None else f" ({reason})",
         "" if graphs else "not ",
         f" ({no_graphs})" if wishes.graphs and no_graphs and no_graphs != against else "",
     )
@@ -78,24 +85,26 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
 def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Iterator[str]:
     """Why neither goes."""
     layout, inner = mesh.layout, base_model(model.module)
-    experts = has_experts(inner)
-    if layout.cp * layout.ep > 1:
-        yield "ranks share positions or experts"
-    if not compiles_parts(layout, experts=experts):
-        yield "zbv makes gradients in two parts" if layout.splits_backward else "ranks have parts of its experts"
+    if layout.cp > 1:
+        yield "ranks share positions"
+    if layout.splits_backward:
+        yield "zbv makes gradients in two parts"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
         yield "its attention needs more than the documents' offsets"
-    if experts:
-        if precision.compute != torch.bfloat16:
-            yield "products of its experts are compiled in bf16 alone"
-        if any(isinstance(module, ParamWrapper) for module in inner.modules()):
-            yield "its experts have adapters"
-        if model.balance_experts:
-            yield "the balance of its experts is part of the loss"
+    if model.balance_experts:
+        yield "the balance of its experts is part of the loss"
     if model.noise is not None and model.noise.salts:
         yield "dropout or input noise is keyed by sample"
+
+
+def _why_experts_are_apart(model: StepModel, mesh: Mesh, precision: Precision) -> str | None:
+    inner = base_model(model.module)
+    if not has_experts(inner):
+        return None
+    adapted = any(isinstance(module, ParamWrapper) for module in inner.modules())
+    return why_apart(mesh.layout, "bf16" if precision.compute == torch.bfloat16 else "", adapted=adapted)
 
 
 def _obstacles_of_graphs(model: StepModel, mesh: Mesh, run: Run) -> Iterator[str]:

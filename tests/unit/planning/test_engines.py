@@ -40,10 +40,10 @@ _FULL, _LORA = Job(tuning="full"), Job(tuning="lora")
         ("Llama-3-8B", replace(_LORA, compute="fp32"), Layout(), "h100", "eager"),
         ("Llama-3-8B", replace(_LORA, packed=False), Layout(), "h100", "eager"),
         ("Llama-3-8B", replace(_LORA, compute="fp16"), Layout(), "v100", "eager"),
-        ("Qwen3-30B-A3B", _LORA, Layout(), "h100", "eager"),  # its experts have adapters
+        ("Qwen3-30B-A3B", _LORA, Layout(), "h100", "around"),  # its experts have adapters
         ("Qwen3-30B-A3B", replace(_LORA, lora_targets=("q_proj", "v_proj")), Layout(), "h100", "compiled"),
-        ("Qwen3-30B-A3B", replace(_FULL, compute="fp16"), Layout(), "h100", "eager"),
-        ("Qwen3-30B-A3B", _FULL, Layout(dp_shard=8, ep=8), "h100", "eager"),
+        ("Qwen3-30B-A3B", replace(_FULL, compute="fp16"), Layout(), "h100", "around"),
+        ("Qwen3-30B-A3B", _FULL, Layout(dp_shard=8, ep=8), "h100", "around"),
     ],
 )
 def test_engine_when_a_layout_is_planned_is_the_runs_own(
@@ -60,11 +60,13 @@ def test_engine_when_a_layout_is_planned_is_the_runs_own(
         ("Llama-3-8B", Layout(dp_replicate=2, tp=2, pp=2, pp_schedule="interleaved_1f1b"), "compiled"),
         ("Llama-3-8B", Layout(pp=4, pp_schedule="zbv"), "eager"),
         ("Llama-3-8B", Layout(tp=2, cp=2), "eager"),
-        ("Qwen3-30B-A3B", Layout(tp=2), "eager"),
+        ("Qwen3-30B-A3B", Layout(tp=2), "around"),
+        ("Qwen3-30B-A3B", Layout(pp=2), "compiled"),
+        ("Qwen3-30B-A3B", Layout(dp_shard=2, ep=2, pp=2, pp_schedule="zbv"), "eager"),
         ("Qwen3-30B-A3B", Layout(dp_shard=2), "compiled"),
     ],
 )
-def test_engine_when_layers_are_split_is_compiled_but_for_zbv_and_experts(
+def test_engine_when_layers_are_split_is_compiled_but_for_zbv(
     model: str, layout: Layout, engine: str, shape_of: Callable[[str], ModelShape]
 ) -> None:
     arguments = (shape_of(model), _FULL, layout, find_device("h100"))

@@ -45,20 +45,32 @@ def test_choice_when_the_model_is_dense_is_both_with_adapters_and_compiled_witho
     assert chosen("llama", bf16=True) == Fast(compiled=True)
 
 
-def test_choice_when_there_are_experts_is_compiled_in_bf16() -> None:
-    assert chosen("qwen3_moe", bf16=True) == Fast(compiled=True)
-    assert chosen("qwen3_moe", "q_proj", bf16=True) == Fast(compiled=True)
-    assert chosen("qwen3_moe") == Fast()  # in fp32
-
-
-def test_choice_when_experts_have_adapters_or_their_balance_counts_is_neither(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("targets", "keys", "apart"),
+    [
+        (None, {"bf16": True}, None),
+        ("q_proj", {"bf16": True}, None),
+        (None, {"fp16": True}, "bf16 alone"),
+        ("all", {"bf16": True}, "adapters"),
+        (None, {"bf16": True, "layout": Layout(dp_shard=2, ep=2)}, "ranks share them"),
+        (None, {"bf16": True, "layout": Layout(tp=2)}, "ranks share them"),
+        (None, {"bf16": True, "layout": Layout(pp=2)}, None),
+    ],
+)
+def test_choice_when_there_are_experts_is_compiled_with_them_or_around_them(
+    targets: str | None, keys: dict[str, Any], apart: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     fast.log.propagate = True
     caplog.set_level(logging.INFO)
-    assert chosen("qwen3_moe", "all", bf16=True) == Fast()
+    assert chosen("qwen3_moe", targets, **keys) == Fast(compiled=True, around_experts=apart is not None)
+    assert (apart or "Layers are compiled;") in caplog.text
+
+
+def test_choice_when_the_balance_of_experts_counts_is_neither(caplog: pytest.LogCaptureFixture) -> None:
+    fast.log.propagate = True
+    caplog.set_level(logging.INFO)
     assert chosen("qwen3_moe", balance=True, bf16=True) == Fast()
-    reasons = [message for message in caplog.messages if message.startswith("Layers are not compiled")]
-    assert "adapters" in reasons[0]
-    assert "balance" in reasons[1]
+    assert "Layers are not compiled (the balance" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -68,10 +80,9 @@ def test_choice_when_experts_have_adapters_or_their_balance_counts_is_neither(ca
         ("llama", Layout(dp_shard=2, pp=2), None),
         ("llama", Layout(pp=2, pp_schedule="zbv"), "in two parts"),
         ("llama", Layout(tp=2, cp=2), "share positions"),
-        ("qwen3_moe", Layout(tp=2), "parts of its experts"),
     ],
 )
-def test_choice_when_tp_or_pp_split_layers_is_compiled_but_for_zbv_and_experts(
+def test_choice_when_tp_or_pp_split_layers_is_compiled_but_for_zbv(
     family: str, layout: Layout, reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     fast.log.propagate = True
