@@ -102,7 +102,7 @@ def test_training_when_layers_are_compiled_equals_one_process(
 
     curves, graphs = zip(*run_ranks(LAYOUTS[layout].world_size, work), strict=True)
     assert_together_same(list(curves), references[case])
-    # for all layers and lengths together: the first layer has a gradient of its input or not; gemma3 has two kinds of them;
-    # what lies around experts is cut in two
+    # for all layers and lengths together: the first layer's input has a gradient or not; gemma3 has two kinds of
+    # layers; what lies around experts is cut in two
     most = 8 if case == "gemma3-full" else 20 if case in HAVE_EXPERTS else 5
     assert all(1 <= number <= most for number in graphs)

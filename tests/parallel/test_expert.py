@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fourfold.base.errors import PlanError
 from fourfold.parallel.dispatch import regroup
 from fourfold.parallel.expert import check_experts, split_experts
-from fourfold.parallel.expert_load import count_choices
 from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.mesh import build_mesh
 from fourfold.parallel.shares import Shares
@@ -162,10 +161,6 @@ def test_experts_when_they_have_a_forward_of_their_own_are_refused() -> None:
 def test_experts_when_a_model_has_none_stacked_are_refused() -> None:
     with pytest.raises(PlanError, match=r"ep: 2 ranks cannot share the experts of this model \(LlamaForCausalLM\)"):
         check_experts(tiny_model("llama"), 2)
-
-
-def test_count_choices_when_a_number_is_beyond_the_experts_leaves_it_out() -> None:
-    assert count_choices(torch.tensor([[0, 2], [2, 3], [3, 1]]), 3).tolist() == [1, 1, 2]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from fourfold.base.log import get_logger
@@ -81,9 +82,10 @@ class CompiledForward:
     def __init__(self, layer: nn.Module, shared: Compiled, backend: Backend, *, whole: bool = True) -> None:
         self._layer, self._own, self._shared, self._backend = layer, layer.forward, shared, backend
         self._whole = whole
-        from torch._dynamo.exc import TorchDynamoException  # takes a second to import, and few runs on a CPU need it
+        # they take a second to import, and few runs on a CPU need them
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        self._errors = TorchDynamoException
+        self._errors = (TorchDynamoException, FailOnRecompileLimitHit)
         self._recomputes = False
         self._compiled = self._compile(backend)
 
@@ -144,10 +146,13 @@ def _as_it_is(own: type[nn.Module]) -> Callable[..., Any]:
 
 def _gate(experts: type[nn.Module], shared: Compiled, backend: Backend) -> Callable[..., Any]:
     own: Any = experts._apply_gate
-    compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend)
+    # both halves' gradients by themselves: computed for each number of what they are joined to, they take twice as long
+    options = {"max_pointwise_cat_inputs": 0} if backend == "inductor" else None
+    compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend, options=options)
 
     def gate(self: nn.Module, rows: Any) -> Any:
-        return (own if shared.runs_plain else compiled)(self, rows)
+        # of parametrized experts (adapters) the class is made anew for each call, and so would be what is compiled
+        return (own if shared.runs_plain or is_parametrized(self) else compiled)(self, rows)
 
     return gate
 

@@ -3,7 +3,7 @@
 Each (token, choice) pair is a row. A rank sorts its rows by expert, so that those for each rank lie together, and they
 are sent (one all-to-all). What arrives lies by sender; it is put in the order of experts, multiplied, put back, and
 sent home (a second all-to-all), where a token's results are weighted and added up. All orders are kept with their
-inverses, so that every gradient is read from where it lies (see `local_experts`).
+inverses, so that every gradient is read from where it lies (see `expert_rows`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.parallel.local_experts import combine, run_rows, sort_choices, spread, takes_rows
+from fourfold.parallel.expert_rows import combine, count_choices, sort_choices, spread
+from fourfold.parallel.local_experts import run_rows, takes_rows
 from fourfold.parallel.sums import on_host
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -47,9 +48,10 @@ class Dispatch:
             [T, H], in the dtype of `hidden_states`.
         """
         experts = self._count * dist.get_world_size(self._group)
-        _, order, inverse, ends = sort_choices(indices.clamp(max=experts), experts)  # choices of none come last
-        arrived, sizes = self._ask(ends, indices.numel())
-        rows = spread(hidden_states, order, inverse)  # before the wait, which it fills
+        arrived, sizes = self._ask(count_choices(indices, experts), indices.numel())
+        # all that can be done before the wait
+        _, order, inverse = sort_choices(indices.clamp(max=experts))  # choices of none come last
+        rows = spread(hidden_states, order, inverse)
         to, come = sizes()
         skipped = len(rows) - sum(to)
         tokens = _Exchange.apply(rows[: len(rows) - skipped] if skipped else rows, to, come, self._group)
@@ -57,27 +59,25 @@ class Dispatch:
         back = F.pad(back, (0, 0, 0, skipped)) if skipped else back
         return combine(back, weights, order, inverse, hidden_states.dtype)
 
-    def _ask(self, ends: Tensor, choices: int) -> tuple[Tensor, Callable[[], Sizes]]:
+    def _ask(self, sent: Tensor, choices: int) -> tuple[Tensor, Callable[[], Sizes]]:
         """Tell the other ranks what will be sent to them.
 
         Args:
-            ends: where the rows of each expert end, of the experts of all ranks.
+            sent: how many rows go to each expert of all ranks, [ranks E].
             choices: how many rows there are at most.
         Returns:
             how many rows come from each rank for each expert here, [ranks, E]; and what waits for the sizes to be on
             the host, the one wait for the device in a layer.
         """
-        sent = ends.diff(prepend=ends.new_zeros(1))
-        arrived = torch.empty_like(sent)
-        dist.all_to_all_single(arrived, sent, group=self._group)
-        pairs = torch.stack([sent, arrived]).view(2, dist.get_world_size(self._group), -1)
-        read = on_host(pairs.sum(2))
+        both = torch.stack([sent, sent]).view(2, dist.get_world_size(self._group), -1)
+        dist.all_to_all_single(both[1], both[0], group=self._group)
+        read = on_host(both)
 
         def wait() -> Sizes:
-            to, come = read().tolist()
+            to, come = read().sum(2, dtype=torch.long).tolist()
             return to, come
 
-        return pairs[1], wait
+        return both[1].long(), wait
 
     def _compute(self, tokens: Tensor, arrived: Tensor) -> Tensor:
         """This rank's experts on what has arrived, tokens [N, H] -> [N, H]; weights are applied by the sender."""

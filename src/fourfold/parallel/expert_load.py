@@ -10,14 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fourfold.parallel.expert_rows import count_choices
 from fourfold.parallel.stacked_experts import find_experts, takes_choices
 from fourfold.parallel.sums import on_host
-
-
-def count_choices(indices: Tensor, num_experts: int) -> Tensor:
-    """How often each expert is chosen, [num_experts]; numbers beyond them stand for no expert."""
-    chosen = indices.reshape(-1).clamp(max=num_experts)
-    return chosen.new_zeros(num_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[:-1]
 
 
 class _Counter:
@@ -34,12 +29,12 @@ class _Counter:
         self.counted: Tensor | None = None
         self.total: Tensor | None = None
 
-    def __call__(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self.counted is None or self.total is None:
             return
         # the second argument of every family's experts, though not under one name
         indices = [*args, *kwargs.values()][1]
-        self.total.add_(count_choices(torch.where(self.counted, indices, self.size), self.size))
+        self.total.add_(count_choices(torch.where(self.counted, indices, self.size), self.size).long())
 
 
 class ExpertLoad:
@@ -56,7 +51,8 @@ class ExpertLoad:
         layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
         self._counters = [_Counter(int(experts.num_experts)) for experts in layers]  # type: ignore[arg-type] - an int
         for experts, counter in zip(layers, self._counters, strict=True):
-            experts.register_forward_pre_hook(counter, with_kwargs=True)
+            # behind them, where the host is ahead of the device if they wait for other ranks
+            experts.register_forward_hook(counter, with_kwargs=True)
 
     @property
     def watches(self) -> bool:

@@ -92,7 +92,8 @@ def shard(
         if isinstance(module, FSDPModule):
             # Losses are divided by global denominators already, so gradients are to be added up, not averaged. The
             # factor alone would ask gloo for a reduction that it does not have.
-            module.set_gradient_divide_factor(1.0)
+            if module not in apart or apart_mesh is None or apart_mesh.size() > 1:  # a rank alone divides, in a copy
+                module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return sharded
 

@@ -339,12 +339,12 @@ def _packed_weights_stay_fake() -> Iterator[None]:
 def _chosen_experts(load: float) -> Iterator[None]:
     """Experts of all ranks are chosen alike often, and those of this rank `load` times so: nobody is there to ask."""
 
-    def ask(self: Dispatch, ends: Tensor, choices: int) -> tuple[Tensor, Callable[[], Sizes]]:
+    def ask(self: Dispatch, sent: Tensor, choices: int) -> tuple[Tensor, Callable[[], Sizes]]:
         ranks, here = dist.get_world_size(self._group), self._count
         even = [(rank + 1) * choices // ranks - rank * choices // ranks for rank in range(ranks)]
         come = [round(load * size) for size in even]
         arrived = [[(e + 1) * size // here - e * size // here for e in range(here)] for size in come]
-        return torch.tensor(arrived, device=ends.device), lambda: (even, come)
+        return torch.tensor(arrived, device=sent.device), lambda: (even, come)
 
     with mock.patch.object(Dispatch, "_ask", ask):
         yield

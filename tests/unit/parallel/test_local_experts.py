@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fourfold.models.patches import peft_noise_ignored
-from fourfold.parallel.local_experts import sort_choices, use_local_experts
+from fourfold.parallel.expert_rows import count_choices, sort_choices
+from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.stacked_experts import find_experts
 from fourfold.training.precision import cast_experts
 from tiny_models import MOE_FAMILIES, tiny_model
@@ -104,11 +105,14 @@ def test_local_experts_when_weights_have_no_gradient_give_that_of_tokens(compile
 
 
 def test_sort_choices_gives_rows_by_expert_and_the_way_back() -> None:
-    chosen, order, inverse, ends = sort_choices(torch.tensor([[3, 0], [0, 1], [3, 1]]), 5)
+    chosen, order, inverse = sort_choices(torch.tensor([[3, 0], [0, 1], [3, 1]]))
     assert chosen.tolist() == [0, 0, 1, 1, 3, 3]
     assert order.tolist() == [1, 2, 3, 5, 0, 4]  # choices of one expert stay in the order of tokens
     assert inverse.tolist() == [[4, 0], [1, 2], [5, 3]]
-    assert ends.tolist() == [2, 4, 4, 6, 6]
+
+
+def test_count_choices_when_a_number_is_beyond_the_experts_leaves_it_out() -> None:
+    assert count_choices(torch.tensor([[0, 2], [2, 3], [3, 1]]), 3).tolist() == [1, 1, 2]
 
 
 class _Named(TorchDispatchMode):

@@ -50,7 +50,7 @@ def test_choice_when_the_model_is_dense_is_both_with_adapters_and_compiled_witho
     [
         (None, {"bf16": True}, None),
         ("q_proj", {"bf16": True}, None),
-        (None, {"fp16": True}, "bf16 alone"),
+        (None, {}, "bf16 alone"),
         ("all", {"bf16": True}, "adapters"),
         (None, {"bf16": True, "layout": Layout(dp_shard=2, ep=2)}, "ranks share them"),
         (None, {"bf16": True, "layout": Layout(tp=2)}, "ranks share them"),
