@@ -64,7 +64,7 @@ IN_EVERY_RUN = {
     ("zero3-2", "llama-full"),
     ("tp2", "llama-lora"),
     ("ep2", "qwen3_moe-full"),
-    ("fsdp2xep2", "qwen3_moe-lora"),
+    ("ep2", "qwen3_moe-lora"),
 }
 
 

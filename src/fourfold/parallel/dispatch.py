@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.base.triton import has_triton
 from fourfold.parallel.expert_rows import combine, count_choices, sort_choices, spread
 from fourfold.parallel.local_experts import run_rows, takes_rows
 from fourfold.parallel.sums import on_host
@@ -50,7 +51,7 @@ class Dispatch:
         experts = self._count * dist.get_world_size(self._group)
         arrived, sizes = self._ask(count_choices(indices, experts), indices.numel())
         # all that can be done before the wait
-        _, order, inverse = sort_choices(indices.clamp(max=experts))  # choices of none come last
+        _, order, inverse = sort_choices(indices)  # choices of none come last
         rows = spread(hidden_states, order, inverse)
         to, come = sizes()
         skipped = len(rows) - sum(to)
@@ -66,8 +67,8 @@ class Dispatch:
             sent: how many rows go to each expert of all ranks, [ranks E].
             choices: how many rows there are at most.
         Returns:
-            how many rows come from each rank for each expert here, [ranks, E]; and what waits for the sizes to be on
-            the host, the one wait for the device in a layer.
+            how many rows come from each rank for each expert here, [ranks, E] int32; and what waits for the sizes to be
+            on the host, the one wait for the device in a layer.
         """
         both = torch.stack([sent, sent]).view(2, dist.get_world_size(self._group), -1)
         dist.all_to_all_single(both[1], both[0], group=self._group)
@@ -77,7 +78,7 @@ class Dispatch:
             to, come = read().sum(2, dtype=torch.long).tolist()
             return to, come
 
-        return both[1].long(), wait
+        return both[1].int(), wait
 
     def _compute(self, tokens: Tensor, arrived: Tensor) -> Tensor:
         """This rank's experts on what has arrived, tokens [N, H] -> [N, H]; weights are applied by the sender."""
@@ -98,13 +99,17 @@ def regroup(arrived: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """The orders of what has arrived.
 
     Args:
-        arrived: how many rows came from each rank for each expert here, [ranks, E]; they lie in this order.
+        arrived: how many rows came from each rank for each expert here, [ranks, E] int32; they lie in this order.
         rows: how many in all.
     Returns:
         by_expert: for each row in the order of experts, which of those that arrived it is, [rows] int64.
         by_sender: the inverse.
         ends: where the rows of each expert end, [E] int32.
     """
+    if arrived.device.type == "cuda" and has_triton():
+        from fourfold.parallel import rows_kernel
+
+        return rows_kernel.regroup(arrived.contiguous(), rows)
     of_senders, of_experts = arrived.reshape(-1), arrived.t().reshape(-1)
     starts = (of_senders.cumsum(0) - of_senders).view_as(arrived)
     starts_by_expert = (of_experts.cumsum(0) - of_experts).view(arrived.t().shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,19 +23,41 @@ class _Counter:
         size: number of experts.
         counted: [T, 1] bool, positions that count; None while none do.
         total: [size] int64; None until something was counted.
+        chosen: [T, K], choices that are still to be counted, with those of other layers; None for none.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.counted: Tensor | None = None
         self.total: Tensor | None = None
+        self.chosen: Tensor | None = None
 
     def __call__(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if self.counted is None or self.total is None:
             return
         # the second argument of every family's experts, though not under one name
-        indices = [*args, *kwargs.values()][1]
-        self.total.add_(count_choices(torch.where(self.counted, indices, self.size), self.size).long())
+        indices = [*args, *kwargs.values()][1].detach()
+        if torch.compiler.is_compiling():
+            chosen = torch.where(self.counted, indices, self.size)
+            self.total.add_(count_choices(chosen, self.size).long())
+        else:
+            self.chosen = indices
+
+
+def _count(counters: Sequence[_Counter], counted: Tensor) -> None:
+    """Count what layers of one size have chosen, all at once: the host has little time where layers wait for ranks."""
+    size, chosen, totals = counters[0].size, [], []
+    for counter in counters:
+        assert counter.chosen is not None
+        assert counter.total is not None
+        chosen.append(counter.chosen)
+        totals.append(counter.total)
+        counter.chosen = None
+    first = torch.arange(len(chosen), device=counted.device).view(-1, 1, 1) * size  # of the layers' experts, in a row
+    together = torch.stack(chosen)
+    together = torch.where(counted & (together < size), together + first, len(chosen) * size)
+    found = count_choices(together, len(chosen) * size).long().split(size)
+    torch._foreach_add_(totals, found)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class ExpertLoad:
@@ -72,8 +95,13 @@ class ExpertLoad:
         try:
             yield
         finally:
+            sizes: dict[tuple[int, torch.Size], list[_Counter]] = defaultdict(list)
             for counter in self._counters:
                 counter.counted = None
+                if counter.chosen is not None:
+                    sizes[counter.size, counter.chosen.shape].append(counter)
+            for counters in sizes.values():
+                _count(counters, counted.reshape(-1, 1))
 
     def figures(self) -> Callable[[], dict[str, float]]:
         """The spread since the last call, over all ranks of the job, which must all read it; empty without experts.

@@ -1,4 +1,5 @@
-"""Triton kernels of experts' rows: a token's rows added up, and a token's gradient handed to its rows.
+"""Triton kernels of experts' rows: a token's rows added up, a token's gradient handed to its rows, and the orders of
+rows that came from other ranks.
 
 PyTorch's own sum over a token's rows takes four times what memory needs; the gradient takes four passes, and two thirds
 of the time of a compiler's kernel for it (docs/lab-notes.md).
@@ -20,6 +21,8 @@ from torch import Tensor
 _SUM_BLOCK = 1024
 _MOST_BLOCK = 2048
 """Numbers of a row that a program has at a time."""
+_REGROUP_BLOCK = 64
+"""Rows that a program finds the place of; each is compared with every segment."""
 
 
 @triton.jit
@@ -57,6 +60,50 @@ def _spread(  # no annotations but constexpr: the compiler reads them
             total += g * tl.load(rows + row * width + place, mask=there, other=0.0).to(tl.float32)
     if asked:
         tl.store(of_weights + pair, tl.sum(total, 0).to(of_weights.dtype.element_ty))
+
+
+@triton.jit
+def _ends(  # no annotations but constexpr: the compiler reads them
+    arrived, by_sender, by_expert, experts_end, ranks: tl.constexpr, experts: tl.constexpr, block: tl.constexpr
+):
+    place = tl.arange(0, block)
+    there = place < ranks * experts
+    tl.store(by_sender + place, tl.cumsum(tl.load(arrived + place, mask=there, other=0), 0), mask=there)
+    expert, rank = place // ranks, place % ranks
+    total = tl.cumsum(tl.load(arrived + rank * experts + expert, mask=there, other=0), 0)
+    tl.store(by_expert + place, total, mask=there)
+    tl.store(experts_end + expert, total, mask=there & (rank == ranks - 1))
+
+
+@triton.jit
+def _place(ends, others, place, columns: tl.constexpr, segments: tl.constexpr, many: tl.constexpr):
+    """Where the rows at `place` lie in the other order: their segment there begins elsewhere, and is as long."""
+    number = tl.arange(0, many)
+    known = tl.load(ends + number, mask=number < segments, other=2147483647)
+    segment = tl.sum((known[None, :] <= place[:, None]).to(tl.int32), 1)
+    rows: tl.constexpr = segments // columns
+    other = segment % columns * rows + segment // columns
+    start = tl.load(ends + segment - 1, mask=(segment > 0) & (segment < segments), other=0)
+    begins = tl.load(others + other - 1, mask=(other > 0) & (segment < segments), other=0)
+    return (place - start + begins).to(tl.int64)
+
+
+@triton.jit
+def _regroup(  # no annotations but constexpr: the compiler reads them
+    by_sender,
+    by_expert,
+    senders_row,
+    experts_row,
+    num,
+    ranks: tl.constexpr,
+    experts: tl.constexpr,
+    many: tl.constexpr,
+    block: tl.constexpr,
+):
+    place = tl.program_id(0) * block + tl.arange(0, block)
+    segments: tl.constexpr = ranks * experts
+    tl.store(senders_row + place, _place(by_expert, by_sender, place, ranks, segments, many), mask=place < num)
+    tl.store(experts_row + place, _place(by_sender, by_expert, place, experts, segments, many), mask=place < num)
 
 
 def sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -100,3 +147,19 @@ def spread_gradient(
             grad, given, weights, order, out, of_weights, width, choices, rows is not None, block, num_warps=8
         )
     return out, of_weights
+
+
+def regroup(arrived: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `dispatch.regroup`; `arrived` [ranks, E] int32, contiguous."""
+    ranks, experts = arrived.shape
+    by_sender, by_expert = (torch.empty_like(arrived) for _ in range(2))
+    ends = arrived.new_empty(experts)
+    many = triton.next_power_of_2(ranks * experts)
+    launch: Any = _ends
+    launch[(1,)](arrived, by_sender, by_expert, ends, ranks, experts, many)
+    senders_row, experts_row = (torch.empty(rows, dtype=torch.long, device=arrived.device) for _ in range(2))
+    launch = _regroup
+    launch[(triton.cdiv(rows, _REGROUP_BLOCK),)](
+        by_sender, by_expert, senders_row, experts_row, rows, ranks, experts, many, _REGROUP_BLOCK
+    )
+    return senders_row, experts_row, ends
