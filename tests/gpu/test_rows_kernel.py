@@ -46,6 +46,7 @@ def results(
     return [*outputs, *(each.grad for each in found)], [*plain, *(each.grad for each in expected)]  # type: ignore[list-item]
 
 
+@pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("tokens", "choices", "width"), [(1, 1, 32), (300, 8, 2048), (77, 2, 3000), (129, 6, 7168)])
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
+from fourfold.base.inductor import teach_inductor
 from fourfold.base.log import get_logger
-from fourfold.models.inductor import teach_inductor
 
 log = get_logger(__name__)
 
@@ -146,9 +146,7 @@ def _as_it_is(own: type[nn.Module]) -> Callable[..., Any]:
 
 def _gate(experts: type[nn.Module], shared: Compiled, backend: Backend) -> Callable[..., Any]:
     own: Any = experts._apply_gate
-    # both halves' gradients by themselves: computed for each number of what they are joined to, they take twice as long
-    options = {"max_pointwise_cat_inputs": 0} if backend == "inductor" else None
-    compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend, options=options)
+    compiled = torch.compile(own, fullgraph=True, dynamic=True, backend=backend)
 
     def gate(self: nn.Module, rows: Any) -> Any:
         # of parametrized experts (adapters) the class is made anew for each call, and so would be what is compiled

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.models.inductor import written_once
+from fourfold.base.inductor import written_once
 from fourfold.models.trained_linear import TrainedLinear, exchange
 
 MULTIPLE = 16

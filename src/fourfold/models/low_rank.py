@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fourfold.models.inductor import beside
+from fourfold.base.inductor import beside
 from fourfold.parallel.mesh import is_ampere_or_later
 from fourfold.parallel.packed import state_of
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fourfold.models.inductor import beside
+from fourfold.base.inductor import beside
 from fourfold.models.trained_linear import TrainedLinear, compute_dtype, exchange
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.base.inductor import beside
 from fourfold.families.one_input import columns_of_rank
-from fourfold.models.inductor import beside
 from fourfold.models.low_rank import FrozenWeight, apart, results, side_by_side
 
 _ALIGNED = 8

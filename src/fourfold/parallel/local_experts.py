@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import (
+    _default_apply_gate,  # pyright: ignore[reportPrivateUsage] - what is replaced
     _grouped_mm,  # pyright: ignore[reportPrivateUsage] - it knows which version of torch multiplies what
 )
 
+from fourfold.base.inductor import beside
 from fourfold.parallel.expert_rows import combine, count_choices, sort_choices, spread
 from fourfold.parallel.stacked_experts import find_experts, takes_choices
 
@@ -61,7 +63,30 @@ def _local_class(experts: type[nn.Module]) -> type[nn.Module]:
             return experts.forward(self, *args, **kwargs)
         return run_experts(self, *args, **kwargs)
 
-    return type(experts.__name__, (experts,), {"forward": forward, _IS_LOCAL: True})
+    own: Any = experts
+    gate = {"_apply_gate": _apply_gate} if own._apply_gate is _default_apply_gate else {}
+    return type(experts.__name__, (experts,), {"forward": forward, _IS_LOCAL: True, **gate})
+
+
+def _apply_gate(experts: Any, outer: Tensor) -> Tensor:
+    """Transformers' default: outer [N, 2 I] -> [N, I]."""
+    gate, up = _Halves.apply(outer)  # type: ignore[misc]
+    return experts.act_fn(gate) * up
+
+
+class _Halves(torch.autograd.Function):
+    """Both halves of rows, whose gradients a compiler writes where they belong, each by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """rows [N, 2 I] -> [N, I] twice, views."""
+        first, second = rows.chunk(2, -1)
+        return first, second
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of both, [N, I] each."""
+        return beside([first, second])
 
 
 def takes_rows(experts: nn.Module) -> bool:

@@ -26,6 +26,8 @@ from fourfold.planning.states import gets_adapter
 
 _CHOICE_BYTES = 30
 """Numbers of experts, orders and weights that each choice of a token keeps: three int64, one fp32, one of 16 bits."""
+_SENT_BYTES = 14
+"""More of a choice that is sent to another rank: two int64 for its place there, and not the one of 16 bits."""
 
 
 _COMPILED_SHARE = 0.45
@@ -84,6 +86,7 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     attention += c * v if layout.cp > 1 else 0  # the kernel's results, put together
     attention += _head_norms(shape, layer, trained, factor) / tp
     feed, feed_outputs, working = _feed_forward(shape, job, layout, layer)
+    experts = _experts(shape, job, layout, layer)
     none = between + inputs + attention + feed + low
     outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
     selective = c * hidden * positions + outputs + feed_outputs + low
@@ -91,6 +94,8 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     if trained and not layer.has_experts:
         share = _COMPILED_SHARE_IN_FLOAT8 if job.float8 else _COMPILED_SHARE_OF_TRAINED
     compiled = selective + share * (none - selective)
+    if job.engine == "around":  # experts keep what is theirs, but for the activated gate
+        compiled += experts.apart - experts.selective - share * (experts.none - experts.selective)
     return Kept(none, selective, c * hidden * positions, compiled, working + 4 * hidden * positions)
 
 
@@ -147,19 +152,35 @@ def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> 
     none = c * dense * (gates + 2 if shape.gated else 2)
     outputs = c * (gates * dense + (hidden if dense else 0))
     working = 2 * c * dense
+    experts = _experts(shape, job, layout, layer)
+    return none + experts.none, outputs + experts.selective, working + experts.working
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """Bytes of a position that a layer's experts keep: without recompute, the results of products alone, and where
+    layers are compiled around them; and what their backward pass needs besides."""
+
+    none: float = 0.0
+    selective: float = 0.0
+    apart: float = 0.0
+    working: float = 0.0
+
+
+def _experts(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> _Experts:
     if not layer.has_experts:
-        return none, outputs, working
-    chosen = float(shape.experts_per_token)
-    split = tp if any(weight.kind == "experts" and weight.cut is not None for weight in layer.weights) else 1
+        return _Experts()
+    c, chosen = job.compute_bytes, float(shape.experts_per_token)
+    split = layout.tp if any(weight.kind == "experts" and weight.cut is not None for weight in layer.weights) else 1
     width = chosen * shape.expert_intermediate / split
-    tokens = chosen * hidden
-    # what is sorted by experts, gate and up, the activated gate, its product with up, and the results before weighting
-    sent = c * tokens if layout.ep > 1 else 0  # as they arrive from other ranks
-    expert = sent + c * (2 * tokens + 4 * width) + 4 * shape.experts + _CHOICE_BYTES * chosen + 4
-    return (
-        none + expert,
-        outputs + c * (2 * width + tokens) + c * shape.experts,
-        working + 2 * c * width + 2 * c * tokens,
+    tokens = chosen * shape.hidden
+    orders = (_CHOICE_BYTES + _SENT_BYTES if layout.ep > 1 else _CHOICE_BYTES) * chosen + 4 * shape.experts + 4
+    return _Experts(
+        # what is sorted by experts, gate and up, the activated gate, its product with up, and results before weighting
+        none=c * (2 * tokens + 4 * width) + orders,
+        selective=c * (2 * width + tokens) + c * shape.experts,
+        apart=c * (2 * tokens + 3 * width) + orders,
+        working=2 * c * (width + tokens),
     )
 
 

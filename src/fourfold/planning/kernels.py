@@ -62,8 +62,12 @@ GATE_BYTES = (10.0, 18.0)
 """Activation 4 and product with the gate 6; back 6 and 12."""
 ACTIVATION_BYTES = (4.0, 6.0)
 """Without a gate."""
-ROUTE_BYTES = (14.0, 20.0)
-"""For each number of a chosen expert's input: gathered 4, weighted 4, added up 6."""
+ROUTE_BYTES = (5.0, 7.6)
+"""For each number of a chosen expert's input, by kernels that no compiler joins with others (parallel/rows_kernel.py):
+gathered and added up; back weighted and multiplied with the result, and added up. 165 + 110 and 324 + 110 us for 65,536
+rows of 2,048 numbers on an H100."""
+SENT_BYTES = (7.0, 7.0)
+"""The same where rows come from other ranks: put in the order of experts, and back; 187 to 230 us each."""
 ADAPTER_BYTES = ((2.0, 4.0), (6.0, 4.0))
 """Of an adapter, for each input and each output number: forward the thin product reads the input, and the other one is
 added to the output; backward the input is read and its gradient added to, the output's gradient read twice
@@ -120,6 +124,13 @@ HOST_EXPERTS = 57
 """Of a layer's experts: choosing, sorting and merging."""
 HOST_EXCHANGE = 12
 """Of experts that ranks share: counts, sorting and three exchanges; 171 operators more in all passes, counted alike."""
+HOST_STACKED_ADAPTER = 50
+"""Of an adapter of stacked experts: PEFT lays it over their parameter anew in each forward pass, twice computed. From
+Qwen3-30B-A3B of 16 layers on 4 H100, LoRA under ep."""
+HOST_WAIT = (300.0, 195.0)
+"""In small operators, forward and backward, of a layer whose experts ranks share: once the counts are there, the device
+waits until the host has given it what follows, and ranks wait for the slowest of them in each exchange. Full tuning of
+the same on a host of 8.7 us: layers took 8.0 and 10.3 ms, of which 5.4 and 8.6 are explained otherwise."""
 HOST_REGION = 16
 """Of a region that tensor-parallel ranks share: two hooks and collectives, 14 operators each with their gradients. On 4
 H100 a collective of 1 KiB takes 39 us, five small operators of that host, whatever the hops; a function of Python's
@@ -242,8 +253,9 @@ def layer_seconds(
     op_s = engine.launch_ops * device.host_op_s
     launch = _host_kernels(layer, products, job, mode, engine, place) * op_s
     forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0] + casts[0]
+    waits, waits_back = (ops * device.host_op_s if layer.has_experts and place.ep > 1 else 0.0 for ops in HOST_WAIT)
     if mode == "frozen":
-        return Seconds(max(forward, launch), 0.0, 0.0)
+        return Seconds(max(forward, launch) + waits, 0.0, 0.0)
     weight_grad = product if mode == "trained" else 0.0
     backward = (
         product
@@ -263,9 +275,11 @@ def layer_seconds(
         again = forward if recompute == "full" else around[0] + ends
         again -= of_products[-1] if recompute == "full" and not engine.repeats_last else 0.0
         launch_again = launch + host * op_s
+    waits_back += waits if recompute != "none" else 0.0
     groups = weight_groups(layer, job, mode) if place.splits_backward else 0
     launch_back = 2 * launch + (1 + groups) * launch_again + groups * place.walked * device.host_op_s
-    return Seconds(max(forward, launch), max(backward + (1 + groups) * again, launch_back), weight_grad)
+    back = max(backward + (1 + groups) * again, launch_back)
+    return Seconds(max(forward, launch) + waits, back + waits_back, weight_grad)
 
 
 def _cuts_attention(layer: Layer) -> bool:
@@ -312,12 +326,14 @@ def _between(
         (ROTARY_BYTES, queries + keys),
         (ATTENTION_BYTES, queries),
         (GATE_BYTES if shape.gated else ACTIVATION_BYTES, inner),
-        (ROUTE_BYTES, chosen * shape.hidden),
         ((0.0, FAN_OUT_BYTES), 3 * shape.hidden),
     )
     for (forward, backward), numbers in parts:
         total[0] += engine.traffic * forward * numbers
         total[1] += engine.traffic * backward * numbers
+    for routes in (ROUTE_BYTES, *([SENT_BYTES] if place.ep > 1 else [])):
+        for direction in range(2):
+            total[direction] += routes[direction] * chosen * shape.hidden
     for each in products:
         if each.adapter:
             for direction in range(2):
@@ -385,6 +401,7 @@ def _host_kernels(
     for each in products:
         if each.adapter:
             found += HOST_ADAPTER - KERNELS["adapter"] + (HOST_PEFT_ADAPTER if place.splits_backward else 0)
+            found += HOST_STACKED_ADAPTER if each.groups > 1 else 0
         if each.packed:
             found += HOST_UNPACK
         elif mode == "trained" and job.is_mixed:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.models.inductor import beside, teach_inductor, written_once
+from fourfold.base.inductor import beside, teach_inductor, written_once
 
 
 @pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
