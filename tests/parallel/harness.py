@@ -46,6 +46,7 @@ from fourfold.objectives.ppo import OLD_VALUES, RETURNS, PolicyValueObjective
 from fourfold.objectives.rm import RewardObjective
 from fourfold.parallel import host_adamw
 from fourfold.parallel.apply import Parallelized, parallelize
+from fourfold.parallel.expert_adapters import use_row_adapters
 from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.mesh import Mesh, build_mesh, single, start_process_group
 from fourfold.parallel.offload import offload_activations
@@ -292,6 +293,7 @@ def train(
         join_siblings(module)
     else:  # alone they run as Transformers has them
         use_local_experts(module)
+        use_row_adapters(module)
     noise = NoiseKeys(seed=3)
     key_dropout(module, noise)
     model = StepModel(module, packed=case.packed, balance_experts=case.router > 0, noise=noise)

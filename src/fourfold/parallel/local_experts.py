@@ -21,6 +21,8 @@ from fourfold.parallel.expert_rows import combine, count_choices, sort_choices, 
 from fourfold.parallel.stacked_experts import find_experts, takes_choices
 
 _MOST_EXPERTS = torch.iinfo(torch.int16).max
+ADAPTERS = "_fourfold_adapters"
+"""Name of an attribute of experts: by parameter, what an adapter adds to its products (`expert_adapters`)."""
 _IS_LOCAL = "_fourfold_is_local"
 """Name of an attribute of classes that run as here."""
 
@@ -140,6 +142,9 @@ def _product(experts: Any, name: str, rows: Tensor, chosen: Tensor | None, ends:
     # torch's own grouped product has no kernel for fp64, which only tests need
     multiply = _grouped_mm if weight.dtype != torch.float64 else torch.ops.transformers.grouped_mm_fallback
     found = multiply(rows, weight if experts.is_transposed else weight.transpose(-2, -1), ends)
+    adapter = vars(experts).get(ADAPTERS, {}).get(name)
+    if adapter is not None:
+        found = found + adapter(rows.to(found.dtype), lambda inputs, matrices: multiply(inputs, matrices, ends))
     # in place, as planning/activations.py and parallel/recompute.py know it
     return (
         found if chosen is None or not experts.has_bias else found.add_(getattr(experts, f"{name}_bias")[chosen.int()])

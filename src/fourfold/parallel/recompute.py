@@ -36,11 +36,11 @@ _KEPT = frozenset(
     }
 )
 """Operators whose results `selective` keeps; by name, since not every version has each of them.
-
-Not `baddbmm`, which adds low-rank adapters to stacked experts: cheap, and its results are as large as the experts.
 """
 
 
+_THIN = 128
+"""Inner size below which a grouped product is one of adapters: cheap, and its result as large as the experts' own."""
 _GROUPED = frozenset({"aten::_grouped_mm", "transformers::grouped_mm_fallback"})
 
 
@@ -88,5 +88,6 @@ class _Again(AbstractContextManager[None]):
 
 
 def _policy(kept: frozenset[str], context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    keep = operator.name().split(".")[0] in kept
+    name = operator.name().split(".")[0]
+    keep = name in kept and not (name in _GROUPED and args[0].shape[-1] < _THIN)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -128,6 +128,12 @@ def _low_rank(job: Job, layer: Layer) -> float:
     return float(linear * job.lora_rank * job.compute_bytes)
 
 
+def _low_rank_of_experts(shape: ModelShape, job: Job, layer: Layer) -> float:
+    """The same of stacked experts, for each choice; as many as make 16 bytes at least (parallel/expert_adapters.py)."""
+    stacked = sum(1 for weight in layer.weights if gets_adapter(job, weight) and len(weight.shape) == 3)
+    return float(stacked * -(-job.lora_rank // 8) * 8 * job.compute_bytes * shape.experts_per_token)
+
+
 def _copied_inputs(job: Job, layout: Layout, layer: Layer, hidden: int) -> float:
     """Where a backward pass has two parts, adapters run as PEFT has them: masters in fp32 have the input cast up, and
     autocast casts it down again, so each keeps a copy of its own. What `kept` counts once as the input of products is
@@ -175,11 +181,12 @@ def _experts(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> _Expe
     width = chosen * shape.expert_intermediate / split
     tokens = chosen * shape.hidden
     orders = (_CHOICE_BYTES + _SENT_BYTES if layout.ep > 1 else _CHOICE_BYTES) * chosen + 4 * shape.experts + 4
+    low = _low_rank_of_experts(shape, job, layer)
     return _Experts(
         # what is sorted by experts, gate and up, the activated gate, its product with up, and results before weighting
-        none=c * (2 * tokens + 4 * width) + orders,
-        selective=c * (2 * width + tokens) + c * shape.experts,
-        apart=c * (2 * tokens + 3 * width) + orders,
+        none=c * (2 * tokens + 4 * width) + orders + low,
+        selective=c * (2 * width + tokens) + c * shape.experts + low,
+        apart=c * (2 * tokens + 3 * width) + orders + low,
         working=2 * c * (width + tokens),
     )
 

@@ -27,7 +27,7 @@ class StageSums:
         kept: bytes a position of all layers, under the recompute that was asked for.
         split: the same, of gradients that wait for those of the weights, where a backward pass has two parts.
         replayed: the same, of layers that are computed again for the weights' gradients, once for each group of them.
-        cast, merged: as `Part` has them.
+        cast: as `Part` has it.
     """
 
     layers: int = 0
@@ -35,7 +35,6 @@ class StageSums:
     split: float = 0.0
     replayed: float = 0.0
     cast: int = 0
-    merged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
     spared = StageSums()
     stages: list[StageSums] = []
     for counts, trained_counts in zip(stage.counts, stage.trained, strict=True):
-        layers, kept_bytes, split, again, cast, merged = 0, 0.0, 0.0, 0.0, 0, 0
+        layers, kept_bytes, split, again, cast = 0, 0.0, 0.0, 0.0, 0
         for kind, (layer, total, full_count) in enumerate(zip(shape.kinds, counts, trained_counts, strict=True)):
             for trained, number in ((True, full_count), (False, total - full_count)):
                 if not number:
@@ -83,7 +82,7 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                 one = layer_part(shape, job, seen, kind, trained=trained)
                 part = part + one.times(number)
                 layers += number
-                cast, merged = cast + number * one.cast, merged + number * one.merged
+                cast += number * one.cast
                 found: Kept = kept(shape, job, seen, kind, trained=trained)
                 if trained or job.tuning == "lora":
                     whole = found.none if job.engine == "eager" else found.compiled
@@ -94,7 +93,6 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                         spared.layers + few,
                         spared.kept + more,
                         cast=spared.cast + few * one.cast,
-                        merged=spared.merged + few * one.merged,
                     )
                     kept_bytes += number * own + more
                     replayed = max(replayed, whole - own)
@@ -106,7 +104,7 @@ def sum_layers(shape: ModelShape, job: Job, layout: Layout, stage: Stage, recomp
                         again += number * groups * _STAYS * (found.none if recompute == "full" else 0.0)
                 if one.weights >= largest.weights:
                     largest = one
-        stages.append(StageSums(layers, kept_bytes, split, again, cast, merged))
+        stages.append(StageSums(layers, kept_bytes, split, again, cast))
     return LayerSums(part, tuple(stages), replayed, working, largest, entry, spared)
 
 

@@ -45,8 +45,6 @@ def moments_of(work: RankWork) -> list[Moment]:
     job, layers = work.job, work.layers
     gathered = Gathered.of(work)
     layer = int((layers.replayed + layers.working) * work.positions)
-    # gradients of merged weights, one matrix at a time
-    layer += layers.largest.merged * job.compute_bytes * (4 if work.replays else 1) // 3
     entering = job.compute_bytes * work.shape.hidden * work.positions
     # a tied embedding's gradient beside the head's, to which it is added; or beside those of the micro-batches before
     added = work.stage.is_first and ((work.shape.tied and work.trained_head > 0) or work.batches > 1)
@@ -66,7 +64,7 @@ def _around_the_loss(work: RankWork, gathered: Gathered, layer: int) -> Iterator
     Args:
         layer: bytes that the backward pass of a layer takes.
     """
-    job, layers, c = work.job, work.layers, work.job.compute_bytes
+    layers, c = work.layers, work.job.compute_bytes
     forward_logits, logits = _logit_bytes(work)
     head_gradient = work.trained_head * c if work.layout.shards == 1 else 0
     head_at_loss = head_gradient if work.head_beside_logits else 0
@@ -90,7 +88,7 @@ def _around_the_loss(work: RankWork, gathered: Gathered, layer: int) -> Iterator
         held = gathered.backward + beside + head_gradient
         if layers.spared.layers:  # the last ones have all of theirs; the first that is computed again comes after them
             yield Moment(gradients, held, kept_all + working - int(layers.replayed * work.positions))
-            kept_all -= int(layers.spared.kept * work.positions) + layers.spared.merged * job.compute_bytes
+            kept_all -= int(layers.spared.kept * work.positions)
             gradients += int(_of_layers(layers, layers.spared.layers) * (gathered.root_gradients - gradients))
         yield Moment(gradients, held, kept_all + working)
 
@@ -133,8 +131,7 @@ def _kept_in_flight(work: RankWork, flight: Flight) -> int:
     for number, (own, held, split) in enumerate(zip(layers.stages, flight.held, flight.split, strict=True)):
         ends = work.stage.is_last and number == len(layers.stages) - 1
         sent = 0 if ends else wire  # until it is differentiated
-        merged = (layers.spared.merged if work.replays else own.merged) * job.compute_bytes
-        total += (own.kept * work.positions + merged + sent) * held
+        total += (own.kept * work.positions + sent) * held
         # of layers that are trained in full, the last result's gradient is what has been received
         received = 0 if ends or job.tuning != "full" else wire
         total += (own.split * work.positions - received) * split

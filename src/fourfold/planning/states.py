@@ -39,7 +39,6 @@ class Part:
         whole: bytes of the parameters when FSDP has gathered them, in the dtype of the computation.
         whole_trained: numbers that are trained, gathered.
         cast: numbers of trained matrices that autocast copies to the compute dtype.
-        merged: numbers of stacked experts that are added to their adapters' products before use.
     """
 
     weights: int = 0
@@ -48,7 +47,6 @@ class Part:
     whole: int = 0
     whole_trained: int = 0
     cast: int = 0
-    merged: int = 0
 
     def __add__(self, other: Part) -> Part:
         return Part(
@@ -58,7 +56,6 @@ class Part:
             self.whole + other.whole,
             self.whole_trained + other.whole_trained,
             self.cast + other.cast,
-            self.merged + other.merged,
         )
 
     def times(self, count: int) -> Part:
@@ -70,7 +67,6 @@ class Part:
             count * self.whole,
             count * self.whole_trained,
             count * self.cast,
-            count * self.merged,
         )
 
 
@@ -232,11 +228,7 @@ def _adapter_part(shape: ModelShape, job: Job, layout: Layout, weight: Weight, s
         held += -(-rows // shards) * rest
         whole += rows * rest
     gathered = whole * job.compute_bytes if shards > 1 else 0
-    merged = 0
-    if weight.kind == "experts":
-        rows, rest = cut_numel(shape, layout, weight)
-        merged = rows * rest
-    return Part(held * job.master_bytes + _room_beside(shape, job, layout, weight), 0, held, gathered, whole, 0, merged)
+    return Part(held * job.master_bytes + _room_beside(shape, job, layout, weight), 0, held, gathered, whole)
 
 
 def _room_beside(shape: ModelShape, job: Job, layout: Layout, weight: Weight) -> int:

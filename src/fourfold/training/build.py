@@ -32,6 +32,7 @@ from fourfold.models.trained_linear import join_trained_siblings
 from fourfold.models.unpacked import keep_unpacked
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.parallel.apply import Parallelized, no_weights, parallelize
+from fourfold.parallel.expert_adapters import use_row_adapters
 from fourfold.parallel.fsdp import join_gradients
 from fourfold.parallel.graphs import Graphs
 from fourfold.parallel.host_embedding import keep_on_host
@@ -254,6 +255,7 @@ def _prepare_layers(run: Run, precision: Precision, mesh: Mesh, module: TunedMod
     if precision.narrow == torch.bfloat16:  # fp16 would overflow between layers
         narrow_outputs(module, torch.bfloat16)
     use_local_experts(module)
+    use_row_adapters(module)
     if precision.narrow is not None:
         cast_experts(module, precision.narrow)
     return noise
