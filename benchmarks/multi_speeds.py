@@ -76,6 +76,9 @@ def _bubbles(layers: int, cuts: dict[Schedule, tuple[int, ...]], ranks: int) -> 
 
 _TWO: dict[str, Speed] = {
     "8b-lora-one": Speed(_8B, "lora", Layout(), "none", _ROW, note="one GPU: what weak scaling is held against"),
+    "30b-16layers-lora-one": Speed(
+        _30B, "lora compiled", Layout(), "none", (4096,) * 2, layers=16, note="16 of 48 layers, one GPU", seconds=50
+    ),
     "8b-lora-ddp2": Speed(_8B, "lora", Layout(dp_replicate=2), "none", _ROW),
     "8b-lora-fsdp2": Speed(_8B, "lora", Layout(dp_shard=2), "none", _ROW),
     "8b-lora-tp2": Speed(_8B, "lora", Layout(tp=2), "none", _ROW),
@@ -222,6 +225,7 @@ _FOUR: dict[str, Speed] = {
         )
         for method in METHODS
     },
+    "30b-16layers-lora-one": _TWO["30b-16layers-lora-one"],
     "8b-qlora-ddp4": Speed(_8B, "qlora", Layout(dp_replicate=4), "none", _ROW),
     "8b-qlora-tp4": Speed(_8B, "qlora", Layout(tp=4), "none", _ROW),
 }

@@ -10,7 +10,6 @@ from fourfold.planning.device import Device
 from fourfold.planning.job import EngineName, Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import ModelShape
-from fourfold.planning.states import gets_adapter
 
 STEPS_TO_PAY = 60
 """Optimizer steps from which compiling, some 20 to 60 s where nothing is cached, is made up for."""
@@ -79,18 +78,15 @@ def wants_compiled(training: TrainingConfig, max_steps: int | None) -> bool:
     return training.fp8 or max_steps is None or max_steps >= STEPS_TO_PAY
 
 
-def why_apart(layout: Layout, compute: str, *, adapted: bool) -> str | None:
+def why_apart(layout: Layout, compute: str) -> str | None:
     """Why layers are compiled around their experts and not with them; None where they are compiled with them.
 
     Args:
         compute: dtype, e.g. bf16.
-        adapted: whether experts have adapters.
     """
     if layout.ep * layout.tp > 1:
         return "ranks share them"
-    if compute != "bf16":
-        return "their products are compiled in bf16 alone"
-    return "they have adapters" if adapted else None
+    return "their products are compiled in bf16 alone" if compute != "bf16" else None
 
 
 def engine_of(
@@ -107,11 +103,6 @@ def engine_of(
     if not (compiles and goes and fits):
         return "eager"
     if shape.experts:
-        return "compiled" if why_apart(layout, job.compute, adapted=_adapts_experts(shape, job)) is None else "around"
+        return "compiled" if why_apart(layout, job.compute) is None else "around"
     plain = layout.world_size == 1 and job.tuning == "lora"
     return "replayed" if replays and plain else "compiled"
-
-
-def _adapts_experts(shape: ModelShape, job: Job) -> bool:
-    stacked = (weight for kind in shape.kinds for weight in kind.weights if weight.kind == "experts")
-    return any(gets_adapter(job, weight) for weight in stacked)

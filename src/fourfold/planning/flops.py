@@ -14,6 +14,7 @@ from typing import Literal
 from fourfold.planning.job import Job
 from fourfold.planning.layout import Layout
 from fourfold.planning.shape import Layer, ModelShape, Weight
+from fourfold.planning.states import gets_adapter
 
 Mode = Literal["trained", "adapted", "frozen"]
 """Of a layer: its weights are trained; adapters beside them are; nothing is, nor in a layer below it."""
@@ -51,8 +52,8 @@ class Product:
 
     @property
     def adapter_numel(self) -> int:
-        """Weights of the adapter on this rank."""
-        return self.adapter * (self.rows + self.columns)
+        """Weights of the adapter on this rank; each of stacked experts has its own."""
+        return self.adapter * (self.rows + self.columns) * self.groups
 
     @property
     def flops(self) -> float:
@@ -62,7 +63,7 @@ class Product:
     @property
     def adapter_flops(self) -> float:
         """Of one token through the adapter, forward; twice as much backward."""
-        return 2.0 * self.adapter_numel
+        return 2.0 * self.adapter * (self.rows + self.columns) * self.rows_of_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +104,6 @@ def local_numel(weight: Weight, shape: ModelShape, layout: Layout) -> float:
     return weight.numel / parts_of(weight, shape, layout)
 
 
-def is_adapted(weight: Weight, job: Job) -> bool:
-    """Whether a LoRA job puts an adapter on it."""
-    if job.tuning != "lora" or not weight.linear:
-        return False
-    return "all" in job.lora_targets or not set(job.lora_targets).isdisjoint(weight.name.split("."))
-
-
 @lru_cache(maxsize=1024)
 def layer_products(shape: ModelShape, kind: int, job: Job, tp: int = 1, ep: int = 1) -> tuple[Product, ...]:
     """The products of one layer on one rank.
@@ -131,7 +125,7 @@ def weight_groups(layer: Layer, job: Job, mode: Mode) -> int:
     computed again is so for each of them (torch.distributed.pipelining's stage_backward_weight). An adapter has two.
     """
     if mode == "adapted":
-        return 2 * sum(is_adapted(weight, job) for weight in layer.weights)
+        return 2 * sum(gets_adapter(job, weight) for weight in layer.weights)
     return sum(_multiplies(weight) or weight.kind == "norm" for weight in layer.weights) if mode == "trained" else 0
 
 
@@ -153,7 +147,7 @@ def _product(weight: Weight, shape: ModelShape, job: Job, layout: Layout) -> Pro
         columns=math.prod(sizes[1:]),
         groups=weight.shape[0] // layout.ep if stacked else 1,
         rows_of_token=choices,
-        adapter=job.lora_rank if is_adapted(weight, job) else 0,
+        adapter=job.lora_rank if gets_adapter(job, weight) else 0,
         packed=job.bits is not None and weight.linear,
     )
 

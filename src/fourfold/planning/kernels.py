@@ -72,6 +72,9 @@ ADAPTER_BYTES = ((2.0, 4.0), (6.0, 4.0))
 """Of an adapter, for each input and each output number: forward the thin product reads the input, and the other one is
 added to the output; backward the input is read and its gradient added to, the output's gradient read twice
 (models/lora.py)."""
+STACKED_ADAPTER_BYTES = ((2.0, 8.0), (10.0, 4.0))
+"""The same of an adapter of stacked experts, for each row: the term is written, and added in a pass of its own; so is
+its gradient (parallel/expert_adapters.py)."""
 ADAPTER_TOKEN_S = (5e-9, 9e-9)
 """For each token and adapter, what the thin products cost beside bytes: of the card's multiprocessors they keep half
 busy. H100, rank 8, 8,192 tokens: 130 to 220 us an adapter were missing without it."""
@@ -124,9 +127,8 @@ HOST_EXPERTS = 57
 """Of a layer's experts: choosing, sorting and merging."""
 HOST_EXCHANGE = 12
 """Of experts that ranks share: counts, sorting and three exchanges; 171 operators more in all passes, counted alike."""
-HOST_STACKED_ADAPTER = 50
-"""Of an adapter of stacked experts: PEFT lays it over their parameter anew in each forward pass, twice computed. From
-Qwen3-30B-A3B of 16 layers on 4 H100, LoRA under ep."""
+HOST_STACKED_ADAPTER = 12
+"""More of an adapter of stacked experts where they are not compiled: its matrices are scaled and laid out anew."""
 HOST_WAIT = (300.0, 195.0)
 """In small operators, forward and backward, of a layer whose experts ranks share: once the counts are there, the device
 waits until the host has given it what follows, and ranks wait for the slowest of them in each exchange. Full tuning of
@@ -337,8 +339,10 @@ def _between(
     for each in products:
         if each.adapter:
             for direction in range(2):
-                of_input, of_output = ADAPTER_BYTES[direction]
-                total[direction] += (of_input * each.columns + of_output * each.rows) * engine.adapters
+                stacked = each.groups > 1
+                of_input, of_output = (STACKED_ADAPTER_BYTES if stacked else ADAPTER_BYTES)[direction]
+                share = each.rows_of_token if stacked else engine.adapters
+                total[direction] += (of_input * each.columns + of_output * each.rows) * share
     return total[0], total[1]
 
 
@@ -401,7 +405,7 @@ def _host_kernels(
     for each in products:
         if each.adapter:
             found += HOST_ADAPTER - KERNELS["adapter"] + (HOST_PEFT_ADAPTER if place.splits_backward else 0)
-            found += HOST_STACKED_ADAPTER if each.groups > 1 else 0
+            found += HOST_STACKED_ADAPTER if each.groups > 1 and engine.name in ("eager", "around") else 0
         if each.packed:
             found += HOST_UNPACK
         elif mode == "trained" and job.is_mixed:

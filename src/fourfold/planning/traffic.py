@@ -169,8 +169,11 @@ def layer_unit(shape: ModelShape, kind: int, job: Job, mode: Mode, layout: Layou
             trained += local
             expert_trained += local if weight.kind == "experts" else 0.0
     if mode == "adapted":
-        trained = sum(product.adapter_numel for product in layer_products(shape, kind, job, layout.tp, layout.ep))
+        products = layer_products(shape, kind, job, layout.tp, layout.ep)
+        trained = sum(product.adapter_numel for product in products)
+        expert_trained = sum(product.adapter_numel for product in products if product.groups > 1)
         gathered += trained * job.compute_bytes
+        expert_gathered += expert_trained * job.compute_bytes
     return Unit(gathered, expert_gathered, trained, expert_trained, numel)
 
 

@@ -17,6 +17,7 @@ from fourfold.config.schema import Run
 from fourfold.models.attention import takes_offsets
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
+from fourfold.parallel.local_experts import takes_rows
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.stacked_experts import has_experts
 from fourfold.planning.engines import wants_compiled, why_apart
@@ -103,8 +104,9 @@ def _why_experts_are_apart(model: StepModel, mesh: Mesh, precision: Precision) -
     inner = base_model(model.module)
     if not has_experts(inner):
         return None
-    adapted = any(isinstance(module, ParamWrapper) for module in inner.modules())
-    return why_apart(mesh.layout, "bf16" if precision.compute == torch.bfloat16 else "", adapted=adapted)
+    if any(isinstance(module, ParamWrapper) and not takes_rows(module.get_base_layer()) for module in inner.modules()):
+        return "they have adapters that are added to their weights"
+    return why_apart(mesh.layout, "bf16" if precision.compute == torch.bfloat16 else "")
 
 
 def _obstacles_of_graphs(model: StepModel, mesh: Mesh, run: Run) -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from fourfold.config.load import load
 from fourfold.models.adapters import attach
 from fourfold.models.forward import StepModel
+from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.mesh import single
 from fourfold.planning.layout import Layout
 from fourfold.training import fast
@@ -28,13 +29,21 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(
-    family: str, targets: str | None = None, *, balance: bool = False, layout: Layout | None = None, **keys: Any
+    family: str,
+    targets: str | None = None,
+    *,
+    balance: bool = False,
+    layout: Layout | None = None,
+    local: bool = True,
+    **keys: Any,
 ) -> Fast:
     """What goes of both, for a model with adapters on `targets`, or fully tuned."""
     tuning = {"finetuning_type": "full"} if targets is None else {"finetuning_type": "lora", "lora_target": targets}
     run = load({"model_name_or_path": "m", "dataset": "d", "output_dir": "o", **tuning, **keys}, verb="train")
     precision = resolve(run)
     module = attach(tiny_model(family), run.model, run.tuning, trainable=True, master_dtype=precision.master)
+    if local:
+        use_local_experts(module)
     step_model = StepModel(module, packed=True, balance_experts=balance)
     mesh = single(torch.device("cuda"))
     return what_goes(_BOTH, step_model, mesh if layout is None else replace(mesh, layout=layout), precision, run)
@@ -51,7 +60,8 @@ def test_choice_when_the_model_is_dense_is_both_with_adapters_and_compiled_witho
         (None, {"bf16": True}, None),
         ("q_proj", {"bf16": True}, None),
         (None, {}, "bf16 alone"),
-        ("all", {"bf16": True}, "adapters"),
+        ("all", {"bf16": True}, None),
+        ("all", {"bf16": True, "local": False}, "adapters that are added"),
         (None, {"bf16": True, "layout": Layout(dp_shard=2, ep=2)}, "ranks share them"),
         (None, {"bf16": True, "layout": Layout(tp=2)}, "ranks share them"),
         (None, {"bf16": True, "layout": Layout(pp=2)}, None),
