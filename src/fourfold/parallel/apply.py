@@ -105,7 +105,7 @@ def parallelize(
     is_frozen = not any(parameter.requires_grad for parameter in root.parameters())
     if layout.ep > 1:
         check_experts(root, layout.ep)
-    load = ExpertLoad(root)
+    load = ExpertLoad(root, is_shared=mesh.device_mesh is not None)
     if mesh.device_mesh is None:
         return Parallelized(root, load=load)
     shares = Shares()

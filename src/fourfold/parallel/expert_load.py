@@ -66,11 +66,15 @@ class ExpertLoad:
     Only what is trained on is counted, once: not padding, and not what the backward pass computes again.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, *, is_shared: bool = True) -> None:
         """Watch the experts of a model; before it is cut, so that all ranks number its layers alike.
 
         The layers themselves are not kept: a pipeline frees those of other ranks.
+
+        Args:
+            is_shared: the job's other ranks train it as well.
         """
+        self._is_shared = is_shared
         layers = [experts for _, experts in find_experts(root) if takes_choices(experts)]
         self._counters = [_Counter(int(experts.num_experts)) for experts in layers]  # type: ignore[arg-type] - an int
         for experts, counter in zip(layers, self._counters, strict=True):
@@ -118,16 +122,16 @@ class ExpertLoad:
         read = on_host(torch.cat(totals) if totals else torch.zeros(sum(sizes)))
         for total in totals:
             total.zero_()
-        return lambda: _spread(read().split(sizes))
+        return lambda: _spread(read().split(sizes), is_shared=self._is_shared and dist.is_initialized())
 
 
-def _spread(counted: Sequence[Tensor]) -> dict[str, float]:
+def _spread(counted: Sequence[Tensor], *, is_shared: bool) -> dict[str, float]:
     """See `ExpertLoad.figures`; counts of each layer's experts on this rank, on the host."""
     sizes = list(map(len, counted))
     found = torch.zeros(len(sizes), max(sizes), dtype=torch.float64)
     for row, counts in zip(found, counted, strict=True):
         row[: len(counts)] = counts
-    if dist.is_initialized():
+    if is_shared:
         dist.all_reduce(found)  # layers of other pipeline stages are 0 here; tensor-parallel ranks count alike
     shares = [row[:size] / row.sum().clamp(min=1) for row, size in zip(found, sizes, strict=True)]
     spread = [share.std(correction=0) * len(share) for share in shares]

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fourfold.base.triton import has_triton
 
+_HAS_TRITON = has_triton()
+"""Known before anything is compiled: a compiler cannot look for modules."""
+
 
 def sort_choices(indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The (token, choice) pairs in the order of experts.
@@ -128,7 +131,7 @@ def _sum(rows: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch.dty
 
 def _has_kernels(*tensors: Tensor | None) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
-    return given[0].device.type == "cuda" and has_triton() and all(tensor.itemsize <= 4 for tensor in given)
+    return given[0].device.type == "cuda" and _HAS_TRITON and all(tensor.itemsize <= 4 for tensor in given)
 
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")

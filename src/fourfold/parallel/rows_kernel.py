@@ -114,6 +114,7 @@ def sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch
         inverse: the row of each choice, [T, K] int64, contiguous.
         weights: [T, K], contiguous.
     """
+    assert rows.is_contiguous() and inverse.is_contiguous() and (weights is None or weights.is_contiguous())
     tokens, choices = inverse.shape
     width = rows.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
@@ -136,6 +137,7 @@ def spread_gradient(
         weights: as there.
         order: the choice of each row, [N] int64: choice j of token t is t K + j.
     """
+    assert grad.is_contiguous() and weights.is_contiguous() and (rows is None or rows.is_contiguous())
     choices, width = weights.shape[1], grad.shape[1]
     out = torch.empty(len(order), width, dtype=dtype, device=grad.device)
     of_weights = torch.empty_like(weights) if rows is not None else weights.new_empty(0)
