@@ -106,6 +106,7 @@ def curve(
             scaler.step(optimizer)
             scaler.update()
         losses.append(result.loss)
+    assert built.model.compiled is None or not built.model.compiled.trains_plain  # it could be compiled
     return losses, norms
 
 
@@ -195,6 +196,8 @@ def test_full_tuning_when_compiled_has_the_losses_of_the_plain_step(
         {"finetuning_type": "full"},
         {"finetuning_type": "full", "parallel": {"recompute": "full"}},
         {"finetuning_type": "lora", "lora_target": "q_proj,v_proj"},
+        {"finetuning_type": "lora"},  # on experts, too
+        {"finetuning_type": "lora", "parallel": {"recompute": "full"}},
     ],
 )
 def test_experts_when_compiled_have_the_losses_of_the_plain_step(experts: Path, keys: dict[str, object]) -> None:
