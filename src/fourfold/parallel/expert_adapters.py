@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ def use_row_adapters(model: nn.Module) -> int:
     found = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     for wrapper in found:
         wrapper.__class__ = _class_of(type(wrapper))
+        setattr(wrapper.get_base_layer(), ADAPTERS, {})
     return len(found)
 
 
@@ -70,17 +72,51 @@ def _term(wrapper: Any, adapter: str) -> Callable[[Tensor, Multiply], Tensor]:
 
     def term(rows: Tensor, multiply: Multiply) -> Tensor:
         down = into.to(rows.dtype).view(count, -1, into.shape[1])  # [E, r, in]
-        up = (scaling * out_of).to(rows.dtype).view(out_of.shape[0], -1, count).permute(2, 1, 0)  # [E, r, out]
-        lacking = -down.shape[1] % _ALIGNED
-        down, up = F.pad(down, (0, 0, 0, lacking)), F.pad(up, (0, 0, 0, lacking)).contiguous()
-        return multiply(multiply(rows, down.transpose(1, 2)), up)
+        up = _ExpertsFirst.apply((scaling * out_of).to(rows.dtype), count, _ALIGNED)
+        down = F.pad(down, (0, 0, 0, -down.shape[1] % _ALIGNED))
+        return multiply(multiply(rows, down.transpose(1, 2)), up)  # type: ignore[arg-type]
 
     return term
 
 
+class _ExpertsFirst(torch.autograd.Function):
+    """An outer matrix as PEFT has it, [out, r E], as those of the experts, [E, r, out]; more rows are zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, count: int, multiple: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[out, r E] -> [E, r, out], with r a multiple of `multiple`."""
+        ctx.shape = matrix.shape
+        return torch.ops.fourfold.experts_first(matrix, count, multiple)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grad [E, r, out]."""
+        rank = ctx.shape[1] // grad.shape[0]
+        return grad[:, :rank].permute(2, 1, 0).reshape(ctx.shape), None, None
+
+
+_OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
+_OPERATORS.define("experts_first(Tensor matrix, int count, int multiple) -> Tensor")
+
+
+@torch.library.impl(_OPERATORS, "experts_first", "CompositeExplicitAutograd")
+def _experts_first(matrix: Tensor, count: int, multiple: int) -> Tensor:
+    # an operator, since a compiler lays such a copy as it likes, and grouped products take experts one behind the other
+    outer, rank = matrix.shape[0], matrix.shape[1] // count
+    found = matrix.new_zeros(count, rank + -rank % multiple, outer)
+    found[:, :rank] = matrix.view(outer, rank, count).permute(2, 1, 0)
+    return found
+
+
+@torch.library.register_fake("fourfold::experts_first", lib=_OPERATORS)
+def _experts_first_of_fakes(matrix: Tensor, count: int, multiple: int) -> Tensor:
+    rank = matrix.shape[1] // count
+    return matrix.new_empty(count, rank + -rank % multiple, matrix.shape[0])
+
+
 @contextmanager
 def _lent(experts: nn.Module, parameter: str, term: Callable[..., Tensor]) -> Iterator[None]:
-    terms: dict[str, Callable[..., Tensor]] = vars(experts).setdefault(ADAPTERS, {})
+    terms: dict[str, Callable[..., Tensor]] = getattr(experts, ADAPTERS)
     terms[parameter] = term
     try:
         yield

@@ -142,9 +142,9 @@ def _product(experts: Any, name: str, rows: Tensor, chosen: Tensor | None, ends:
     # torch's own grouped product has no kernel for fp64, which only tests need
     multiply = _grouped_mm if weight.dtype != torch.float64 else torch.ops.transformers.grouped_mm_fallback
     found = multiply(rows, weight if experts.is_transposed else weight.transpose(-2, -1), ends)
-    adapter = vars(experts).get(ADAPTERS, {}).get(name)
-    if adapter is not None:
-        found = found + adapter(rows.to(found.dtype), lambda inputs, matrices: multiply(inputs, matrices, ends))
+    adapters = getattr(experts, ADAPTERS, None)
+    if adapters and name in adapters:
+        found = found + adapters[name](rows.to(found.dtype), lambda inputs, matrices: multiply(inputs, matrices, ends))
     # in place, as planning/activations.py and parallel/recompute.py know it
     return (
         found if chosen is None or not experts.has_bias else found.add_(getattr(experts, f"{name}_bias")[chosen.int()])
