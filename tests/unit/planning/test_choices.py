@@ -184,8 +184,8 @@ KNOWN: list[tuple[str, str, str, Holds]] = [
     ("Llama-3-70B", "8x141", "lora", lambda layout: layout == Layout(dp_replicate=2, pp=4)),
     ("Llama-3-70B", "4x8x80", "full", lambda layout: layout.shards > 8 and layout.pp == 1),
     ("Llama-3.1-405B", "64x8x80", "full", lambda layout: layout.shards > 8 and layout.tp * layout.pp > 1),
-    # 16 layers of it over 4 H100 took 0.41 s a step in shards, compiled, and 1.06 s with experts apart, as they are
-    ("Qwen3-30B-A3B", "8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=8)),
+    # 16 layers of it over 4 H100 took 0.39 to 0.41 s a step in shards and 0.36 s with experts apart, compiled both
+    ("Qwen3-30B-A3B", "8x80", "full", lambda layout: replace(layout, zero=3) == Layout(dp_shard=8, ep=8)),
     ("Qwen3-235B-A22B", "4x8x80", "lora", lambda layout: layout.shards >= 8 and layout.pp == layout.tp == 1),
     ("DeepSeek-V3", "64x8x80", "full", lambda layout: layout.ep > 1 and layout.shards > 1 and layout.tp == 1),
     ("one-huge-matrix", "8x80", "lora", lambda layout: layout == Layout(tp=8)),
