@@ -24,6 +24,8 @@ from fourfold.models.compiled import (
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.targets import decoder_blocks, final_norms
 from fourfold.parallel.expert_load import ExpertLoad
+from fourfold.parallel.local_experts import use_local_experts
+from fourfold.parallel.stacked_experts import experts_and_adapters, find_experts
 from fourfold.training.precision import cast_experts
 from tiny_models import FAMILIES, tiny_model
 
@@ -304,3 +306,50 @@ def test_small_kernels_when_told_are_joined_or_not(joins: bool) -> None:
     with config.patch(combo_kernels=not joins):
         join_small_kernels(joins=joins)
         assert config.combo_kernels == joins
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_when_experts_are_left_out_run_them_as_they_are(recompute: bool) -> None:
+    """Hooks run, what they do need not be known to the compiler, and all layers share what was compiled."""
+    plain, fast = (tiny_model("qwen3_moe", num_hidden_layers=5).train() for _ in range(2))
+    for model in (plain, fast):
+        use_local_experts(model)
+    blocks: list[nn.Module] = list(decoder_blocks(fast)[1])
+    torch._dynamo.reset()
+    compile_layers(blocks, around=experts_and_adapters(fast), backend="aot_eager")
+    if recompute:
+        recompute_compiled(blocks)
+    hosts: list[int] = []
+    for _, experts in find_experts(fast):
+        # a number on the host, as that of rows that come from other ranks
+        experts.register_forward_pre_hook(lambda _, args: hosts.append(int(args[1].sum())))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for tokens in (9, 20, 14):
+        ids = torch.randint(3, 60, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        for model in (plain, fast):
+            model.zero_grad()
+            model(input_ids=ids).logits.square().mean().backward()
+        pairs = zip(plain.parameters(), fast.parameters(), strict=True)
+        assert all(torch.equal(one.grad, other.grad) for one, other in pairs if one.grad is not None)  # type: ignore[arg-type]
+    assert len(hosts) == 3 * 5 * (2 if recompute else 1)
+    # the first layer, whose input has no gradient, and the others, each cut at the experts; and the gate
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 20
+
+
+def test_compiled_layers_when_too_many_variants_are_asked_for_run_as_they_are() -> None:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    def refuse(*_: Any) -> Any:
+        raise FailOnRecompileLimitHit("too many")
+
+    model = adapted()
+    torch._dynamo.reset()
+    layers = [module for module in model.modules() if isinstance(module, _Layer)]
+    shared = compile_layers(layers, backend="aot_eager")
+    for layer in layers:
+        assert isinstance(layer.forward, CompiledForward)
+        layer.forward._compiled = refuse
+    expected = gradients(adapted(), 7)
+    for one, other in zip(expected, gradients(model, 7), strict=True):
+        assert torch.equal(one, other)
+    assert shared.trains_plain

@@ -11,7 +11,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fourfold.models.compiled import compile_layers
 from fourfold.models.patches import peft_noise_ignored
+from fourfold.models.targets import decoder_blocks
+from fourfold.models.unwrap import base_model
 from fourfold.parallel.expert_adapters import use_row_adapters
 from fourfold.parallel.local_experts import use_local_experts
 from fourfold.parallel.stacked_experts import find_experts
@@ -93,3 +96,20 @@ def test_row_adapters_make_nothing_of_the_experts_size() -> None:
         with _Largest() as seen:
             model(input_ids=ids).logits.sum().backward()
         assert (seen.largest >= size) == is_made
+
+
+@pytest.mark.filterwarnings("default")  # as an error, what torch's compiler warns of would end it
+def test_row_adapters_when_layers_are_compiled_whole_give_the_same() -> None:
+    plain = adapted("qwen3_moe").bfloat16()
+    fast = copy.deepcopy(plain)
+    for model in (plain, fast):
+        use_local_experts(model)
+        use_row_adapters(model)
+        model.train()
+    torch._dynamo.reset()
+    shared = compile_layers(list(decoder_blocks(base_model(fast))[1]), backend="aot_eager")
+    expected, found = results(plain), results(fast)
+    assert not shared.trains_plain
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        assert float((found[name] - one).abs().max()) <= 0.03 * float(one.abs().max())  # bf16 has 8 bits
