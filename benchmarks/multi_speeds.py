@@ -225,7 +225,6 @@ _FOUR: dict[str, Speed] = {
         )
         for method in METHODS
     },
-    "30b-16layers-lora-one": _TWO["30b-16layers-lora-one"],
     "8b-qlora-ddp4": Speed(_8B, "qlora", Layout(dp_replicate=4), "none", _ROW),
     "8b-qlora-tp4": Speed(_8B, "qlora", Layout(tp=4), "none", _ROW),
 }

@@ -80,7 +80,8 @@ def _fields(case: Speed) -> dict[str, Any]:
 
 
 def test_speed_cases_when_listed_name_what_was_cut_and_begin_with_one_gpu() -> None:
-    assert speed_cases(8)[:2] == ["throughput/8/8b-lora-one", "throughput/8/8b-full-fsdp8"]
+    first = ("8b-lora-one", "30b-16layers-lora-one", "8b-full-fsdp8")
+    assert speed_cases(8)[:3] == [f"throughput/8/{name}" for name in first]
     for name, case in SPEEDS.items():
         assert not case.layers or f"{case.layers} of " in case.note, name
         assert case.ranks in (1, 2, 4, 8)
