@@ -344,7 +344,7 @@ def _chosen_experts(load: float) -> Iterator[None]:
         even = [(rank + 1) * choices // ranks - rank * choices // ranks for rank in range(ranks)]
         come = [round(load * size) for size in even]
         arrived = [[(e + 1) * size // here - e * size // here for e in range(here)] for size in come]
-        return torch.tensor(arrived, device=sent.device), lambda: (even, come)
+        return torch.tensor(arrived, dtype=torch.int32, device=sent.device), lambda: (even, come)
 
     with mock.patch.object(Dispatch, "_ask", ask):
         yield
