@@ -121,6 +121,7 @@ class Bench:
             "seq_len": self.workload.seq_len,
             "loop": peer.loop,
             "experts": peer.experts,
+            "attention": peer.attention,
             "liger": peer.needs == "liger_kernel",
         }
         return job | self._pace()

@@ -46,7 +46,7 @@ class Shape:
     Attributes:
         parameters: of the whole model.
         active: of the matrices that a token goes through; of the experts those that it is sent to.
-        attention_width: layers x heads x head dim.
+        attention_width: layers x heads x head dim; of layers that see a short window only, nothing.
         hidden_width: layers x hidden size.
     """
 
@@ -57,26 +57,28 @@ class Shape:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Count the parameters of a config.json of llama's or qwen3_moe's kind."""
+    """Count the parameters of a config.json of llama's, qwen3_moe's or gpt_oss's kind, whose biases are left out."""
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, config["num_key_value_heads"] * head
     attention = 2 * hidden * queries + 2 * hidden * keys
     vectors = 2 * hidden  # the two norms of a layer
-    if "num_experts" in config:
-        expert = 3 * hidden * config["moe_intermediate_size"]
-        router = hidden * config["num_experts"]
-        mlp = router + config["num_experts"] * expert
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        expert = 3 * hidden * config.get("moe_intermediate_size", config["intermediate_size"])
+        router = hidden * experts
+        mlp = router + experts * expert
         used = router + config["num_experts_per_tok"] * expert
-        vectors += 2 * head  # the norms of queries and keys
+        vectors += 2 * head if "num_experts" in config else 0  # the norms of queries and keys
     else:
         mlp = used = 3 * hidden * config["intermediate_size"]
+    whole = sum(kind != "sliding_attention" for kind in config.get("layer_types") or ["full_attention"] * layers)
     vocabulary = config["vocab_size"] * hidden
     tables = 1 if config["tie_word_embeddings"] else 2
     return Shape(
         parameters=layers * (attention + mlp + vectors) + tables * vocabulary + hidden,
         active=layers * (attention + used) + vocabulary,
-        attention_width=layers * queries,
+        attention_width=whole * queries,
         hidden_width=layers * hidden,
     )
 

@@ -3,8 +3,8 @@
     python benchmarks/gpu_hf.py JOB.json RESULT.json
 
 The job holds `model` (a folder), `rows` (a file of samples as tokens), `nf4`, `tuning` (lora or full), `pure_bf16`,
-`loop`, `experts`, `liger`, `micro_batch`, `accumulation`, `checkpointing`, `learning_rate`, `warmup`, `steps`,
-`seq_len` and `process_started`.
+`loop`, `experts`, `attention`, `liger`, `micro_batch`, `accumulation`, `checkpointing`, `learning_rate`, `warmup`,
+`steps`, `seq_len` and `process_started`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def build_model(job: dict[str, Any]) -> nn.Module:
     options: dict[str, Any] = {"dtype": dtype}
     if job["experts"] is not None:
         options["experts_implementation"] = job["experts"]
+    if job["attention"] is not None:
+        options["attn_implementation"] = job["attention"]
     torch.manual_seed(42)
     if job["nf4"]:
         model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": DEVICE}, **options)

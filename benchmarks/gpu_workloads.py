@@ -73,13 +73,14 @@ class Peer:
         settings: tried in order until one fits into memory.
         loop: `trainer` is Transformers' own Trainer, `trl` TRL's; the others are in gpu_hf_loops.py.
         needs: package without which there is no such peer.
-        experts: `experts_implementation` of Transformers.
+        experts, attention: `experts_implementation` and `attn_implementation` of Transformers.
     """
 
     settings: tuple[Setting, ...]
     loop: Literal["trainer", "pairs", "doubling", "trl"] = "trainer"
     needs: str | None = None
     experts: str | None = None
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def _trainers(default: Setting, *tuned: Setting, liger: bool = True) -> dict[str
 
 _CHAT_PEERS = _trainers(Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False), liger=False)
 _EXPERTS = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False), Setting(2, 2, True))
+_SINKS = (Setting(2, 1, False), Setting(1, 2, False), Setting(2, 1, True), Setting(1, 2, True))
 _PAIRS_TUNED = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False))
 
 WORKLOADS: dict[str, Workload] = {
@@ -179,6 +181,15 @@ WORKLOADS: dict[str, Workload] = {
         },
         config={"num_hidden_layers": 8},
     ),
+    "gpt_oss": Workload(
+        "gpt-oss-20b",
+        {**LORA_TEXT, "lora_target": "q_proj,k_proj,v_proj,o_proj", "per_device_train_batch_size": 2},
+        *("text", 4096, LORA),
+        {
+            "hf_flex": Peer(_SINKS, experts="grouped_mm", attention="flex_attention"),
+            "hf_eager": Peer(_SINKS, experts="grouped_mm", attention="eager"),
+        },
+    ),
     "dpo": Workload(
         "Llama-3-8B",
         {**PAIRS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
@@ -211,11 +222,19 @@ _TINY: dict[str, Any] = {
     "head_dim": 16,
     "bos_token_id": None,
     "eos_token_id": None,
+    "pad_token_id": None,
 }
-_TINY_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_TINY_EXPERTS: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "gpt-oss-20b": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 
 
 def tiny(workload: Workload) -> Workload:
     """The same with a model of some hundred kilobytes and short rows, for any machine."""
-    experts = _TINY_EXPERTS if workload.model == "Qwen3-30B-A3B" else {}
+    experts = _TINY_EXPERTS.get(workload.model, {})
     return replace(workload, config={**workload.config, **_TINY, **experts}, seq_len=_TINY_LENGTHS[workload.seq_len])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fourfold.dataset.batch import Keys
 from fourfold.models.document_attention import Reach
+from fourfold.parallel.scores import Scores
 
 
 def visible(reach: Reach, window: int | None) -> Tensor:
@@ -16,12 +17,17 @@ def visible(reach: Reach, window: int | None) -> Tensor:
     return seen if window is None else seen & (keys > own[:, None] - window)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, window: int | None, scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, reach: Reach, scores: Scores) -> Tensor:
     """query [1, H, S, d], key and value [1, G, K, d] -> [1, H, S, d]."""
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * scale
-    return scores.masked_fill(~visible(reach, window), float("-inf")).softmax(-1) @ value
+    found = query @ key.transpose(-1, -2) * scores.scale(query.shape[-1])
+    if scores.softcap is not None:
+        found = scores.softcap * torch.tanh(found / scores.softcap)
+    found = found.masked_fill(~visible(reach, scores.sliding_window), float("-inf"))
+    if scores.sinks is not None:
+        found = torch.cat([found, scores.sinks[None, :, None, None].expand(*found.shape[:3], 1).to(found.dtype)], -1)
+    return found.softmax(-1)[..., : key.shape[2]] @ value
 
 
 def in_rows(tensor: Tensor) -> Tensor:

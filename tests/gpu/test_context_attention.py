@@ -6,12 +6,15 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fourfold.models.attention import attend
+from fourfold.models.attention import attend, packed_attention
+from fourfold.models.document_attention import reach_of
 from fourfold.parallel.context import ContextParallel, ContextRows, Method
 from fourfold.parallel.ring_kernels import FlashKernel, PlainKernel
 from fourfold.parallel.scores import Scores
+from reach_reference import attend as plain_attention
+from reach_reference import offsets_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,6 +38,30 @@ def _close(found: Tensor, expected: Tensor) -> None:
     """Within bf16's rounding: a hundredth of the largest."""
     one, other = found.detach().float(), expected.detach().float()
     assert float((one - other).abs().max()) <= 1e-2 * float(other.abs().max()) + 1e-3
+
+
+@pytest.mark.parametrize("window", [None, 16, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2)])
+def test_flash_attention_with_sinks_gives_what_plain_products_give(
+    window: int | None, heads: int, kv_heads: int
+) -> None:
+    torch.manual_seed(0)
+    lengths = (50, 7, 180, 19)
+    tensors = [_random(1, count, 256, 64) for count in (heads, kv_heads, kv_heads)]
+    leaves = [t.requires_grad_() for t in (*tensors, torch.linspace(-3, 3, heads, device="cuda").bfloat16())]
+    plain = [t.detach().float().requires_grad_() for t in leaves]
+    offsets, grad = offsets_of(lengths, "cuda"), _random(1, 256, heads, 64)
+    out, _ = packed_attention(
+        nn.Identity(), *leaves[:3], None, lengths=lengths, cu_seqlens=offsets, sliding_window=window, s_aux=leaves[3]
+    )
+    out.backward(grad)
+    expected = plain_attention(*plain[:3], reach_of(offsets, 256), Scores(sliding_window=window, sinks=plain[3]))
+    expected.transpose(1, 2).backward(grad.float())
+    _close(out, expected.transpose(1, 2))
+    for found, wanted in zip(leaves, plain, strict=True):
+        assert found.grad is not None
+        assert wanted.grad is not None
+        _close(found.grad, wanted.grad)
 
 
 def test_flash_kernel_when_pieces_go_round_equals_the_plain_one() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fourfold.models.document_attention import document_attention, has_kernel, reach_of
+from fourfold.parallel.scores import Scores
 from reach_reference import attend, keys_of, offsets_of
 
 pytestmark = [
@@ -53,11 +54,50 @@ def test_kernels_give_what_plain_products_give(
     keys = None if more is None else keys_of(lengths, more, "cuda")
     reach = reach_of(offsets_of(lengths, "cuda"), positions, keys)
     inputs = _inputs(positions, positions + sum(more or ()), heads, width, dtype)
-    out = document_attention(*inputs, reach, window, longest or max(lengths), 0.2)
+    out = document_attention(*inputs, reach, longest or max(lengths), Scores(0.0, 0.2, window))
     grad = torch.randn_like(out)
     out.backward(grad)
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    expected = attend(*wide, reach, window, 0.2).transpose(1, 2)
+    expected = attend(*wide, reach, Scores(0.0, 0.2, window)).transpose(1, 2)
+    expected.backward(grad.float())
+    for found, wanted in zip([out, *(t.grad for t in inputs)], [expected, *(t.grad for t in wide)], strict=True):
+        assert found is not None
+        assert wanted is not None
+        error = (found.detach().float() - wanted.detach()).norm() / wanted.detach().norm()
+        assert float(error) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("longest", [0, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 64), ((4, 1), 128), ((4, 2), 256)])
+@pytest.mark.parametrize(
+    ("window", "cap", "sinks"),
+    [(None, 3.0, False), (100, 50.0, False), (128, None, True), (None, None, True), (70, 5.0, True)],
+)
+def test_kernels_when_scores_are_capped_or_sink_give_what_plain_products_give(
+    window: int | None,
+    cap: float | None,
+    sinks: bool,
+    heads: tuple[int, int],
+    width: int,
+    dtype: torch.dtype,
+    longest: int,
+) -> None:
+    if not has_kernel(torch.device("cuda")):
+        pytest.skip("the kernels are for newer GPUs")
+    lengths = (149, 90, 260, 1, 75, 310)
+    reach, inputs = (
+        reach_of(offsets_of(lengths, "cuda"), sum(lengths)),
+        _inputs(sum(lengths), sum(lengths), heads, width, dtype),
+    )
+    if sinks:
+        inputs.append(torch.linspace(-3, 3, heads[0], device="cuda").to(dtype).requires_grad_())
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    scores, wide_scores = (Scores(0.0, None, window, cap, *each[3:]) for each in (inputs, wide))
+    out = document_attention(*inputs[:3], reach, longest or max(lengths), scores)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected = attend(*wide[:3], reach, wide_scores).transpose(1, 2)
     expected.backward(grad.float())
     for found, wanted in zip([out, *(t.grad for t in inputs)], [expected, *(t.grad for t in wide)], strict=True):
         assert found is not None
@@ -74,7 +114,7 @@ def test_kernels_when_run_twice_give_the_same_numbers() -> None:
     runs = []
     for _ in range(2):
         inputs = _inputs(sum(lengths), sum(lengths), (8, 2), 128, torch.bfloat16)
-        out = document_attention(*inputs, reach, None, max(lengths), None)
+        out = document_attention(*inputs, reach, max(lengths), Scores())
         out.sum().backward()
         runs.append([out.detach(), *(tensor.grad for tensor in inputs)])
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))  # type: ignore[arg-type]

@@ -19,14 +19,22 @@ def is_exchangeable(config: Any, model_class: Any) -> bool:
     return bool(model_class._supports_attention_backend) and not recurrent and not model_class._is_stateful
 
 
-def has_plain_scores(config: Any) -> bool:
-    """Whether attention scores are what queries and keys give: no soft caps (gemma 2), sinks (gpt-oss) or dropout.
+def has_fused_scores(config: Any) -> bool:
+    """Whether a kernel can make attention's scores, which knows no dropout of them; soft caps (gemma 2) not every one.
 
     Args:
         config: a PreTrainedConfig, of the text model.
     """
-    changed = getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0.0)
-    return not changed and config.model_type != "gpt_oss"
+    return not getattr(config, "attention_dropout", 0.0)
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether attention scores are soft-capped (gemma 2).
+
+    Args:
+        config: a PreTrainedConfig, of the text model.
+    """
+    return bool(getattr(config, "attn_logit_softcapping", None))
 
 
 def position_obstacles(config: Any, model_class: Any) -> Iterator[str]:

@@ -25,11 +25,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 
 from fourfold.dataset.batch import Keys
-from fourfold.families.shared_positions import has_plain_scores, position_obstacles
+from fourfold.families.shared_positions import caps_scores, has_fused_scores, position_obstacles
 from fourfold.models import document_attention, equal_documents
 from fourfold.models.document_attention import Reach
 from fourfold.parallel import context
 from fourfold.parallel.context import ContextRows, Method, Stretch
+from fourfold.parallel.flash import Spans, flash_with_sinks
 from fourfold.parallel.ring import ring_attention
 from fourfold.parallel.scores import Scores
 
@@ -48,11 +49,6 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
-def caps_scores(config: PreTrainedConfig) -> bool:
-    """Whether attention scores are soft-capped (gemma 2); Transformers 5.17's `sdpa` leaves that out without a word."""
-    return bool(getattr(config, "attn_logit_softcapping", None))
-
-
 def context_obstacles(config: PreTrainedConfig, method: Method) -> Iterator[str]:
     """Why the positions of a model's rows cannot be shared by ranks; nothing if they can."""
     yield from position_obstacles(config, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None))
@@ -66,6 +62,7 @@ def attention_for_generation(model: PreTrainedModel) -> Iterator[None]:
     if model.config._attn_implementation != NAME:
         yield
         return
+    # Transformers 5.17's `sdpa` leaves soft caps out without a word
     model.set_attn_implementation("sdpa" if model._supports_sdpa and not caps_scores(model.config) else "eager")
     try:
         yield
@@ -125,12 +122,12 @@ def packed_attention(
     if keys is not None:
         key, value = (_Seen.apply(tensor, keys.index, keys.places) for tensor in (key, value))
         key_offsets = keys.offsets
-    if documents and sliding_window is None and equal_documents.takes(query, value):
+    if documents and sliding_window is None and scores.fused and equal_documents.takes(query, value):
         return equal_documents.equal_documents(query, key, value, documents, scaling), None
-    if reach is not None and (keys is None or sliding_window is None) and document_attention.takes(query, value):
-        of_documents = document_attention.document_attention
-        return of_documents(query, key, value, reach, sliding_window, longest, scaling), None
-    if longest:
+    in_window = sliding_window is not None and keys is not None
+    if reach is not None and not in_window and document_attention.takes(query, value, scores):
+        return document_attention.document_attention(query, key, value, reach, longest, scores), None
+    if longest and scores.by_flash:
         assert cu_seqlens is not None
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
         most_keys = longest if keys is None else key.shape[0]
@@ -191,7 +188,7 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, score
 def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
     """query [B, heads, S, d], key and value [B, KV heads, K, d] -> [B, S, heads, value dim]."""
     half = context.has_varlen(query.device) and query.dtype in (torch.float16, torch.bfloat16)
-    if half and scores.fused and scores.dropout == 0.0 and stretch.offsets is not None:
+    if half and scores.by_flash and scores.dropout == 0.0 and stretch.offsets is not None:
         return _varlen(query, key, value, stretch, scores)
     rows: list[Tensor] = []
     for row, ((start, stop), documents) in enumerate(zip(stretch.keys, stretch.documents, strict=True)):
@@ -208,8 +205,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: 
 
 
 def takes_offsets(config: PreTrainedConfig, device: torch.device, compute: torch.dtype) -> bool:
-    """Whether every layer of a model can run the kernel that is told nothing but the documents' offsets."""
-    return has_plain_scores(config) and context.has_varlen(device) and compute in (torch.float16, torch.bfloat16)
+    """Whether every layer of a model can run a kernel that is told nothing but the documents' offsets.
+
+    Args:
+        config: of the text model.
+    """
+    if not has_fused_scores(config) or compute not in (torch.float16, torch.bfloat16):
+        return False
+    return knows_caps(config, device) if caps_scores(config) else context.has_varlen(device)
+
+
+def knows_caps(config: PreTrainedConfig, device: torch.device) -> bool:
+    """Whether a device has a kernel for a text model whose scores are soft-capped; others make all its scores."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return document_attention.has_kernel(device) and document_attention.takes_width(width, capped=True)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, stretch: Stretch, scores: Scores) -> Tensor:
@@ -258,6 +267,9 @@ def _kernel(
     key_offsets = offsets if key_offsets is None else key_offsets
     longest_keys = longest if longest_keys is None else longest_keys
     # With fewer queries than keys the kernel lets the last query see the last key, as Stretch has it.
+    if scores.sinks is not None:
+        spans = Spans((offsets, key_offsets), (longest, longest_keys), window[0], window[1])
+        return flash_with_sinks(query, key, value, scores.sinks, spans, scores.scale(query.shape[-1]))[..., :width]
     asked |= {"scale": scores.scaling, "window_size": window}
     out = varlen_attn(query, key, value, offsets, key_offsets, longest, longest_keys, **asked)
     assert isinstance(out, Tensor)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fourfold.base.triton import has_triton
 from fourfold.dataset.batch import Keys
 from fourfold.models.equal_documents import empty_row
+from fourfold.parallel.scores import Scores
 
 Reach = tuple[Tensor, Tensor]
 """Who sees what, int32: [2, S], the first and the last key that each query sees; and [2, K], the first query that sees
@@ -25,7 +26,9 @@ each key, and the one behind the last."""
 _LEAST_MEMORY = 128 * 1024
 """Bytes of a multiprocessor's shared memory that the kernels' loads ahead need room in."""
 _WIDTHS = (16, 32, 64, 128)
-_MOST_POSITIONS = 2**16
+_WIDEST = 256
+"""Taken where no other kernel knows what is asked."""
+MOST_POSITIONS = 2**16
 """Of a row: beyond, a place in it may be too large for the kernels' 32 bits."""
 
 
@@ -36,11 +39,20 @@ def has_kernel(device: torch.device) -> bool:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= _LEAST_MEMORY
 
 
-def takes(query: Tensor, value: Tensor) -> bool:
+def takes_width(width: int, *, capped: bool) -> bool:
+    """Whether heads of a width are for the kernels.
+
+    Args:
+        capped: scores are soft-capped, which no other kernel knows.
+    """
+    return width in _WIDTHS or (capped and width == _WIDEST)
+
+
+def takes(query: Tensor, value: Tensor, scores: Scores) -> bool:
     """Whether the kernels take heads of such widths in such a dtype; queries [..., S, d] and values [..., K, d]."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    fits = query.shape[-1] == value.shape[-1] and query.shape[-1] in _WIDTHS
-    return half and fits and value.shape[-2] <= _MOST_POSITIONS
+    fits = query.shape[-1] == value.shape[-1] and takes_width(query.shape[-1], capped=scores.softcap is not None)
+    return half and fits and value.shape[-2] <= MOST_POSITIONS and scores.dropout == 0.0
 
 
 def reach_of(offsets: Tensor, positions: int, keys: Keys | None = None) -> Reach:
@@ -64,11 +76,11 @@ def reach_of(offsets: Tensor, positions: int, keys: Keys | None = None) -> Reach
 
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
-_SIGHT = "Tensor of_queries, Tensor of_keys, int? window, SymInt longest, float scale"
-_OPERATORS.define(f"documents(Tensor query, Tensor key, Tensor value, {_SIGHT}) -> (Tensor, Tensor)")
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? sinks"
+_SIGHT = "Tensor of_queries, Tensor of_keys, int? window, SymInt longest, float scale, float? cap"
+_OPERATORS.define(f"documents({_INPUTS}, {_SIGHT}) -> (Tensor, Tensor)")
 _OPERATORS.define(
-    "documents_back(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor sums, "
-    f"{_SIGHT}) -> (Tensor, Tensor, Tensor)"
+    f"documents_back(Tensor grad, {_INPUTS}, Tensor out, Tensor sums, {_SIGHT}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -77,16 +89,18 @@ def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
     of_queries: Tensor,
     of_keys: Tensor,
     window: int | None,
     longest: int,
     scale: float,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    from fourfold.parallel.document_kernel import Sight, forward
+    from fourfold.parallel.document_kernel import Scoring, Sight, forward
 
-    sight = Sight(of_queries[0], of_queries[1], of_keys[0], of_keys[1], window, longest)
-    out, sums = forward(query[0], key[0], value[0], sight, scale)
+    sight = Sight(*of_queries, *of_keys, window, longest)
+    out, sums = forward(query[0], key[0], value[0], sight, Scoring(scale, cap, sinks))
     return out.transpose(0, 1)[None], sums
 
 
@@ -101,6 +115,7 @@ def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     sums: Tensor,
     of_queries: Tensor,
@@ -108,21 +123,28 @@ def _backward(
     window: int | None,
     longest: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fourfold.parallel.document_kernel import Sight, backward
+    cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from fourfold.parallel.document_kernel import Scoring, Sight, backward
 
-    sight = Sight(of_queries[0], of_queries[1], of_keys[0], of_keys[1], window, longest)
+    sight, scoring = Sight(*of_queries, *of_keys, window, longest), Scoring(scale, cap, sinks)
     own_grad = grad[0] if grad.stride(-1) == 1 else grad[0].contiguous()
-    found = backward(own_grad, query[0], key[0], value[0], out[0].transpose(0, 1), sums, sight, scale)
+    *found, sinks_grad = backward(own_grad, query[0], key[0], value[0], out[0].transpose(0, 1), sums, sight, scoring)
     query_grad, key_grad, value_grad = (each.transpose(0, 1)[None] for each in found)
-    return query_grad, key_grad, value_grad
+    return query_grad, key_grad, value_grad, _no_sinks(sums) if sinks_grad is None else sinks_grad
 
 
 @torch.library.register_fake("fourfold::documents_back", lib=_OPERATORS)
 def _backward_of_fakes(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_row(query), empty_row(key), empty_row(value)
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, out: Tensor, sums: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks_grad = _no_sinks(sums) if sinks is None else torch.empty_like(sinks, dtype=torch.float32)
+    return empty_row(query), empty_row(key), empty_row(value), sinks_grad
+
+
+def _no_sinks(sums: Tensor) -> Tensor:
+    """What stands for their gradient: an operator's results are all tensors."""
+    return sums.new_empty(0)
 
 
 class _Documents(torch.autograd.Function):
@@ -132,42 +154,42 @@ class _Documents(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         of_queries: Tensor,
         of_keys: Tensor,
         window: int | None,
         longest: int,
         scale: float,
+        cap: float | None,
     ) -> Tensor:
-        sight = (of_queries, of_keys, window, longest, scale)
-        out, sums = torch.ops.fourfold.documents(query, key, value, *sight)
-        ctx.save_for_backward(query, key, value, out, sums, of_queries, of_keys)
-        ctx.numbers = (window, longest, scale)
+        sight = (of_queries, of_keys, window, longest, scale, cap)
+        out, sums = torch.ops.fourfold.documents(query, key, value, sinks, *sight)
+        ctx.save_for_backward(query, key, value, sinks, out, sums, of_queries, of_keys)
+        ctx.numbers = (window, longest, scale, cap)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *torch.ops.fourfold.documents_back(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None, None
+        sinks = ctx.saved_tensors[3]
+        *found, by_sinks = torch.ops.fourfold.documents_back(grad, *ctx.saved_tensors, *ctx.numbers)
+        return *found, None if sinks is None else by_sinks.to(sinks.dtype), *(None,) * 6
 
 
-def document_attention(
-    query: Tensor, key: Tensor, value: Tensor, reach: Reach, window: int | None, longest: int, scale: float | None
-) -> Tensor:
+def document_attention(query: Tensor, key: Tensor, value: Tensor, reach: Reach, longest: int, scores: Scores) -> Tensor:
     """Causal attention within each document of a row.
 
     Args:
         query: [1, H, S, d] in 16 bits; `takes` says which.
         key, value: [1, G, K, d].
         reach: who sees what.
-        window: how many keys a query sees at most, itself among them; None for all. Only where documents see their
-            own keys.
         longest: at least the length of the longest document, or the row's.
-        scale: factor on the scores; None for d ** -0.5.
+        scores: without dropout; a window only where documents see their own keys.
     Returns:
         [1, S, H, d].
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    made = (scores.sliding_window, longest, scores.scale(query.shape[-1]), scores.softcap)
     # no copies: the kernels take queries and keys as they lie, but for a head's numbers, which must be adjacent
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    out = _Documents.apply(query, key, value, *reach, window, longest, scale)
+    out = _Documents.apply(query, key, value, scores.sinks, *reach, *made)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2)

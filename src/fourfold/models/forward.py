@@ -19,10 +19,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
-from fourfold.families.shared_positions import is_exchangeable
-from fourfold.models import attention
+from fourfold.families.shared_positions import caps_scores, is_exchangeable
+from fourfold.models import attention, document_attention
 from fourfold.models.compiled import Compiled
-from fourfold.models.document_attention import reach_of
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
@@ -139,9 +138,10 @@ class StepModel:
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
         accept_hidden_only(self._inner)
+        self._caps = caps_scores(self._inner.config.get_text_config())
         if self.packed:
             self._use_packed_attention()
-        elif attention.caps_scores(self._inner.config):
+        elif self._caps:
             self._inner.set_attn_implementation("eager")
         self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
         if not (self._head_is_right_alone() if is_empty(self._inner) else self._head_is_right()):
@@ -197,14 +197,17 @@ class StepModel:
         if not self.packed:
             return {}
         keys = {} if batch.keys is None else {"keys": batch.keys}
-        if self.fixed and batch.cu_seqlens is not None:
-            found = {"cu_seqlens": batch.cu_seqlens, "longest": batch.max_seqlen, **keys}
-            if self.reaches:
-                found["reach"] = reach_of(batch.cu_seqlens, batch.input_ids.shape[1], batch.keys)
-            if self.equal is not None:
-                found["documents"] = 0 if keys else self.equal.of(batch.lengths)
-            return found
-        return {"lengths": batch.lengths, "cu_seqlens": batch.cu_seqlens, **keys}
+        found = {"cu_seqlens": batch.cu_seqlens, **keys}
+        if batch.cu_seqlens is None:
+            return {**found, "lengths": batch.lengths}
+        if self.reaches:
+            found["reach"] = document_attention.reach_of(batch.cu_seqlens, batch.input_ids.shape[1], batch.keys)
+        too_long = self._caps and batch.input_ids.shape[1] > document_attention.MOST_POSITIONS
+        if not self.fixed or too_long:
+            return {**found, "lengths": batch.lengths}
+        if self.equal is not None:
+            found["documents"] = 0 if keys else self.equal.of(batch.lengths)
+        return {**found, "longest": batch.max_seqlen}
 
     def __call__(self, batch: Batch) -> Outputs:
         """Outputs of one micro-batch; its hidden states are [B, S, hidden size] in the compute dtype."""

@@ -25,7 +25,7 @@ from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.config.tuning import TuningConfig
-from fourfold.models.attention import caps_scores
+from fourfold.families.shared_positions import caps_scores
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
 from fourfold.models.patches import bars_on_terminals_only
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fourfold.parallel import flash
+from fourfold.parallel.flash import Spans
 from fourfold.parallel.scores import Scores
 
 
@@ -127,25 +129,18 @@ class FlashKernel:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, piece: Piece, scores: Scores) -> tuple[Tensor, Tensor]:
         """See Kernel."""
-        arguments, window = self._arguments(q, k, piece, scores)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *self._end_to_end(q, k, v), *arguments, False, scale=scores.scale(q.shape[-1]), **window
-        )
+        spans = self._spans(q, k, piece, scores)
+        out, lse = flash.forward(*self._end_to_end(q, k, v), spans, scores.scale(q.shape[-1]))
         return out.transpose(0, 1).float(), lse
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: Piece, scores: Scores
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel."""
-        arguments, window = self._arguments(q, k, piece, scores)
         grad, out = (t.transpose(0, 1).contiguous().to(q.dtype) for t in (grad, out))
-        queries, keys, values = self._end_to_end(q, k, v)
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad, queries, keys, values, out, lse.contiguous(), *arguments, *no_dropout,
-            scale=scores.scale(q.shape[-1]), **window,
-        )  # fmt: skip
-        dq, dk, dv = (t.transpose(0, 1).float() for t in (dq, dk, dv))
+        spans, scale = self._spans(q, k, piece, scores), scores.scale(q.shape[-1])
+        found = flash.backward(grad, *self._end_to_end(q, k, v), out, lse.contiguous(), spans, scale)
+        dq, dk, dv = (t.transpose(0, 1).float() for t in found)
         return dq, _gather(dk, k), _gather(dv, v)
 
     @staticmethod
@@ -157,21 +152,16 @@ class FlashKernel:
         return q, k, v
 
     @staticmethod
-    def _arguments(q: Tensor, k: Tensor, piece: Piece, scores: Scores) -> tuple[list[object], dict[str, int]]:
-        """Offsets, longest documents, no dropout and causality; and the window, which counts from the last key.
-
-        The kernel lines up the last query with the last key; query i sees key j if
+    def _spans(q: Tensor, k: Tensor, piece: Piece, scores: Scores) -> Spans:
+        """The kernel lines up the last query with the last key; query i sees key j if
         i + M - N - left <= j <= i + M - N + right. Keys of an earlier chunk are all before the queries, so there is no
         limit on the right; on the left, distance + i - j < window gives left = M - N - distance + window - 1, which is
         not negative, since every query of a piece sees the last key.
         """
         assert piece.offsets is not None
-        longest = [max(numbers) for numbers in zip(*piece.documents, strict=True)]
+        most_queries, most_keys = (max(numbers) for numbers in zip(*piece.documents, strict=True))
         causal = piece.distance == 0
         left = -1
         if scores.sliding_window is not None:
             left = scores.sliding_window - 1 + (0 if causal else k.shape[1] - q.shape[1] - piece.distance)
-        right = 0 if causal else -1
-        # The flag alone means an unlimited left side; with a window the two numbers say all.
-        arguments = [*piece.offsets, *longest, 0.0, causal and left < 0]
-        return arguments, {"window_size_left": left, "window_size_right": right}
+        return Spans(piece.offsets, (most_queries, most_keys), left, 0 if causal else -1)

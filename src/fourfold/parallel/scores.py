@@ -30,6 +30,11 @@ class Scores:
         """Whether torch's attention knows everything that is asked."""
         return self.softcap is None and self.sinks is None
 
+    @property
+    def by_flash(self) -> bool:
+        """Whether flash attention makes them, which knows sinks by what is done to its result (flash.py)."""
+        return self.softcap is None
+
     def scale(self, head_dim: int) -> float:
         """The factor on the scores."""
         return head_dim**-0.5 if self.scaling is None else self.scaling

@@ -91,11 +91,11 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
     selective = c * hidden * positions + outputs + feed_outputs + low
     share = _COMPILED_SHARE
-    if trained and not layer.has_experts:
+    if trained:
         share = _COMPILED_SHARE_IN_FLOAT8 if job.float8 else _COMPILED_SHARE_OF_TRAINED
-    compiled = selective + share * (none - selective)
-    if job.engine == "around":  # experts keep what is theirs, but for the activated gate
-        compiled += experts.apart - experts.selective - share * (experts.none - experts.selective)
+    # compiled or not, experts keep what is theirs, but for the activated gate
+    between_products = none - experts.none - (selective - experts.selective)
+    compiled = selective - experts.selective + share * between_products + experts.compiled
     return Kept(none, selective, c * hidden * positions, compiled, working + 4 * hidden * positions)
 
 
@@ -165,11 +165,11 @@ def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> 
 @dataclass(frozen=True, slots=True)
 class _Experts:
     """Bytes of a position that a layer's experts keep: without recompute, the results of products alone, and where
-    layers are compiled around them; and what their backward pass needs besides."""
+    layers are compiled with them or around them; and what their backward pass needs besides."""
 
     none: float = 0.0
     selective: float = 0.0
-    apart: float = 0.0
+    compiled: float = 0.0
     working: float = 0.0
 
 
@@ -186,7 +186,7 @@ def _experts(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> _Expe
         # what is sorted by experts, gate and up, the activated gate, its product with up, and results before weighting
         none=c * (2 * tokens + 4 * width) + orders + low,
         selective=c * (2 * width + tokens) + c * shape.experts + low,
-        apart=c * (2 * tokens + 3 * width) + orders + low,
+        compiled=c * (2 * tokens + 3 * width) + orders + low,
         working=2 * c * (width + tokens),
     )
 

@@ -56,14 +56,23 @@ COMPILED = Engine(
 )
 """Layers compiled by torch: fitted to runs on an H100 (benchmarks/results/gpu_h100.json): Llama-3-8B with LoRA,
 Llama-3.2-3B in full, Qwen3-30B-A3B of 8 layers. Siblings have one pair of thin products (models/lora.py)."""
-CUDNN_CARDS = ("h", "b", "gb")
-"""Names of cards for which cuDNN has its newest kernels: Hopper and later. On them compiled layers use cuDNN for equal
-documents (models/equal_documents.py)."""
+_NEW_CARDS = ("h", "b", "gb")
+"""Names of cards of Hopper and later."""
 AROUND = replace(COMPILED, name="around")
 """The same of what lies around experts, which run as they are but for their gate."""
 REPLAYED = replace(COMPILED, name="replayed", launch_ops=0.0, kernels=0.1)
 """The same, replayed as graphs: nothing is left for the host, and 0.4 us between two kernels instead of 1.3."""
 ENGINES = {"eager": EAGER, "compiled": COMPILED, "around": AROUND, "replayed": REPLAYED}
+
+
+def has_flash(device: Device) -> bool:
+    """Whether a card has torch's attention kernel of documents' offsets; bf16 is a sign of its generation."""
+    return "bf16" in device.dense
+
+
+def has_own_attention(device: Device) -> bool:
+    """Whether a card runs the kernels of parallel/document_kernel.py, and cuDNN's newest for equal documents."""
+    return device.name.startswith(_NEW_CARDS)
 
 
 def wants_compiled(training: TrainingConfig, max_steps: int | None) -> bool:
@@ -95,12 +104,11 @@ def engine_of(
     """What will run the layers of a job.
 
     Args:
-        device: bf16 is a sign of the generation that has the attention kernel of documents' offsets.
         compiles, replays: whether the run's keys allow for it.
     """
     goes = layout.cp == 1 and not layout.splits_backward and layout.offload == "none"
-    fits = job.packed and shape.by_offsets and job.compute != "fp32" and "bf16" in device.dense
-    if not (compiles and goes and fits):
+    fits = job.packed and shape.by_offsets and job.compute != "fp32" and has_flash(device)
+    if not (compiles and goes and fits) or (shape.caps_scores and not has_own_attention(device)):
         return "eager"
     if shape.experts:
         return "compiled" if why_apart(layout, job.compute) is None else "around"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fourfold.planning.device import Device
-from fourfold.planning.engines import CUDNN_CARDS, EAGER, Engine
+from fourfold.planning.engines import EAGER, Engine, has_flash, has_own_attention
 from fourfold.planning.flops import (
     FLASH_BACKWARD,
     NEEDED_BACKWARD,
@@ -79,8 +79,8 @@ ADAPTER_TOKEN_S = (5e-9, 9e-9)
 """For each token and adapter, what the thin products cost beside bytes: of the card's multiprocessors they keep half
 busy. H100, rank 8, 8,192 tokens: 130 to 220 us an adapter were missing without it."""
 SCORE_BYTES = 36.0
-"""For each score, where attention is not fused (sinks): product 2, scale 4, cast 6, mask 8, softmax 8, cast 6, product
-2. Backward as the products: twice as much."""
+"""For each score, where attention is not fused (soft caps and sinks without a kernel for them): product 2, scale 4,
+cast 6, mask 8, softmax 8, cast 6, product 2. Backward as the products: twice as much."""
 LOGIT_BYTES = (14.0, 22.0)
 """Cast to fp32 6, log-softmax 8; back zeros 4, softmax 12, a cast 6 (the product's own 2 are with the product)."""
 COMPILED_LOGIT_BYTES = (3.7, 4.8)
@@ -246,7 +246,7 @@ def layer_seconds(
     width = job.compute_bytes / 2 * place.tokens
     around = [memory_seconds(device, each * width) for each in between]
     attention, fused = _attention(shape, layer, job, place, heads, device)
-    if device.name.startswith(CUDNN_CARDS):
+    if has_own_attention(device):
         attention /= engine.attention_speed(job.sequence)
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
     adapters = place.tokens * sum(each.adapter > 0 for each in products) * engine.adapters
@@ -288,15 +288,19 @@ def _cuts_attention(layer: Layer) -> bool:
     return any(weight.kind == "attention" and weight.cut is not None for weight in layer.weights)
 
 
-def _has_sinks(layer: Layer) -> bool:
-    return any("sinks" in weight.name for weight in layer.weights)
+def _is_fused(shape: ModelShape, layer: Layer, job: Job, device: Device) -> bool:
+    """Whether a kernel makes scores and never writes them; in fp32 none knows soft caps or sinks."""
+    has_sinks = any("sinks" in weight.name for weight in layer.weights)
+    if job.compute == "fp32":
+        return not (shape.caps_scores or has_sinks)
+    return has_own_attention(device) if shape.caps_scores else has_flash(device) or not has_sinks
 
 
 def _attention(
     shape: ModelShape, layer: Layer, job: Job, place: Place, heads: float, device: Device
 ) -> tuple[float, bool]:
     """Time of scores and values forward, and whether a fused kernel makes them."""
-    if not _has_sinks(layer):
+    if _is_fused(shape, layer, job, device):
         flops = attention_flops(shape, layer, job.sequence, heads) * place.tokens
         return attention_seconds(device, flops, job.compute, shape.head_dim), True
     # every score is made, also of keys that the mask hides

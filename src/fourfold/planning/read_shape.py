@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fourfold.families.shared_positions import has_plain_scores, is_exchangeable, position_obstacles
+from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
 from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
@@ -74,7 +74,8 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         own_bits=own_bits,
         own_double_quant=own_double_quant,
         refused=tuple(_refused(model, text)),
-        by_offsets=is_exchangeable(text, type(model)) and has_plain_scores(text),
+        by_offsets=is_exchangeable(text, type(model)) and has_fused_scores(text),
+        caps_scores=caps_scores(text),
         changed_logits=2 if entries.get("final_logit_softcapping") else int(not _SCALES.isdisjoint(entries)),
     )
 

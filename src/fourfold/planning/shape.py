@@ -99,7 +99,8 @@ class ModelShape:
             whether their scales are quantised, too; None and False for plain weights.
         refused: (axis, why) of what the engine cannot split it by.
         by_offsets: its attention needs nothing but where documents begin: all layers take it from Transformers'
-            interface, with plain scores.
+            interface, without dropout.
+        caps_scores: its scores are soft-capped, which few cards have a kernel for (gemma 2).
         changed_logits: how often logits are made anew before they are scored: once for a scale, twice for a cap, whose
             backward pass needs what lies between.
     """
@@ -125,6 +126,7 @@ class ModelShape:
     own_double_quant: bool = False
     refused: tuple[tuple[str, str], ...] = ()
     by_offsets: bool = True
+    caps_scores: bool = False
     changed_logits: int = 0
 
     def __hash__(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fourfold.models.attention import packed_attention
 from fourfold.models.document_attention import has_kernel, reach_of, takes
+from fourfold.parallel.scores import Scores
 from reach_reference import attend, in_rows, keys_of, offsets_of, visible
 
 
@@ -44,14 +45,16 @@ def on_cpu() -> Iterator[list[int]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         of_queries: Tensor,
         of_keys: Tensor,
         window: int | None,
         longest: int,
         scale: float,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         calls[0] += 1
-        out = attend(query, key, value, (of_queries, of_keys), window, scale)
+        out = attend(query, key, value, (of_queries, of_keys), Scores(0.0, scale, window, cap, sinks))
         return in_rows(out), query.new_zeros(query.shape[1:3], dtype=torch.float32)
 
     def backward(
@@ -59,6 +62,7 @@ def on_cpu() -> Iterator[list[int]]:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
         out: Tensor,
         sums: Tensor,
         of_queries: Tensor,
@@ -66,12 +70,15 @@ def on_cpu() -> Iterator[list[int]]:
         window: int | None,
         longest: int,
         scale: float,
+        cap: float | None,
     ) -> tuple[Tensor, ...]:
         calls[1] += 1
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-            made = attend(*inputs, (of_queries, of_keys), window, scale)
-            return tuple(map(in_rows, torch.autograd.grad(made, inputs, grad)))
+            own = None if sinks is None else sinks.detach().float().requires_grad_()
+            made = attend(*inputs, (of_queries, of_keys), Scores(0.0, scale, window, cap, own))
+            found = torch.autograd.grad(made, inputs if own is None else [*inputs, own], grad)
+            return *map(in_rows, found[:3]), sums.new_empty(0) if own is None else found[3]
 
     library = torch.library.Library("fourfold", "FRAGMENT")
     library.impl("documents", forward, "CPU")
@@ -80,11 +87,20 @@ def on_cpu() -> Iterator[list[int]]:
     library._destroy()
 
 
-@pytest.mark.parametrize(("window", "shares"), [(None, False), (4, False), (None, True)])
+@pytest.mark.parametrize(
+    ("window", "shares", "sinks", "cap"),
+    [
+        (None, False, False, None),
+        (4, False, False, None),
+        (None, True, False, None),
+        (4, False, True, None),
+        (None, False, False, 2.0),
+    ],
+)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.filterwarnings("default")
 def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
-    compiled: bool, window: int | None, shares: bool, on_cpu: list[int]
+    compiled: bool, window: int | None, shares: bool, sinks: bool, cap: float | None, on_cpu: list[int]
 ) -> None:
     torch._dynamo.reset()
     lengths = (11, 2, 19)
@@ -97,7 +113,9 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
     results = []
     for told in (False, True):
 
-        def attention(query: Tensor, key: Tensor, value: Tensor, told: bool = told) -> Tensor:
+        def attention(
+            query: Tensor, key: Tensor, value: Tensor, own: Tensor | None = None, told: bool = told
+        ) -> Tensor:
             known: dict[str, object] = {"longest": 32, "reach": reach_of(offsets, 32, keys)}
             return packed_attention(
                 nn.Identity(),
@@ -107,12 +125,15 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
                 None,
                 cu_seqlens=offsets,
                 sliding_window=window,
+                softcap=cap,
+                s_aux=own,
                 keys=keys,
                 **(known if told else {"lengths": lengths}),  # type: ignore[arg-type]
             )[0]
 
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(1, 32, heads, 16, generator=generator).bfloat16().transpose(1, 2) for heads in (4, 2, 2)]
+        inputs += [torch.tensor([0.3, -1.0, 2.0, 0.0]).bfloat16()] if sinks else []
         inputs = [tensor.requires_grad_() for tensor in inputs]
         run = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled and told else attention
         out = run(*inputs)
@@ -126,8 +147,14 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
 
 def test_kernels_when_heads_are_of_other_widths_or_wider_numbers_are_not_for_them() -> None:
     half = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16)
-    assert takes(half, half)
-    assert not takes(half.float(), half.float())
-    assert not takes(half[..., :48], half[..., :48])
-    assert not takes(half, half[..., :32])
+    plain = Scores()
+    assert takes(half, half, plain)
+    assert takes(half, half, Scores(softcap=50.0, sinks=torch.zeros(2)))
+    assert not takes(half.float(), half.float(), plain)
+    assert not takes(half[..., :48], half[..., :48], plain)
+    assert not takes(half, half[..., :32], plain)
+    assert not takes(half, half, Scores(dropout=0.1))
+    wide = torch.empty(1, 2, 3, 256, dtype=torch.bfloat16)
+    assert takes(wide, wide, Scores(softcap=50.0))
+    assert not takes(wide, wide, plain)  # torch's own kernel knows it
     assert not has_kernel(torch.device("cpu"))

@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from fourfold.config.load import load
 from fourfold.config.parallel import ParallelConfig
-from fourfold.families.shared_positions import has_plain_scores, is_exchangeable
+from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable
 from fourfold.planning.config_lines import parallel_config
 from fourfold.planning.engines import engine_of
 from fourfold.planning.hardware import build_cluster, find_device
@@ -93,28 +93,37 @@ def test_plan_when_there_is_room_says_what_a_run_keeps(shape_of: Callable[[str],
 
 
 def test_engine_when_attention_needs_more_than_offsets_is_eager(shape_of: Callable[[str], ModelShape]) -> None:
-    capped = replace(shape_of("Llama-3-8B"), by_offsets=False)
-    assert engine_of(capped, _FULL, Layout(), find_device("h100"), compiles=True, replays=True) == "eager"
+    dropping = replace(shape_of("Llama-3-8B"), by_offsets=False)
+    assert engine_of(dropping, _FULL, Layout(), find_device("h100"), compiles=True, replays=True) == "eager"
+
+
+@pytest.mark.parametrize(("card", "engine"), [("h100", "compiled"), ("a100-80g", "eager")])
+def test_engine_when_scores_are_capped_is_compiled_on_cards_with_a_kernel_for_them(
+    card: str, engine: str, shape_of: Callable[[str], ModelShape]
+) -> None:
+    capped = replace(shape_of("Llama-3-8B"), caps_scores=True)
+    assert engine_of(capped, _FULL, Layout(), find_device(card), compiles=True, replays=True) == engine
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "plain"),
+    ("family", "changes", "told", "capped"),
     [
-        ("llama", {}, True),
-        ("qwen3", {"attention_dropout": 0.1}, False),
-        ("gemma2", {}, False),
-        ("gpt_oss", {}, False),
-        ("qwen3_next", {}, False),
+        ("llama", {}, True, False),
+        ("qwen3", {"attention_dropout": 0.1}, False, False),
+        ("gemma2", {}, True, True),
+        ("gpt_oss", {}, True, False),
+        ("qwen3_next", {}, False, False),
     ],
 )
 def test_shape_when_it_is_read_knows_whether_offsets_are_all_that_attention_needs(
-    family: str, changes: dict[str, Any], plain: bool
+    family: str, changes: dict[str, Any], told: bool, capped: bool
 ) -> None:
     config = AutoConfig.for_model(family)
     for name, value in changes.items():
         setattr(config, name, value)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    assert (is_exchangeable(config, model_class) and has_plain_scores(config)) == plain
+    assert (is_exchangeable(config, model_class) and has_fused_scores(config)) == told
+    assert caps_scores(config) == capped
 
 
 def test_engine_when_keys_forbid_it_is_eager(shape_of: Callable[[str], ModelShape]) -> None:
