@@ -98,6 +98,7 @@ def curve(
     losses, norms = [], []
     for number in range(_STEPS):
         optimizer.zero_grad(set_to_none=step.graphs is None)
+        built.noise.step = number
         result = step.forward_backward(cut(samples(number), _POLICY))
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -138,9 +139,21 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return small_model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("keys", [{"bf16": True}, {"fp16": True}, {"bf16": True, "quantization_bit": 4}])
+_NOISE: dict[str, object] = {"bf16": True, "lora_dropout": 0.1, "neftune_noise_alpha": 5.0}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"bf16": True},
+        {"fp16": True},
+        {"bf16": True, "quantization_bit": 4},
+        _NOISE,
+        {**_NOISE, "quantization_bit": 4},
+    ],
+)
 def test_lora_when_fast_has_the_losses_of_the_plain_step(folder: Path, keys: dict[str, object]) -> None:
-    exact = {key: value for key, value in keys.items() if key == "quantization_bit"}
+    exact = {key: value for key, value in keys.items() if key not in ("bf16", "fp16")}
     keys, exact = ({**each, "finetuning_type": "lora", "lora_rank": 8} for each in (keys, exact))
     expected, norms = curve(folder, NOTHING_FAST, **exact)
     plain, plain_norms = curve(folder, NOTHING_FAST, **keys)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,6 +108,22 @@ class Keys:
         return Keys(index, offsets, self.lengths, places)
 
 
+class Noise(NamedTuple):
+    """What dropout and input noise are keyed by.
+
+    Attributes:
+        keys: [B, S] int32, one a position.
+        lengths: [B, S] fp32, length of the document that a position is in, 1 for padding.
+    """
+
+    keys: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device) -> Noise:
+        """The same on `device`."""
+        return Noise(to_device(self.keys, device), to_device(self.lengths, device))
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One micro-batch: tensors of one forward pass.
@@ -131,6 +148,7 @@ class Batch:
             position. None where the device is to look itself.
         keys: what documents see; None where it is themselves.
         longest: at least the length of the longest document, where `lengths` are not to be known; 0 otherwise.
+        noise: what noise is keyed by, where it was made before `samples` were taken away; None otherwise.
         whole_rows: see `documents_of_rows`, where the batch is a part of the positions of longer rows (its counts are
             those of the whole); None otherwise.
     """
@@ -149,6 +167,7 @@ class Batch:
     scored: Tensor | None = None
     keys: Keys | None = None
     longest: int = 0
+    noise: Noise | None = None
     whole_rows: tuple[tuple[int, ...], ...] | None = None
 
     @property
@@ -192,6 +211,7 @@ class Batch:
             extras=self.extras_on(device),
             scored=None if self.scored is None else to_device(self.scored, device),
             keys=None if self.keys is None else self.keys.to(device),
+            noise=None if self.noise is None else self.noise.to(device),
         )
 
     def with_scored(self) -> Batch:

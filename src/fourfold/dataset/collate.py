@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Keys, Sample
+from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Keys, Noise, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,7 @@ def widen(batch: Batch, width: int, policy: CutPolicy) -> Batch:
         weights=pad(batch.weights),
         numbers={name: pad(values) for name, values in batch.numbers.items()},
         position_ids=torch.cat([batch.position_ids, positions], dim=1),
+        noise=None if batch.noise is None else Noise(pad(batch.noise.keys), pad(batch.noise.lengths, value=1)),
         **added,
     )
 

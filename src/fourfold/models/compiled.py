@@ -14,7 +14,7 @@ Of a layer with parts that it cannot have, as experts that ranks share, it compi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fourfold.base.inductor import teach_inductor
 from fourfold.base.log import get_logger
+from fourfold.parallel.recompute import Remember
 
 log = get_logger(__name__)
 
@@ -34,6 +35,11 @@ Backend = str | Callable[..., Any]
 
 _MOST_VARIANTS = 64
 """Kinds of layers and of inputs that may be compiled; torch gives up after 8 by itself."""
+
+
+def _nothing() -> Callable[[], AbstractContextManager[None]]:
+    """Layers read nothing but their inputs."""
+    return nullcontext
 
 
 @dataclass
@@ -86,12 +92,16 @@ class CompiledForward:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         self._errors = (TorchDynamoException, FailOnRecompileLimitHit)
-        self._recomputes = False
+        self._remember: Remember | None = None
         self._compiled = self._compile(backend)
 
-    def recompute(self) -> None:
-        """Keep the layer's inputs alone for the backward pass, and compute it again there."""
-        self._recomputes = True
+    def recompute(self, remember: Remember = _nothing) -> None:
+        """Keep the layer's inputs alone for the backward pass, and compute it again there.
+
+        Args:
+            remember: for what it reads besides them, where it is not compiled as a whole.
+        """
+        self._remember = remember
         if self._whole:
             self._compiled = self._compile(_keeping_inputs(self._backend))
 
@@ -117,9 +127,11 @@ class CompiledForward:
 
     def _again(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run, and in the backward pass again if it is to be."""
-        if self._recomputes and torch.is_grad_enabled():
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        return run(*args, **kwargs)
+        if self._remember is None or not torch.is_grad_enabled():
+            return run(*args, **kwargs)
+        again = self._remember()
+        own: Any = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": lambda: (nullcontext(), again())}
+        return checkpoint(run, *args, **own, **kwargs)
 
     def _compile(self, backend: Backend) -> Callable[..., Any]:
         return torch.compile(self._own, fullgraph=self._whole, dynamic=True, backend=backend)
@@ -220,8 +232,12 @@ def compile_layers(
     return shared
 
 
-def recompute_compiled(layers: Sequence[nn.Module]) -> None:
-    """Have compiled layers keep their inputs alone, and computed again in the backward pass."""
+def recompute_compiled(layers: Sequence[nn.Module], remember: Remember = _nothing) -> None:
+    """Have compiled layers keep their inputs alone, and computed again in the backward pass.
+
+    Args:
+        remember: see `CompiledForward.recompute`.
+    """
     for layer in layers:
         assert isinstance(layer.forward, CompiledForward)
-        layer.forward.recompute()
+        layer.forward.recompute(remember)

@@ -99,7 +99,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from fourfold.parallel.document_kernel import Scoring, Sight, forward
 
-    sight = Sight(*of_queries, *of_keys, window, longest)
+    sight = Sight.of(of_queries, of_keys, window, longest)
     out, sums = forward(query[0], key[0], value[0], sight, Scoring(scale, cap, sinks))
     return out.transpose(0, 1)[None], sums
 
@@ -127,7 +127,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from fourfold.parallel.document_kernel import Scoring, Sight, backward
 
-    sight, scoring = Sight(*of_queries, *of_keys, window, longest), Scoring(scale, cap, sinks)
+    sight, scoring = Sight.of(of_queries, of_keys, window, longest), Scoring(scale, cap, sinks)
     own_grad = grad[0] if grad.stride(-1) == 1 else grad[0].contiguous()
     *found, sinks_grad = backward(own_grad, query[0], key[0], value[0], out[0].transpose(0, 1), sums, sight, scoring)
     query_grad, key_grad, value_grad = (each.transpose(0, 1)[None] for each in found)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -281,7 +281,7 @@ class StepModel:
     def _call(self, batch: Batch, **inputs: object) -> Any:
         """The runner's own outputs."""
         kwargs = self._boundaries(batch)
-        if self.noise is not None and self.noise.salts and self.module.training:
+        if self._is_noisy:
             self.noise.enter(batch)
         if self.balance_experts:
             kwargs["output_router_logits"] = True
@@ -324,6 +324,14 @@ class StepModel:
         self.context, self.load = split.context, split.load
         if self.context is not None:
             self._use_packed_attention()
+
+    def with_noise(self, batch: Batch) -> Batch:
+        """The same micro-batch, which is on the host, with what noise is keyed by, if there is noise."""
+        return replace(batch, noise=self.noise.of(batch)) if self._is_noisy else batch
+
+    @property
+    def _is_noisy(self) -> bool:
+        return self.noise is not None and self.noise.salts > 0 and self.module.training
 
     def asked(self) -> AbstractContextManager[None]:
         """Within it the model is asked as part of a step that trains it."""

@@ -1,7 +1,7 @@
 """LoRA linear layers that cost little more than the layers they adapt.
 
 PEFT's layers stay what they are (names, state, merging, saving); only the forward pass of the plain case - one active
-adapter, no variant such as DoRA, no dropout, a frozen base - is replaced by one with fewer passes over the
+adapter, no variant such as DoRA, a frozen base - is replaced by one with fewer passes over the
 activations. Layers that are given the same input, as queries, keys and values are, become one product.
 
 With base weight W [out, in], A [r, in], B [out, r] and scale s:  y = x W^T + s (x A^T) B^T
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fourfold.base.peft import Linear as PeftLinear
 from fourfold.base.peft import LoraLayer
-from fourfold.models.low_rank import FrozenWeight, low_rank
+from fourfold.models.low_rank import FrozenWeight, low_rank, with_low
 from fourfold.models.siblings import Siblings, of_one_input
 from fourfold.models.trained_linear import compute_dtype
 from fourfold.models.wide_rank import has_room, takes, wide_rank, widened
@@ -36,12 +36,14 @@ class _Terms:
     Attributes:
         base: the layer that is adapted, with a frozen weight.
         a, b, scale: its adapter.
+        dropout: what is done to the adapter's input; None for nothing.
     """
 
     base: Any
     a: Tensor
     b: Tensor
     scale: float
+    dropout: nn.Module | None
 
 
 def _plain_adapter(layer: LoraLayer, x: Tensor, kwargs: dict[str, Any]) -> str | None:
@@ -60,14 +62,15 @@ def _plain_adapter(layer: LoraLayer, x: Tensor, kwargs: dict[str, Any]) -> str |
 def _terms(layer: LoraLayer, adapter: str | None, x: Tensor) -> _Terms | None:
     """The terms of a layer's product with x; None if they are not all that there is."""
     assert isinstance(layer, nn.Module)
-    if adapter is None or (layer.training and not isinstance(layer.lora_dropout[adapter], nn.Identity)):
+    if adapter is None:
         return None
-    base = layer.get_base_layer()
+    base, dropout = layer.get_base_layer(), layer.lora_dropout[adapter]
     if not _is_frozen(base, compute_dtype(x)):
         return None
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
-    return _Terms(base, a, b, layer.scaling[adapter])
+    changes = layer.training and not isinstance(dropout, nn.Identity)
+    return _Terms(base, a, b, layer.scaling[adapter], dropout if changes else None)
 
 
 def _is_frozen(base: Any, compute: torch.dtype) -> bool:
@@ -97,11 +100,20 @@ def _product(
     bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
     a, b, scale = [each.a for each in terms], [each.b for each in terms], terms[0].scale
     is_trained = torch.compiler.is_compiling() and torch.is_grad_enabled()
-    if wide is not None and is_trained and has_room(wide, a, b):  # or there are other adapters than it was made for
+    if any(each.dropout is not None for each in terms):
+        low = [_low(flat, each) for each in terms]
+        out = with_low(flat, weight, bias, low, b)
+    elif wide is not None and is_trained and has_room(wide, a, b):  # or there are other adapters than it was made for
         out = wide_rank(flat, wide, bias, a, b, scale)
     else:
         out = low_rank(flat, weight, bias, a, b, scale)
     return tuple(part.view(*x.shape[:-1], part.shape[-1]) for part in out)
+
+
+def _low(flat: Tensor, terms: _Terms) -> Tensor:
+    """What an adapter's inner matrix makes of x [T, in], dropout and all."""
+    kept = flat if terms.dropout is None else terms.dropout(flat)
+    return kept @ (terms.scale * terms.a.to(flat.dtype)).T
 
 
 class LoraSiblings(Siblings[LoraLayer]):
@@ -177,7 +189,7 @@ class LoraLinear(PeftLinear):
         return self._in_two(x, adapter) if found is None else found
 
     def _in_two(self, x: Tensor, adapter: str) -> Tensor:
-        """The same with dropout, or over a base that is trained or of another dtype."""
+        """The same over a base that is trained or of another dtype."""
         lora_a, lora_b, base = self.lora_A[adapter], self.lora_B[adapter], self.get_base_layer()
         assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear) and isinstance(base, nn.Linear)
         flat = x.reshape(-1, x.shape[-1])
@@ -284,7 +296,7 @@ def make_room(model: nn.Module) -> int:
     groups: dict[int, LoraSiblings] = {}
     count = 0
     for module in model.modules():
-        if not _is_short(module):
+        if not _is_short(module) or _drops(module):
             continue
         _, group = getattr(module, "siblings", None) or ("", None)
         if isinstance(group, LoraSiblings):
@@ -292,6 +304,11 @@ def make_room(model: nn.Module) -> int:
         elif isinstance(module, LoraLinear):
             count += _make_room(module)
     return count + sum(group.widen() for group in groups.values())
+
+
+def _drops(layer: Any) -> bool:
+    """Whether anything is done to the adapters' inputs, which then are not the large product's."""
+    return not all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
 
 
 def _make_room(layer: Any) -> bool:

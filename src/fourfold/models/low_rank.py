@@ -141,7 +141,7 @@ def _unpacked_by_library(packed: FrozenWeight) -> Tensor:
 _OPERATORS = torch.library.Library("fourfold", "DEF")
 _WEIGHT = "Tensor[] tensors, int[] sizes, str kind, ScalarType dtype"
 _OPERATORS.define(f"low_rank(Tensor x, {_WEIGHT}, Tensor? bias, Tensor low, Tensor b) -> Tensor")
-_OPERATORS.define(f"low_rank_back(Tensor grad, {_WEIGHT}, Tensor low_grad, Tensor a) -> Tensor")
+_OPERATORS.define(f"low_rank_back(Tensor grad, {_WEIGHT}, Tensor? low_grad, Tensor? a) -> Tensor")
 
 
 @torch.library.impl(_OPERATORS, "low_rank", "CompositeExplicitAutograd")
@@ -177,13 +177,14 @@ def _low_rank_back(
     sizes: list[int],
     kind: str,
     dtype: torch.dtype,
-    low_grad: Tensor,
-    a: Tensor,
+    low_grad: Tensor | None,
+    a: Tensor | None,
 ) -> Tensor:
-    """dL/dx = G W + l' A [T, in], for G = dL/dy [T, out] and l' = s G B [T, r]."""
-    out = torch.mm(low_grad, a)
+    """dL/dx = G W + l' A [T, in], for G = dL/dy [T, out] and l' = s G B [T, r]; G W where there is no l'."""
+    out = None if low_grad is None or a is None else torch.mm(low_grad, a)
     for rows, weight in unpacked(FrozenWeight(tensors, sizes, kind, dtype), grad.dtype):
-        out.addmm_(grad[:, rows], weight)
+        out = torch.mm(grad[:, rows], weight) if out is None else out.addmm_(grad[:, rows], weight)
+    assert out is not None
     return out
 
 
@@ -205,7 +206,7 @@ class _LowRank(torch.autograd.Function):
         ctx.save_for_backward(x, low, *adapters, *weight.tensors)
         ctx.num_adapters, ctx.scale = len(adapters), scale
         ctx.sizes, ctx.kind, ctx.dtype = weight.sizes, weight.kind, weight.dtype
-        return results(y, adapters)
+        return results(y, adapters[len(adapters) // 2 :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -223,29 +224,68 @@ class _LowRank(torch.autograd.Function):
         return grad_x, None, None, None, *apart(grad_a, grad_b, adapters)
 
 
+class _WithLow(torch.autograd.Function):
+    """The same, given l = s x' A^T, whose x' need not be x.
+
+    dL/dx = G W;  dL/dl = G B;  dL/dB = G^T l.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None, low: Tensor, *b: Tensor
+    ) -> tuple[Tensor, ...]:
+        """low [T, sum of r]; B of each weight."""
+        ctx.save_for_backward(low, *b, *weight.tensors)
+        ctx.num_adapters, ctx.sizes, ctx.kind, ctx.dtype = len(b), weight.sizes, weight.kind, weight.dtype
+        y = torch.ops.fourfold.low_rank(x, *weight, bias, low, _diagonal(b, x.dtype))
+        return results(y, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """grads [T, out] each; weight and bias are frozen."""
+        grad = beside(grads)
+        low, *rest = ctx.saved_tensors
+        adapters, tensors = rest[: ctx.num_adapters], rest[ctx.num_adapters :]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weight = FrozenWeight(tensors, ctx.sizes, ctx.kind, ctx.dtype)
+            grad_x = torch.ops.fourfold.low_rank_back(grad, *weight, None, None)
+        low_grad = grad @ _diagonal(adapters, grad.dtype)
+        return grad_x, None, None, low_grad, *_of_diagonal(torch.mm(grad.T, low), adapters)
+
+
 def side_by_side(adapters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A [sum of r, in], and B [sum of out, sum of r], which is 0 where a row and a column are of different weights."""
     half = len(adapters) // 2
-    if half == 1:
-        return adapters[0].to(dtype), adapters[1].to(dtype)
-    return torch.cat(list(adapters[:half])).to(dtype), torch.block_diag(*adapters[half:]).to(dtype)
+    of_input = adapters[0] if half == 1 else torch.cat(list(adapters[:half]))
+    return of_input.to(dtype), _diagonal(adapters[half:], dtype)
 
 
-def results(y: Tensor, adapters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """y [T, sum of out] of each weight."""
-    rows = [b.shape[0] for b in adapters[len(adapters) // 2 :]]
-    return (y,) if len(rows) == 1 else y.split(rows, 1)
+def _diagonal(b: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return (b[0] if len(b) == 1 else torch.block_diag(*b)).to(dtype)
+
+
+def results(y: Tensor, b: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """y [T, sum of out] of each weight, of which b are the outer matrices."""
+    return (y,) if len(b) == 1 else y.split([each.shape[0] for each in b], 1)
 
 
 def apart(grad_a: Tensor, grad_b: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of each A, then of each B."""
     half = len(adapters) // 2
-    parts = list(grad_a.split([a.shape[0] for a in adapters[:half]]))
+    of_inputs = grad_a.split([a.shape[0] for a in adapters[:half]])
+    found = [part.to(each.dtype) for part, each in zip(of_inputs, adapters[:half], strict=True)]
+    return found + _of_diagonal(grad_b, adapters[half:])
+
+
+def _of_diagonal(grad: Tensor, b: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of each B, of that of all."""
+    parts: list[Tensor] = []
     row = column = 0
-    for b in adapters[half:]:
-        parts.append(grad_b[row : row + b.shape[0], column : column + b.shape[1]])
-        row, column = row + b.shape[0], column + b.shape[1]
-    return [part.to(each.dtype) for part, each in zip(parts, adapters, strict=True)]
+    for each in b:
+        parts.append(grad[row : row + each.shape[0], column : column + each.shape[1]].to(each.dtype))
+        row, column = row + each.shape[0], column + each.shape[1]
+    return parts
 
 
 def low_rank(
@@ -263,5 +303,22 @@ def low_rank(
     if not torch.is_grad_enabled():  # where a compiler would forget the adapters of a function with a gradient
         of_input, of_output = side_by_side([*a, *b], x.dtype)
         y = torch.ops.fourfold.low_rank(x, *weight, bias, x @ (scale * of_input).T, of_output)
-        return results(y, [*a, *b])
+        return results(y, b)
     return _LowRank.apply(x, weight, bias, scale, *a, *b)  # type: ignore[return-value]
+
+
+def with_low(
+    x: Tensor, weight: FrozenWeight, bias: Tensor | None, low: Sequence[Tensor], b: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The product of x with a frozen weight, and low-rank terms of other inputs than x, as dropout makes them.
+
+    Args:
+        x, weight, bias, b: as in `low_rank`.
+        low: [T, r] of each of them in x's dtype: the input of its adapter times A^T and the scale.
+    Returns:
+        [T, its out] of each.
+    """
+    together = low[0] if len(low) == 1 else torch.cat(list(low), 1)
+    if not torch.is_grad_enabled():
+        return results(torch.ops.fourfold.low_rank(x, *weight, bias, together, _diagonal(b, x.dtype)), b)
+    return _WithLow.apply(x, weight, bias, together, *b)  # type: ignore[return-value]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.base.peft import LoraLayer
-from fourfold.dataset.batch import Batch
+from fourfold.dataset.batch import Batch, Noise
 from fourfold.models.unwrap import base_model
 
 _BITS = 24
@@ -39,6 +39,7 @@ class NoiseKeys:
         step: optimizer step, set by the loop.
         tokens: [B, S] int32, one key a position.
         lengths: [B, S] fp32, length of the document a position is in (1 for padding).
+        device: where the salts lie.
     """
 
     seed: int
@@ -46,16 +47,20 @@ class NoiseKeys:
     tokens: Tensor | None = None
     lengths: Tensor | None = None
     salts: int = field(default=0)
+    device: torch.device = field(default=torch.device("cpu"))
 
-    def enter(self, batch: Batch) -> None:
-        """Make the keys of a micro-batch (on its device)."""
+    def of(self, batch: Batch) -> Noise:
+        """The keys of a micro-batch, on its device."""
         device = batch.input_ids.device
         owners = [mix32(self.seed, self.step, sample, role) for sample, role in batch.samples]
         table = torch.tensor([*owners, 0], dtype=torch.int32, device=device)
         documents = batch.document_ids.long()  # -1, padding, takes the last entry
-        self.tokens = hash32(table[documents] + batch.position_ids.int() * _GOLDEN)
         sizes = torch.tensor([*batch.lengths, 1], dtype=torch.float32, device=device)
-        self.lengths = sizes[documents]
+        return Noise(hash32(table[documents] + batch.position_ids.int() * _GOLDEN), sizes[documents])
+
+    def enter(self, batch: Batch) -> None:
+        """Take the keys of a micro-batch, or make them."""
+        self.tokens, self.lengths = batch.noise or self.of(batch)
 
     def remembered(self) -> Callable[[], AbstractContextManager[None]]:
         """Makes contexts with the keys of now, for layers computed again after another micro-batch was entered."""
@@ -70,12 +75,13 @@ class NoiseKeys:
         finally:
             self.tokens, self.lengths = current
 
-    def new_salt(self) -> int:
-        """A number that tells one user of the keys from another."""
+    def new_salt(self) -> Tensor:
+        """A number that tells one user of the keys from another: int32, and a tensor, so that a compiled function is
+        not made for each of them."""
         self.salts += 1
-        return mix32(self.salts)
+        return torch.tensor(mix32(self.salts), dtype=torch.int32, device=self.device)
 
-    def bits(self, features: int, salt: int, first: int = 0) -> Tensor:
+    def bits(self, features: int, salt: Tensor, first: int = 0) -> Tensor:
         """[B, S, features] int32 in [0, 2**24), for features from `first` on."""
         assert self.tokens is not None, "no micro-batch has been entered"
         columns = torch.arange(first, first + features, dtype=torch.int32, device=self.tokens.device)

@@ -79,7 +79,7 @@ class _WideRank(torch.autograd.Function):
             y = torch.ops.fourfold.low_rank(x, *FrozenWeight.plain(wide[:out, :width]), bias, low, b)
             ctx.save_for_backward(x, low, wide, *adapters)
         ctx.scale, ctx.is_wide = scale, is_wide
-        return results(y, adapters)
+        return results(y, adapters[len(adapters) // 2 :])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

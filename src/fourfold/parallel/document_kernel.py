@@ -364,6 +364,11 @@ class Sight(NamedTuple):
     window: int | None
     longest: int
 
+    @classmethod
+    def of(cls, of_queries: Tensor, of_keys: Tensor, window: int | None, longest: int) -> Sight:
+        """The same, given first and last of each query, [2, S], and of each key, [2, K]."""
+        return cls(of_queries[0], of_queries[1], of_keys[0], of_keys[1], window, longest)
+
     def cut(self, width: int) -> Cut:
         """How the work is best cut for heads of a width."""
         if width >= _WIDE_FROM:

@@ -91,12 +91,20 @@ class Graphs:
         parameters: what is trained; their gradients stay where they are from the first micro-batch on.
         work: see Work.
         compiled: whether it runs compiled functions.
+        prepare: gives a micro-batch, on the host, in tensors what the model makes of its other numbers.
     """
 
     def __init__(
-        self, device: torch.device, parameters: Sequence[nn.Parameter], work: Work, *, compiled: bool = False
+        self,
+        device: torch.device,
+        parameters: Sequence[nn.Parameter],
+        work: Work,
+        *,
+        compiled: bool = False,
+        prepare: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self._device, self._parameters, self._work, self._compiled = device, parameters, work, compiled
+        self._prepare = prepare
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -123,7 +131,7 @@ class Graphs:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        batch = rounded(batch.with_scored())
+        batch = rounded(self._prepare(batch.with_scored()))
         assert batch.scored is not None and batch.cu_seqlens is not None
         key = (batch.input_ids.shape[1], len(batch.scored), len(batch.cu_seqlens), batch.longest)
         recording = self._recordings.get(key)
@@ -176,6 +184,10 @@ def _copy(batch: Batch, denominators: dict[str, float], into: _Recording) -> Non
     """Put a micro-batch of the same shape where the recorded one lay."""
     for name in ("input_ids", "targets", "weights", "position_ids", "document_ids", "cu_seqlens", "scored"):
         getattr(into.batch, name).copy_(getattr(batch, name).pin_memory(), non_blocking=True)
+    if batch.noise is not None:
+        assert into.batch.noise is not None
+        for own, other in zip(into.batch.noise, batch.noise, strict=True):
+            own.copy_(other.pin_memory(), non_blocking=True)
     for name, value in denominators.items():
         into.denominators[name].fill_(value)
 

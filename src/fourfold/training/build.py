@@ -116,7 +116,9 @@ class Built:
             return step
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         work = partial(step.work, parameters=trained)
-        return replace(step, graphs=Graphs(self.mesh.device, trained, work, compiled=self.fast.compiled))
+        prepare = self.model.with_noise
+        graphs = Graphs(self.mesh.device, trained, work, compiled=self.fast.compiled, prepare=prepare)
+        return replace(step, graphs=graphs)
 
     def keep_unpacked(self, run: Run) -> int:
         """Unpack the model's 4-bit weights for good; returns how many were packed."""
@@ -177,7 +179,7 @@ class Built:
         if self.fast.compiled:
             if kind == "full":
                 layers = self._layers()
-                recompute_compiled(layers[: len(layers) - spared])
+                recompute_compiled(layers[: len(layers) - spared], self.noise.remembered)
             return "full" if kind == "full" else "none"
         if kind != "none":
             enable_recompute(self.module, kind, self.noise, spared)
@@ -250,7 +252,7 @@ def _prepare_layers(run: Run, precision: Precision, mesh: Mesh, module: TunedMod
         _join_layers(run, mesh, module)
     if run.parallel.memory == "low" and mesh.device.type == "cuda" and not mesh.layout.splits_model:
         _keep_embedding_on_host(base_model(module))
-    noise = NoiseKeys(training.seed)
+    noise = NoiseKeys(training.seed, device=mesh.device)
     key_dropout(module, noise)
     if training.neftune_noise_alpha:
         add_neftune(module, noise, training.neftune_noise_alpha)

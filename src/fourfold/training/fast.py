@@ -96,8 +96,6 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
         yield "its attention needs more than the documents' offsets"
     if model.balance_experts:
         yield "the balance of its experts is part of the loss"
-    if model.noise is not None and model.noise.salts:
-        yield "dropout or input noise is keyed by sample"
 
 
 def _why_experts_are_apart(model: StepModel, mesh: Mesh, precision: Precision) -> str | None:

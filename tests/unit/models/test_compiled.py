@@ -22,6 +22,7 @@ from fourfold.models.compiled import (
     recompute_compiled,
 )
 from fourfold.models.lora import join_siblings, use_short_forward
+from fourfold.models.noise import NoiseKeys, hash32, key_dropout
 from fourfold.models.targets import decoder_blocks, final_norms
 from fourfold.parallel.expert_load import ExpertLoad
 from fourfold.parallel.local_experts import use_local_experts
@@ -95,6 +96,35 @@ def test_compiled_layers_when_lengths_differ_give_what_plain_ones_give(joined: b
             assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert graphs == 2  # the first layer, whose input has no gradient, and the others
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_when_inputs_of_adapters_are_dropped_share_what_is_compiled(recompute: bool) -> None:
+    found: list[list[list[Tensor]]] = []
+    for fast in (False, True):
+        model, keys = adapted(lora_dropout=0.3), NoiseKeys(seed=0)
+        assert key_dropout(model, keys) == 6
+        layers = [module for module in model.modules() if isinstance(module, _Layer)]
+        before = 0
+        if fast:
+            torch._dynamo.reset()
+            assert join_siblings(model) == 3
+            compile_layers(layers, backend="aot_eager")
+            if recompute:
+                recompute_compiled(layers)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        model.train()
+        passes: list[list[Tensor]] = []
+        for tokens in (5, 12, 31):
+            keys.tokens = hash32(torch.arange(tokens, dtype=torch.int32)[None] + tokens)
+            passes.append(gradients(model, tokens))
+        found.append(passes)
+        if fast:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2
+    for expected, passes in zip(*found, strict=True):
+        for one, other in zip(expected, passes, strict=True):
+            assert float((one - other).abs().max()) <= 1e-5 * float(one.abs().max())
+    assert not torch.allclose(found[0][0][1], found[0][1][1])
 
 
 def _products(operator: Any, graphs: list[int]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from fourfold.dataset.batch import IGNORE_INDEX, Batch, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.losses.token import TokenLoss
 from fourfold.models.equal_documents import EqualDocuments
+from fourfold.models.noise import NoiseKeys
 from fourfold.parallel.graphs import rounded
 from fourfold.parallel.loss import Outputs
 
@@ -43,6 +44,20 @@ def test_rounding_when_shapes_differ_leaves_few_and_marks_what_was_added(lengths
     assert width % len(batch.scored) == 0
     added = batch.scored[int((batch.targets != IGNORE_INDEX).sum()) :]
     assert all(batch.targets[0, int(place)] == IGNORE_INDEX for place in added)
+
+
+def test_rounding_when_there_is_noise_leaves_its_keys_as_tensors() -> None:
+    batch, keys = batch_of(30, 98, 70), NoiseKeys(seed=1, step=2)
+    keys.new_salt()
+    noise = keys.of(batch)
+    made = rounded(replace(batch.with_scored(), noise=noise))
+    assert made.samples == ()
+    assert made.noise is not None
+    assert torch.equal(made.noise.keys[:, :198], noise.keys)
+    assert torch.equal(made.noise.lengths[:, :198], noise.lengths)
+    assert made.noise.lengths.shape == made.input_ids.shape
+    keys.enter(made)
+    assert keys.tokens is made.noise.keys  # not made anew, from what was taken away
 
 
 def test_rounding_when_a_row_is_full_leaves_nothing_but_tensors_to_go_by() -> None:
