@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo
-from harness import Case, Curve, alone, assert_together_same, run_ranks, train
+from harness import Case, Curve, alone, assert_same, assert_together_same, run_ranks, train, under
 from torch import nn
 
 from fourfold.models.compiled import compile_layers, recompute_compiled
 from fourfold.models.forward import StepModel
+from fourfold.models.router import find_routers
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.apply import Parallelized
@@ -46,6 +49,7 @@ CASES = {
     "qwen3-lora": Case(family="qwen3", tuning="lora", packed=False),
     "qwen3_moe-full": Case(family="qwen3_moe", packed=False),
     "qwen3_moe-lora": Case(family="qwen3_moe", tuning="lora", packed=False),
+    "llama-dropping": Case(tuning="lora", packed=False, dropout=0.2),
     "deepseek_v3-full": Case(family="deepseek_v3", packed=False),
     "gpt_oss-lora": Case(family="gpt_oss", tuning="lora", packed=False),
 }
@@ -65,7 +69,36 @@ IN_EVERY_RUN = {
     ("tp2", "llama-lora"),
     ("ep2", "qwen3_moe-full"),
     ("ep2", "qwen3_moe-lora"),
+    ("pp2", "llama-dropping"),
 }
+
+
+def run_compiled(case: Case, layout: Layout, *, again: bool = False) -> list[tuple[Curve, int]]:
+    """Every rank's curve with compiled layers, and how many graphs it compiled.
+
+    Args:
+        again: layers are computed again in the backward pass.
+    """
+
+    def work() -> tuple[Curve, int]:
+        compiled: list[nn.Module] = []
+
+        def compile_once(model: StepModel, split: Parallelized) -> None:
+            if not compiled:
+                inner = base_model(model.module)
+                compiled.extend(decoder_blocks(inner)[1])
+                around = [*experts_and_adapters(inner), *(find_routers(inner) if case.router else ())]
+                compile_layers(compiled, around=around, backend="aot_eager")
+                if again:
+                    assert model.noise is not None
+                    recompute_compiled(compiled, model.noise.remembered)
+                model.module.train()
+
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        curve = train(case, build_mesh(layout, torch.device("cpu")), before=compile_once)
+        return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+    return run_ranks(layout.world_size, work)
 
 
 @pytest.mark.parametrize(
@@ -84,25 +117,22 @@ IN_EVERY_RUN = {
 def test_training_when_layers_are_compiled_equals_one_process(
     layout: str, case: str, again: bool, references: dict[str, Curve]
 ) -> None:
-    def work() -> tuple[Curve, int]:
-        compiled: list[nn.Module] = []
-
-        def compile_once(model: StepModel, split: Parallelized) -> None:
-            if not compiled:
-                compiled.extend(decoder_blocks(base_model(model.module))[1])
-                around = experts_and_adapters(base_model(model.module))
-                compile_layers(compiled, around=around, backend="aot_eager")
-                if again:
-                    recompute_compiled(compiled)
-                model.module.train()
-
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        curve = train(CASES[case], build_mesh(LAYOUTS[layout], torch.device("cpu")), before=compile_once)
-        return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
-
-    curves, graphs = zip(*run_ranks(LAYOUTS[layout].world_size, work), strict=True)
+    curves, graphs = zip(*run_compiled(CASES[case], LAYOUTS[layout], again=again), strict=True)
     assert_together_same(list(curves), references[case])
     # for all layers and lengths together: the first layer's input has a gradient or not; gemma3 has two kinds of
     # layers; what lies around experts is cut in two
     most = 8 if case == "gemma3-full" else 20 if case in HAVE_EXPERTS else 5
     assert all(1 <= number <= most for number in graphs)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("layout", [Layout(dp_shard=2, ep=2), pytest.param(Layout(dp_shard=2), marks=pytest.mark.grid)])
+def test_balance_of_experts_when_layers_are_compiled_around_routers_is_that_of_plain_ones(
+    layout: Layout, again: bool
+) -> None:
+    case = Case("qwen3_moe", packed=False, router=0.1)  # one of a micro-batch, so the same layout is compared
+    plain = under(case, layout)
+    assert plain[0].losses != pytest.approx(under(replace(case, router=0.0), layout)[0].losses, abs=1e-2)
+    for (curve, graphs), expected in zip(run_compiled(case, layout, again=again), plain, strict=True):
+        assert_same(curve, expected, loss=1e-5)
+        assert 1 <= graphs <= 24

@@ -8,7 +8,8 @@ The compiler keeps the results of products and of attention for the backward pas
 again, as `selective` recompute does, without its cost. Told to keep a layer's inputs alone, it computes again what the
 backward pass reads and no more: not the layer's last product, a quarter of a llama's layer.
 
-Of a layer with parts that it cannot have, as experts that ranks share, it compiles what lies around them.
+Of a layer with parts that it cannot have, as experts that ranks share, or routers whose results are collected for the
+loss, it compiles what lies around them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def find_routers(model: nn.Module) -> list[nn.Module]:
+    """The modules from which Transformers takes a model's router logits, by hooks on them."""
+    recorded = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
+    named = [each["router_logits"] for each in recorded if "router_logits" in each]
+    specs = [spec for each in named for spec in (each if isinstance(each, list) else [each])]
+    kinds = tuple({getattr(spec, "target_class", None) or spec for spec in specs})
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def balance_sums(

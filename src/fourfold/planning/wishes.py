@@ -101,12 +101,7 @@ def _compiles(run: Run) -> bool:
     """Whether a run's keys let its layers be compiled, as far as they tell; a run of unknown length is a long one."""
     training, tuning, model = run.training, run.tuning, run.model
     wanted = wants_compiled(training, training.max_steps if training.max_steps > 0 else None)
-    other = (
-        tuning.use_dora
-        or run.parallel.offload_activations
-        or model.quantization_bit == 8
-        or bool(model.moe_aux_loss_coef)
-    )
+    other = tuning.use_dora or run.parallel.offload_activations or model.quantization_bit == 8
     return wanted and not other
 
 

@@ -29,6 +29,7 @@ from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.lora import join_siblings, make_room, use_short_forward
 from fourfold.models.masters import add_within_products, keep_copies, use_wide_products
 from fourfold.models.noise import NoiseKeys, add_neftune, key_dropout
+from fourfold.models.router import find_routers
 from fourfold.models.targets import decoder_blocks, final_norms
 from fourfold.models.trained_linear import join_trained_siblings
 from fourfold.models.unpacked import keep_unpacked
@@ -277,7 +278,9 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         if not mesh.layout.splits_model:
             _make_room(mesh, model.module)
         join_small_kernels(joins=mesh.layout.tp == 1)
-        around = experts_and_adapters(base_model(model.module)) if fast.around_experts else ()
+        around = experts_and_adapters(base_model(model.module)) if fast.around_experts else []
+        if model.balance_experts:
+            around += find_routers(base_model(model.module))
         model.compiled = compile_layers(blocks, around=around)
         compile_layers(final_norms(base_model(model.module)))  # by themselves: a failure is no other layer's
         model.equal = EqualDocuments(run.data.cutoff_len) if equal_documents.has_kernel(mesh.device) else None

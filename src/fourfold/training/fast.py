@@ -72,10 +72,13 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
     alone = _why_experts_are_apart(model, mesh, precision) if compiled else None
     found = Fast(compiled, graphs, around_experts=alone is not None)
     reason = against if wishes.compiled else None
+    around = [] if alone is None else [f"around their experts, which run as they are ({alone})"]
+    if compiled and model.balance_experts and has_experts(base_model(model.module)):
+        around.append("around their routers, whose balance is part of the loss")
     log.info(
         "Layers are %scompiled%s%s; small micro-batches are %sreplayed as CUDA graphs%s",
         "" if compiled else "not ",
-        "" if alone is None else f" around their experts, which run as they are ({alone})",
+        f" {', and '.join(around)}" if around else "",
         "" if reason is None else f" ({reason})",
         "" if graphs else "not ",
         f" ({no_graphs})" if wishes.graphs and no_graphs and no_graphs != against else "",
@@ -94,8 +97,6 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
         yield "weights or activations travel to the host"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
         yield "its attention needs more than the documents' offsets"
-    if model.balance_experts:
-        yield "the balance of its experts is part of the loss"
 
 
 def _why_experts_are_apart(model: StepModel, mesh: Mesh, precision: Precision) -> str | None:

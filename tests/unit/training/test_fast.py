@@ -76,11 +76,11 @@ def test_choice_when_there_are_experts_is_compiled_with_them_or_around_them(
     assert (apart or "Layers are compiled;") in caplog.text
 
 
-def test_choice_when_the_balance_of_experts_counts_is_neither(caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_when_the_balance_of_experts_counts_is_compiled_around_routers(caplog: pytest.LogCaptureFixture) -> None:
     fast.log.propagate = True
     caplog.set_level(logging.INFO)
-    assert chosen("qwen3_moe", balance=True, bf16=True) == Fast()
-    assert "Layers are not compiled (the balance" in caplog.text
+    assert chosen("qwen3_moe", balance=True, bf16=True) == Fast(compiled=True)
+    assert "Layers are compiled around their routers, whose balance is part of the loss;" in caplog.text
 
 
 @pytest.mark.parametrize(
