@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo
-from harness import Case, Curve, alone, assert_same, assert_together_same, run_ranks, train, under
+from harness import Case, Curve, alone, assert_together_same, run_ranks, train, under
 from torch import nn
 
 from fourfold.models.compiled import compile_layers, recompute_compiled
@@ -134,5 +134,7 @@ def test_balance_of_experts_when_layers_are_compiled_around_routers_is_that_of_p
     plain = under(case, layout)
     assert plain[0].losses != pytest.approx(under(replace(case, router=0.0), layout)[0].losses, abs=1e-2)
     for (curve, graphs), expected in zip(run_compiled(case, layout, again=again), plain, strict=True):
-        assert_same(curve, expected, loss=1e-5)
+        assert curve.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert curve.norms == pytest.approx(expected.norms, rel=1e-4)
+        torch.testing.assert_close(curve.gradients, expected.gradients, rtol=1e-4, atol=1e-6)
         assert 1 <= graphs <= 24
