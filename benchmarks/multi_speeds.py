@@ -236,7 +236,11 @@ _FOUR["8b-lora-pp4-interleaved_1f1b-one-group"] = replace(
 )
 _FOUR |= {
     f"{name}-compiled": replace(_FOUR[name], tuning="lora compiled", seconds=60)
-    for name in ("8b-lora-pp4-1f1b", "8b-lora-pp4-interleaved_1f1b")
+    for name in (
+        "8b-lora-pp4-1f1b",
+        "8b-lora-pp4-interleaved_1f1b",
+        *(f"8b-lora-64k-cp4-{method}" for method in METHODS),
+    )
 }
 _FOUR |= {
     f"70b-40layers-lora-{name}-compiled": Speed(

@@ -156,6 +156,7 @@ class _Seen(torch.autograd.Function):
         return grad.index_select(2, own) + seen, None, None
 
 
+@torch.compiler.disable(reason="ranks exchange keys, and rows differ from micro-batch to micro-batch")
 def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:
     """The same for a rank's part of each row: every rank of its context calls this at the same time."""
     context = rows.context
@@ -164,10 +165,22 @@ def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, sc
     if context.method == "ring":
         return ring_attention(query, key, value, rows, scores).transpose(1, 2)
     key, value = context.gather(key), context.gather(value)
+    if (out := _by_reach(query, key, value, rows, scores)) is not None:
+        return out
     queries = query.chunk(len(rows.stretches), dim=2)
     return torch.cat(
         [attend(q, key, value, stretch, scores) for q, stretch in zip(queries, rows.stretches, strict=True)], dim=1
     )
+
+
+def _by_reach(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor | None:
+    """Queries of one row over all its keys, by the kernels that are told who sees what: [1, S, heads, d]; None where
+    they are not for it."""
+    takes = document_attention.has_kernel(query.device) and document_attention.takes(query, value, scores)
+    if len(rows.documents) > 1 or not takes:
+        return None
+    reach, plain = rows.reach(scores.sliding_window), replace(scores, sliding_window=None)
+    return document_attention.document_attention(query, key, value, reach, rows.longest, plain)
 
 
 def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:
@@ -181,7 +194,8 @@ def _ulysses(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, score
     query, key, value = (context.heads_for_positions(t) for t in (query, key, value))
     if scores.sinks is not None:
         scores = replace(scores, sinks=scores.sinks.chunk(context.size)[context.rank])
-    out = attend(query, key, value, rows.whole, scores)
+    out = _by_reach(query, key, value, rows, scores)
+    out = attend(query, key, value, rows.whole, scores) if out is None else out
     return context.positions_for_heads(out.transpose(1, 2)).transpose(1, 2)
 
 

@@ -8,8 +8,8 @@ The compiler keeps the results of products and of attention for the backward pas
 again, as `selective` recompute does, without its cost. Told to keep a layer's inputs alone, it computes again what the
 backward pass reads and no more: not the layer's last product, a quarter of a llama's layer.
 
-Of a layer with parts that it cannot have, as experts that ranks share, or routers whose results are collected for the
-loss, it compiles what lies around them.
+Of a layer with parts that it cannot have, as experts or positions that ranks share, or routers whose results are
+collected for the loss, it compiles what lies around them.
 """
 
 from __future__ import annotations
@@ -198,7 +198,11 @@ def join_small_kernels(*, joins: bool) -> None:
 
 
 def compile_layers(
-    layers: Sequence[nn.Module], *, around: Sequence[nn.Module] = (), backend: Backend = "inductor"
+    layers: Sequence[nn.Module],
+    *,
+    around: Sequence[nn.Module] = (),
+    breaks: bool = False,
+    backend: Backend = "inductor",
 ) -> Compiled:
     """Have layers compiled when they are first trained; in place.
 
@@ -206,6 +210,7 @@ def compile_layers(
 
     Args:
         around: modules in them that are to run as they are.
+        breaks: something else that they call is not to be compiled, and says so itself.
 
     Returns:
         what they share.
@@ -229,7 +234,7 @@ def compile_layers(
     shared = Compiled()
     _leave_out(around, shared, backend)
     for layer in layers:
-        layer.forward = CompiledForward(layer, shared, backend, whole=not around)
+        layer.forward = CompiledForward(layer, shared, backend, whole=not (around or breaks))
     return shared
 
 

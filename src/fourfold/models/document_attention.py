@@ -29,7 +29,8 @@ _WIDTHS = (16, 32, 64, 128)
 _WIDEST = 256
 """Taken where no other kernel knows what is asked."""
 MOST_POSITIONS = 2**16
-"""Of a row: beyond, a place in it may be too large for the kernels' 32 bits."""
+"""Of a row: beyond, a place in it may be too large for the kernels' 32 bits (`takes` knows whether it is)."""
+_MOST_PLACES = 2**31
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -52,7 +53,9 @@ def takes(query: Tensor, value: Tensor, scores: Scores) -> bool:
     """Whether the kernels take heads of such widths in such a dtype; queries [..., S, d] and values [..., K, d]."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     fits = query.shape[-1] == value.shape[-1] and takes_width(query.shape[-1], capped=scores.softcap is not None)
-    return half and fits and value.shape[-2] <= MOST_POSITIONS and scores.dropout == 0.0
+    heads, positions, width = query.shape[-3:]
+    places = max(positions * max(query.stride(-2), heads * width), value.shape[-2] * value.stride(-2))
+    return half and fits and places < _MOST_PLACES and scores.dropout == 0.0
 
 
 def reach_of(offsets: Tensor, positions: int, keys: Keys | None = None) -> Reach:

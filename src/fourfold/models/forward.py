@@ -281,8 +281,8 @@ class StepModel:
     def _call(self, batch: Batch, **inputs: object) -> Any:
         """The runner's own outputs."""
         kwargs = self._boundaries(batch)
-        if self._is_noisy:
-            self.noise.enter(batch)
+        if (noise := self._noise()) is not None:
+            noise.enter(batch)
         if self.balance_experts:
             kwargs["output_router_logits"] = True
         with nullcontext() if self.load is None or not self.load.watches else self.load.watch(batch.real_positions()):
@@ -327,11 +327,12 @@ class StepModel:
 
     def with_noise(self, batch: Batch) -> Batch:
         """The same micro-batch, which is on the host, with what noise is keyed by, if there is noise."""
-        return replace(batch, noise=self.noise.of(batch)) if self._is_noisy else batch
+        noise = self._noise()
+        return batch if noise is None else replace(batch, noise=noise.of(batch))
 
-    @property
-    def _is_noisy(self) -> bool:
-        return self.noise is not None and self.noise.salts > 0 and self.module.training
+    def _noise(self) -> NoiseKeys | None:
+        """What is to be told of a micro-batch; None where there is no noise, or none now."""
+        return self.noise if self.noise is not None and self.noise.salts and self.module.training else None
 
     def asked(self) -> AbstractContextManager[None]:
         """Within it the model is asked as part of a step that trains it."""

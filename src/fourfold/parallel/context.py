@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fourfold.dataset.batch import Batch
+from fourfold.dataset.batch import Batch, to_device
 from fourfold.parallel.exchange import gather, swap
 from fourfold.parallel.mesh import Mesh, is_ampere_or_later
 from fourfold.parallel.ring_kernels import Piece
@@ -167,6 +167,7 @@ class ContextRows:
     def __init__(self, context: ContextParallel, documents: tuple[tuple[int, ...], ...], device: torch.device) -> None:
         self.context, self.documents, self.device = context, documents, device
         self._pieces: dict[tuple[int, int | None], tuple[Piece, ...]] = {}
+        self._reaches: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -186,6 +187,35 @@ class ContextRows:
     def whole(self) -> Stretch:
         """Every position of the rows."""
         return Stretch.of(0, self.length, self.documents, self.device)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest document."""
+        return max(map(max, self.documents))
+
+    def reach(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Who sees what, where there is one row (models/document_attention.py), as attention over the keys of all of
+        it has it: this rank's queries, or with `ulysses` those of the row.
+
+        Args:
+            window: how many keys a query sees at most, itself among them; None for all.
+        """
+        if window not in self._reaches:
+            [lengths] = self.documents
+            chunks = (0,) if self.context.method == "ulysses" else self.context.chunks
+            size = self.length // (1 if self.context.method == "ulysses" else self.context.num_chunks)
+            own = torch.cat([torch.arange(number * size, (number + 1) * size) for number in chunks])
+            key, ends = torch.arange(self.length), torch.tensor(lengths).cumsum(0)
+            document = torch.searchsorted(ends, key, right=True)
+            start, end = (ends - torch.tensor(lengths))[document], ends[document]
+            first, last = start[own], end
+            if window is not None:
+                first, last = torch.maximum(first, own - window + 1), torch.minimum(end, key + window)
+            of_keys = torch.stack([torch.searchsorted(own, key), torch.searchsorted(own, last)])
+            made = (torch.stack([first, own]), of_keys)
+            of_queries, of_keys = (to_device(each.int(), self.device) for each in made)
+            self._reaches[window] = of_queries, of_keys
+        return self._reaches[window]
 
     def pieces(self, source: int, window: int | None) -> tuple[Piece, ...]:
         """Which of this rank's queries see which keys of the rank `source` within a sliding window (None: any)."""

@@ -106,7 +106,7 @@ def engine_of(
     Args:
         compiles, replays: whether the run's keys allow for it.
     """
-    goes = layout.cp == 1 and not layout.splits_backward and layout.offload == "none"
+    goes = not layout.splits_backward and layout.offload == "none"
     fits = job.packed and shape.by_offsets and job.compute != "fp32" and has_flash(device)
     if not (compiles and goes and fits) or (shape.caps_scores and not has_own_attention(device)):
         return "eager"

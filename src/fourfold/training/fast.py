@@ -72,7 +72,8 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
     alone = _why_experts_are_apart(model, mesh, precision) if compiled else None
     found = Fast(compiled, graphs, around_experts=alone is not None)
     reason = against if wishes.compiled else None
-    around = [] if alone is None else [f"around their experts, which run as they are ({alone})"]
+    around = ["around attention, whose positions ranks share"] if compiled and mesh.layout.cp > 1 else []
+    around += [] if alone is None else [f"around their experts, which run as they are ({alone})"]
     if compiled and model.balance_experts and has_experts(base_model(model.module)):
         around.append("around their routers, whose balance is part of the loss")
     log.info(
@@ -89,8 +90,6 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
 def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> Iterator[str]:
     """Why neither goes."""
     layout, inner = mesh.layout, base_model(model.module)
-    if layout.cp > 1:
-        yield "ranks share positions"
     if layout.splits_backward:
         yield "zbv makes gradients in two parts"
     if layout.offload != "none" or run.parallel.offload_activations:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fourfold.models import attention, document_attention
 from fourfold.models.attention import packed_attention
 from fourfold.models.document_attention import has_kernel, reach_of, takes
+from fourfold.parallel.context import ContextParallel, ContextRows
 from fourfold.parallel.scores import Scores
 from reach_reference import attend, in_rows, keys_of, offsets_of, visible
 
@@ -113,7 +115,7 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
     results = []
     for told in (False, True):
 
-        def attention(
+        def attend_row(
             query: Tensor, key: Tensor, value: Tensor, own: Tensor | None = None, told: bool = told
         ) -> Tensor:
             known: dict[str, object] = {"longest": 32, "reach": reach_of(offsets, 32, keys)}
@@ -135,7 +137,7 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
         inputs = [torch.randn(1, 32, heads, 16, generator=generator).bfloat16().transpose(1, 2) for heads in (4, 2, 2)]
         inputs += [torch.tensor([0.3, -1.0, 2.0, 0.0]).bfloat16()] if sinks else []
         inputs = [tensor.requires_grad_() for tensor in inputs]
-        run = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled and told else attention
+        run = torch.compile(attend_row, backend="aot_eager", fullgraph=True) if compiled and told else attend_row
         out = run(*inputs)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
         results.append([out.detach(), *(tensor.grad for tensor in inputs)])
@@ -143,6 +145,30 @@ def test_attention_when_told_who_sees_what_gives_what_documents_give_one_by_one(
     for expected, found in zip(*results, strict=True):
         assert expected is not None
         torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (7, None), (7, 2.0)])
+def test_attention_of_a_part_of_a_row_by_who_sees_what_gives_what_documents_give(
+    window: int | None, cap: float | None, on_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    scores = Scores(sliding_window=window, softcap=cap)
+    for rank in range(2):
+        context = ContextParallel(None, rank, 2, "allgather")  # type: ignore[arg-type] - nothing is sent
+        rows = ContextRows(context, ((11, 2, 19),), torch.device("cpu"))
+        monkeypatch.setattr(ContextParallel, "gather", lambda _, whole: whole)
+        inputs = [torch.randn(1, heads, size, 16).bfloat16() for heads, size in ((4, 16), (2, 32), (2, 32))]
+        results = []
+        for told in (False, True):
+            monkeypatch.setattr(document_attention, "has_kernel", lambda _, told=told: told)
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            out = attention._in_context(*leaves, rows, scores)
+            out.backward(torch.ones_like(out))
+            results.append([out.detach(), *(tensor.grad for tensor in leaves)])
+        for expected, found in zip(*results, strict=True):
+            assert expected is not None
+            torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+    assert on_cpu == [2, 2]
 
 
 def test_kernels_when_heads_are_of_other_widths_or_wider_numbers_are_not_for_them() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fourfold.parallel.context import ContextParallel, ContextRows, Method
 from fourfold.parallel.ring_kernels import PlainKernel
 from fourfold.parallel.scores import Scores
+from reach_reference import visible
 
 _CPU = torch.device("cpu")
 _ROWS = ((5, 1, 18, 8), (32,), (3, 3, 3, 3, 3, 3, 3, 11))
@@ -43,6 +44,26 @@ def test_chunks_when_shared_are_everyones_once(size: int) -> None:
         context = _rows(0, size, method).context
         found = sorted(itertools.chain.from_iterable(_positions(context, rank) for rank in range(size)))
         assert found == list(range(32))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("method", ["allgather", "ulysses"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_reach_when_keys_are_those_of_the_whole_row_is_what_queries_see(
+    size: int, method: Method, window: int | None
+) -> None:
+    for row, rank in itertools.product(range(len(_ROWS)), range(size)):
+        rows = ContextRows(_rows(rank, size, method).context, _ROWS[row : row + 1], _CPU)
+        positions = list(range(32)) if method == "ulysses" else _positions(rows.context, rank)
+        expected = _visible(window)[row, positions]
+        of_queries, of_keys = reach = rows.reach(window)
+        assert torch.equal(visible(reach, None), expected)
+        queries = torch.arange(len(positions))[:, None]
+        assert torch.equal((queries >= of_keys[0]) & (queries < of_keys[1]), expected)
+        for each in (*of_queries, *of_keys):
+            assert torch.equal(each, each.sort().values)  # what the kernels rely on
+            assert each.dtype == torch.int32
+        assert rows.longest == max(_ROWS[row])
 
 
 @pytest.mark.parametrize("size", [2, 4])
