@@ -173,8 +173,9 @@ class _Documents(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        sinks = ctx.saved_tensors[3]
-        *found, by_sinks = torch.ops.fourfold.documents_back(grad, *ctx.saved_tensors, *ctx.numbers)
+        saved = ctx.saved_tensors  # once: what is computed again is handed out once
+        sinks = saved[3]
+        *found, by_sinks = torch.ops.fourfold.documents_back(grad, *saved, *ctx.numbers)
         return *found, None if sinks is None else by_sinks.to(sinks.dtype), *(None,) * 6
 
 
