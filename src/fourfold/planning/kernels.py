@@ -87,6 +87,10 @@ COMPILED_LOGIT_BYTES = (3.7, 4.8)
 """The same of the compiled loss, which reads 2, and reads and writes 2: at the card's pace for plain passes what 1.51
 and 1.93 ms for 8,192 x 128,256 logits stand for (H100)."""
 
+CONTEXT_ATTENTION_SPEED = 1.2
+"""Of attention over gathered keys or with a part of the heads, by kernels of our own: Llama-3-8B, LoRA, one row of
+65,536 over 4 H100, 6.08 to 5.42 s."""
+
 FLOAT8_BYTES = 5.0
 """For each number of an operand that is cast: read for the largest magnitude, unless that comes with its making, read
 for the cast, which writes both layouts, 1 each; siblings share their input."""
@@ -173,6 +177,7 @@ class Place:
         sequence_parallel: whether positions are shared between regions.
         splits_backward: whether what is recomputed is so for each group of weights as well (zbv).
         walked: there, small operators that the host spends on each group of a layer's weights.
+        context: how positions are shared; None where they are not.
     """
 
     tokens: float
@@ -181,11 +186,13 @@ class Place:
     sequence_parallel: bool = True
     splits_backward: bool = False
     walked: float = 0.0
+    context: str | None = None
 
     @classmethod
     def of(cls, layout: Layout, tokens: float, walked: float = 0.0) -> Place:
         """The place of a rank of a layout."""
-        return cls(tokens, layout.tp, layout.ep, layout.sequence_parallel, layout.splits_backward, walked)
+        context = layout.cp_method if layout.cp > 1 else None
+        return cls(tokens, layout.tp, layout.ep, layout.sequence_parallel, layout.splits_backward, walked, context)
 
 
 def memory_seconds(device: Device, num_bytes: float) -> float:
@@ -247,7 +254,7 @@ def layer_seconds(
     around = [memory_seconds(device, each * width) for each in between]
     attention, fused = _attention(shape, layer, job, place, heads, device)
     if has_own_attention(device):
-        attention /= engine.attention_speed(job.sequence)
+        attention /= _attention_speed(engine, job, place)
     unpack = memory_seconds(device, UNPACK_BYTES * sum(each.numel for each in products if each.packed))
     adapters = place.tokens * sum(each.adapter > 0 for each in products) * engine.adapters
     casts = _float8_casts(products, job, place, device) if linear == "fp8" else (0.0, 0.0)
@@ -282,6 +289,13 @@ def layer_seconds(
     launch_back = 2 * launch + (1 + groups) * launch_again + groups * place.walked * device.host_op_s
     back = max(backward + (1 + groups) * again, launch_back)
     return Seconds(max(forward, launch) + waits, back + waits_back, weight_grad)
+
+
+def _attention_speed(engine: Engine, job: Job, place: Place) -> float:
+    """How much faster attention is than PyTorch's own."""
+    if place.context is None:
+        return engine.attention_speed(job.sequence)
+    return 1.0 if place.context == "ring" else CONTEXT_ATTENTION_SPEED
 
 
 def _cuts_attention(layer: Layer) -> bool:
@@ -344,7 +358,9 @@ def _between(
         if each.adapter:
             for direction in range(2):
                 stacked = each.groups > 1
-                of_input, of_output = (STACKED_ADAPTER_BYTES if stacked else ADAPTER_BYTES)[direction]
+                # compiled with the experts, a pass of its own is part of the one before or behind it
+                apart = stacked and engine.name in ("eager", "around")
+                of_input, of_output = (STACKED_ADAPTER_BYTES if apart else ADAPTER_BYTES)[direction]
                 share = each.rows_of_token if stacked else engine.adapters
                 total[direction] += (of_input * each.columns + of_output * each.rows) * share
     return total[0], total[1]

@@ -89,7 +89,7 @@ def test_choice_when_the_balance_of_experts_counts_is_compiled_around_routers(ca
         ("llama", Layout(tp=2), None),
         ("llama", Layout(dp_shard=2, pp=2), None),
         ("llama", Layout(pp=2, pp_schedule="zbv"), "in two parts"),
-        ("llama", Layout(tp=2, cp=2), "share positions"),
+        ("llama", Layout(tp=2, cp=2), None),
     ],
 )
 def test_choice_when_tp_or_pp_split_layers_is_compiled_but_for_zbv(
