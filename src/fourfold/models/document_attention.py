@@ -28,8 +28,8 @@ _LEAST_MEMORY = 128 * 1024
 _WIDTHS = (16, 32, 64, 128)
 _WIDEST = 256
 _FEW_POSITIONS = 2048
-"""Heads of 256 are taken where no other kernel knows what is asked, and in rows with which PyTorch's kernel cannot fill a
-card: 0.16 ms for 8 documents of 150 and 0.84, but 6.3 and 4.1 for 2 of 4,096 (H100, forward and backward)."""
+"""Heads of 256 are taken where no other kernel knows what is asked, and in rows with which PyTorch's kernel cannot fill
+a card: 0.16 ms for 8 documents of 150 and 0.84, but 6.3 and 4.1 for 2 of 4,096 (H100, forward and backward)."""
 MOST_POSITIONS = 2**16
 """Of a row: beyond, a place in it may be too large for the kernels' 32 bits (`takes` knows whether it is)."""
 _MOST_PLACES = 2**31
