@@ -131,7 +131,7 @@ def test_training_when_layers_are_compiled_equals_one_process(
     assert all(1 <= number <= most for number in graphs)
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.grid)])
 @pytest.mark.parametrize("layout", [Layout(dp_shard=2, ep=2), pytest.param(Layout(dp_shard=2), marks=pytest.mark.grid)])
 def test_balance_of_experts_when_layers_are_compiled_around_routers_is_that_of_plain_ones(
     layout: Layout, again: bool
