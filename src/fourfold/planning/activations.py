@@ -85,8 +85,8 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     attention = c * (q + _keys(layout) * (q + v) + v + padded) + 4 * shape.heads / tp
     attention += c * v if layout.cp > 1 else 0  # the kernel's results, put together
     attention += _head_norms(shape, layer, trained, factor) / tp
-    feed, feed_outputs, working = _feed_forward(shape, job, layout, layer)
-    experts = _experts(shape, job, layout, layer)
+    experts = _experts(shape, job, layout, layer, trained=trained)
+    feed, feed_outputs, working = _feed_forward(shape, job, layout, layer, experts)
     none = between + inputs + attention + feed + low
     outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
     selective = c * hidden * positions + outputs + feed_outputs + low
@@ -150,7 +150,9 @@ def _copied_inputs(job: Job, layout: Layout, layer: Layer, hidden: int) -> float
     return job.compute_bytes * (sum(copies) - counted) + _low_rank(job, layer)
 
 
-def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> tuple[float, float, float]:
+def _feed_forward(
+    shape: ModelShape, job: Job, layout: Layout, layer: Layer, experts: _Experts
+) -> tuple[float, float, float]:
     """MLP or experts: kept without recompute (its input aside), results of products, and working space."""
     c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
     gates = 2 if shape.gated else 1
@@ -158,7 +160,6 @@ def _feed_forward(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> 
     none = c * dense * (gates + 2 if shape.gated else 2)
     outputs = c * (gates * dense + (hidden if dense else 0))
     working = 2 * c * dense
-    experts = _experts(shape, job, layout, layer)
     return none + experts.none, outputs + experts.selective, working + experts.working
 
 
@@ -173,7 +174,7 @@ class _Experts:
     working: float = 0.0
 
 
-def _experts(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> _Experts:
+def _experts(shape: ModelShape, job: Job, layout: Layout, layer: Layer, *, trained: bool) -> _Experts:
     if not layer.has_experts:
         return _Experts()
     c, chosen = job.compute_bytes, float(shape.experts_per_token)
@@ -182,11 +183,17 @@ def _experts(shape: ModelShape, job: Job, layout: Layout, layer: Layer) -> _Expe
     tokens = chosen * shape.hidden
     orders = (_CHOICE_BYTES + _SENT_BYTES if layout.ep > 1 else _CHOICE_BYTES) * chosen + 4 * shape.experts + 4
     low = _low_rank_of_experts(shape, job, layer)
+    # inputs of products whose weights get a gradient, or an adapter: what is sorted by experts, and the gate times up
+    inputs = tokens + width if trained or low else 0.0
+    biased = any(weight.kind == "experts" and "bias" in weight.name for weight in layer.weights)
+    # gate and up, and the activated gate; of gpt-oss's, which are clamped, its sigmoid, the product, up and one too
+    gates = (6 if biased else 3) * width
     return _Experts(
-        # what is sorted by experts, gate and up, the activated gate, its product with up, and results before weighting
-        none=c * (2 * tokens + 4 * width) + orders + low,
-        selective=c * (2 * width + tokens) + c * shape.experts + low,
-        compiled=c * (2 * tokens + 3 * width) + orders + low,
+        # and results before weighting
+        none=c * (tokens + gates + inputs) + orders + low,
+        # what biases are added to in place is computed again (parallel/recompute.py)
+        selective=(0.0 if biased else c * (2 * width + tokens)) + c * shape.experts + low,
+        compiled=c * (tokens + 2 * width + inputs) + orders + low,
         working=2 * c * (width + tokens),
     )
 

@@ -33,12 +33,14 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen3", {}),
     "gemma": ("gemma3_text", {}),
     "experts": ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 256, "num_experts_per_tok": 2}),
+    "biased": ("gpt_oss", {"num_local_experts": 16, "intermediate_size": 256, "num_experts_per_tok": 2}),
 }
 _TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "bf16": True},
     "pure": {"finetuning_type": "full", "pure_bf16": True},
     "lora": {"bf16": True},
     "qlora": {"bf16": True, "quantization_bit": 4},
+    "attention": {"bf16": True, "lora_target": "q_proj,k_proj,v_proj,o_proj"},
 }
 _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     # model, tuning, layout, recompute, rank of the pipeline, micro-batches
@@ -60,6 +62,8 @@ _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("gemma", "full", Layout(), "none", 0, 1),
     ("experts", "full", Layout(dp_shard=8, ep=8), "none", 0, 1),
     ("experts", "lora", Layout(tp=2), "selective", 0, 1),
+    ("experts", "attention", Layout(), "none", 0, 1),
+    ("biased", "attention", Layout(), "none", 0, 1),
 ]
 _MORE: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "pure", Layout(), "full", 0, 1),
@@ -73,6 +77,7 @@ _MORE: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "lora", Layout(dp_shard=2, pp=2, pp_schedule="zbv"), "none", 1, 4),
     ("tied", "full", Layout(), "none", 0, 1),
     ("experts", "lora", Layout(), "none", 0, 1),
+    ("biased", "lora", Layout(), "none", 0, 1),
 ]
 """Cases that `make grid` adds."""
 _TOLERANCE = 0.05
@@ -81,7 +86,7 @@ _TOLERANCE = 0.05
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: save_tiny_model(root / name, family, **_SIZES, **more) for name, (family, more) in _MODELS.items()}
+    return {name: save_tiny_model(root / name, family, **_SIZES | more) for name, (family, more) in _MODELS.items()}
 
 
 @pytest.mark.parametrize(
