@@ -93,7 +93,7 @@ def run_compiled(case: Case, layout: Layout, *, again: bool = False) -> list[tup
                 inner = base_model(model.module)
                 compiled.extend(decoder_blocks(inner)[1])
                 around = [*experts_and_adapters(inner), *(find_routers(inner) if case.router else ())]
-                compile_layers(compiled, around=around, breaks=layout.cp > 1, backend="aot_eager")
+                compile_layers(compiled, around=around, in_context=layout.cp > 1, backend="aot_eager")
                 if again:
                     assert model.noise is not None
                     recompute_compiled(compiled, model.noise.remembered)

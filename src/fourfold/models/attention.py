@@ -117,7 +117,7 @@ def packed_attention(
         query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
     scores = Scores(dropout, scaling, sliding_window, softcap, s_aux)
     if context_rows is not None:
-        return _in_context(query, key, value, context_rows, scores), None
+        return _Shared.attend(query, key, value, context_rows, scores), None
     key_offsets = cu_seqlens
     if keys is not None:
         key, value = (_Seen.apply(tensor, keys.index, keys.places) for tensor in (key, value))
@@ -156,7 +156,6 @@ class _Seen(torch.autograd.Function):
         return grad.index_select(2, own) + seen, None, None
 
 
-@torch.compiler.disable(reason="ranks exchange keys, and rows differ from micro-batch to micro-batch")
 def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor:
     """The same for a rank's part of each row: every rank of its context calls this at the same time."""
     context = rows.context
@@ -171,6 +170,21 @@ def _in_context(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, sc
     return torch.cat(
         [attend(q, key, value, stretch, scores) for q, stretch in zip(queries, rows.stretches, strict=True)], dim=1
     )
+
+
+class _Shared:
+    """Attention over positions that ranks share, as it is called."""
+
+    attend: Any = staticmethod(_in_context)
+
+
+def keep_from_compiler() -> None:
+    """Have a compiler leave attention over positions that ranks share as it is.
+
+    Not from the start, since importing the compiler takes a second.
+    """
+    reason = "ranks exchange keys, and rows differ from micro-batch to micro-batch"
+    _Shared.attend = staticmethod(torch.compiler.disable(_in_context, reason=reason))
 
 
 def _by_reach(query: Tensor, key: Tensor, value: Tensor, rows: ContextRows, scores: Scores) -> Tensor | None:

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fourfold.base.inductor import teach_inductor
 from fourfold.base.log import get_logger
+from fourfold.models.attention import keep_from_compiler
 from fourfold.parallel.recompute import Remember
 
 log = get_logger(__name__)
@@ -201,7 +202,7 @@ def compile_layers(
     layers: Sequence[nn.Module],
     *,
     around: Sequence[nn.Module] = (),
-    breaks: bool = False,
+    in_context: bool = False,
     backend: Backend = "inductor",
 ) -> Compiled:
     """Have layers compiled when they are first trained; in place.
@@ -210,7 +211,7 @@ def compile_layers(
 
     Args:
         around: modules in them that are to run as they are.
-        breaks: something else that they call is not to be compiled, and says so itself.
+        in_context: ranks share positions, and attention over them is to run as it is.
 
     Returns:
         what they share.
@@ -233,8 +234,10 @@ def compile_layers(
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
     shared = Compiled()
     _leave_out(around, shared, backend)
+    if in_context:
+        keep_from_compiler()
     for layer in layers:
-        layer.forward = CompiledForward(layer, shared, backend, whole=not (around or breaks))
+        layer.forward = CompiledForward(layer, shared, backend, whole=not (around or in_context))
     return shared
 
 

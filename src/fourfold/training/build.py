@@ -281,7 +281,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         around = experts_and_adapters(base_model(model.module)) if fast.around_experts else []
         if model.balance_experts:
             around += find_routers(base_model(model.module))
-        model.compiled = compile_layers(blocks, around=around, breaks=mesh.layout.cp > 1)
+        model.compiled = compile_layers(blocks, around=around, in_context=mesh.layout.cp > 1)
         compile_layers(final_norms(base_model(model.module)))  # by themselves: a failure is no other layer's
         model.equal = EqualDocuments(run.data.cutoff_len) if equal_documents.has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs
