@@ -28,10 +28,10 @@ from fourfold.config.load import load
 from fourfold.config.schema import Run
 from fourfold.planning.cost import estimate_cost
 from fourfold.planning.device import Device
-from fourfold.planning.engines import why_apart
+from fourfold.planning.engines import compiled_engine
 from fourfold.planning.estimate import Memory
 from fourfold.planning.hardware import build_cluster, find_device
-from fourfold.planning.job import EngineName, Job, Recompute
+from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.read_shape import read_shape
@@ -118,14 +118,12 @@ def described(point: Point) -> tuple[Run, ModelShape, Job]:
     keys = {"model_name_or_path": str(folder), "cutoff_len": max(point.sequences)}
     run, shape = load({**keys, **TUNINGS[point.tuning]}), _shape(folder)
     job = Job.of(run)
-    apart = bool(shape.experts) and why_apart(point.layout, job.compute) is not None
-    compiled: EngineName = "around" if apart else "compiled"
     job = replace(
         job,
         sequence=point.sequences[0],
         micro_batch=sum(point.sequences),
         sequences_per_step=len(point.sequences) * point.batches * point.layout.dp,
-        engine=compiled if run.training.torch_compile else "eager",
+        engine=compiled_engine(shape, point.layout, job.compute) if run.training.torch_compile else "eager",
     )
     return run, shape, job
 

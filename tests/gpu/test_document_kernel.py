@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from fourfold.models.document_attention import document_attention, has_kernel, reach_of
+from fourfold.models.document_attention import Reach, document_attention, has_kernel, reach_of
 from fourfold.parallel.scores import Scores
 from reach_reference import attend, keys_of, offsets_of
 
@@ -22,6 +24,26 @@ def _inputs(queries: int, keys: int, heads: tuple[int, int], width: int, dtype: 
     query = torch.randn(1, queries, heads[0], width, device="cuda", dtype=dtype).transpose(1, 2)
     both = torch.randn(1, keys, 2 * heads[1], width, device="cuda", dtype=dtype).transpose(1, 2)
     return [tensor.detach().requires_grad_() for tensor in (query, *both.chunk(2, 1))]
+
+
+def assert_as_plain(inputs: list[Tensor], reach: Reach, longest: int, scores: Scores) -> None:
+    """Results and gradients are those of plain products in fp32.
+
+    Args:
+        inputs: queries, keys and values, and the sinks, if there are any.
+    """
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    own, wider = (replace(scores, sinks=each[3] if len(each) > 3 else None) for each in (inputs, wide))
+    out = document_attention(*inputs[:3], reach, longest, own)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected = attend(*wide[:3], reach, wider).transpose(1, 2)
+    expected.backward(grad.float())
+    for found, wanted in zip([out, *(t.grad for t in inputs)], [expected, *(t.grad for t in wide)], strict=True):
+        assert found is not None
+        assert wanted is not None
+        error = (found.detach().float() - wanted.detach()).norm() / wanted.detach().norm()
+        assert float(error) < (8e-3 if out.dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("longest", [0, 5000])  # the two ways to cut the work
@@ -54,17 +76,7 @@ def test_kernels_give_what_plain_products_give(
     keys = None if more is None else keys_of(lengths, more, "cuda")
     reach = reach_of(offsets_of(lengths, "cuda"), positions, keys)
     inputs = _inputs(positions, positions + sum(more or ()), heads, width, dtype)
-    out = document_attention(*inputs, reach, longest or max(lengths), Scores(0.0, 0.2, window))
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    expected = attend(*wide, reach, Scores(0.0, 0.2, window)).transpose(1, 2)
-    expected.backward(grad.float())
-    for found, wanted in zip([out, *(t.grad for t in inputs)], [expected, *(t.grad for t in wide)], strict=True):
-        assert found is not None
-        assert wanted is not None
-        error = (found.detach().float() - wanted.detach()).norm() / wanted.detach().norm()
-        assert float(error) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert_as_plain(inputs, reach, longest or max(lengths), Scores(0.0, 0.2, window))
 
 
 @pytest.mark.parametrize("longest", [0, 5000])
@@ -86,24 +98,11 @@ def test_kernels_when_scores_are_capped_or_sink_give_what_plain_products_give(
     if not has_kernel(torch.device("cuda")):
         pytest.skip("the kernels are for newer GPUs")
     lengths = (149, 90, 260, 1, 75, 310)
-    reach, inputs = (
-        reach_of(offsets_of(lengths, "cuda"), sum(lengths)),
-        _inputs(sum(lengths), sum(lengths), heads, width, dtype),
-    )
+    reach = reach_of(offsets_of(lengths, "cuda"), sum(lengths))
+    inputs = _inputs(sum(lengths), sum(lengths), heads, width, dtype)
     if sinks:
         inputs.append(torch.linspace(-3, 3, heads[0], device="cuda").to(dtype).requires_grad_())
-    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    scores, wide_scores = (Scores(0.0, None, window, cap, *each[3:]) for each in (inputs, wide))
-    out = document_attention(*inputs[:3], reach, longest or max(lengths), scores)
-    grad = torch.randn_like(out)
-    out.backward(grad)
-    expected = attend(*wide[:3], reach, wide_scores).transpose(1, 2)
-    expected.backward(grad.float())
-    for found, wanted in zip([out, *(t.grad for t in inputs)], [expected, *(t.grad for t in wide)], strict=True):
-        assert found is not None
-        assert wanted is not None
-        error = (found.detach().float() - wanted.detach()).norm() / wanted.detach().norm()
-        assert float(error) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert_as_plain(inputs, reach, longest or max(lengths), Scores(0.0, None, window, cap))
 
 
 def test_kernels_when_run_twice_give_the_same_numbers() -> None:

@@ -9,6 +9,7 @@ Shape legend: S queries, K keys, H heads, G key heads, d head dim.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ MOST_POSITIONS = 2**16
 _MOST_PLACES = 2**31
 
 
+@lru_cache(maxsize=8)  # layers of ranks that share positions ask, each time they run
 def has_kernel(device: torch.device) -> bool:
     """Whether a device runs the kernels, and fast: Hopper and what has as much memory beside its multiprocessors."""
     if device.type != "cuda" or not has_triton() or torch.cuda.get_device_capability(device) < (9, 0):

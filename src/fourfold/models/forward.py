@@ -113,6 +113,7 @@ class StepModel:
         fixed: give attention the documents' offsets alone, and no numbers that differ from batch to batch: what is
             compiled or recorded would be made anew for each.
         compiled: what compiled layers share, the loss being compiled as well; None where they run as they are.
+        caps_scores: scores of its attention are soft-capped.
         reaches: attention has kernels that are told who sees what.
         equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
@@ -130,6 +131,7 @@ class StepModel:
     load: ExpertLoad | None = field(init=False, default=None)
     fixed: bool = field(init=False, default=False)
     compiled: Compiled | None = field(init=False, default=None)
+    caps_scores: bool = field(init=False)
     reaches: bool = field(init=False, default=False)
     equal: EqualDocuments | None = field(init=False, default=None)
     chunk_tokens: int | None = field(init=False, default=None)
@@ -138,10 +140,10 @@ class StepModel:
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
         accept_hidden_only(self._inner)
-        self._caps = caps_scores(self._inner.config.get_text_config())
+        self.caps_scores = caps_scores(self._inner.config.get_text_config())
         if self.packed:
             self._use_packed_attention()
-        elif self._caps:
+        elif self.caps_scores:
             self._inner.set_attn_implementation("eager")
         self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
         if not (self._head_is_right_alone() if is_empty(self._inner) else self._head_is_right()):
@@ -202,7 +204,7 @@ class StepModel:
             return {**found, "lengths": batch.lengths}
         if self.reaches:
             found["reach"] = document_attention.reach_of(batch.cu_seqlens, batch.input_ids.shape[1], batch.keys)
-        too_long = self._caps and batch.input_ids.shape[1] > document_attention.MOST_POSITIONS
+        too_long = self.caps_scores and batch.input_ids.shape[1] > document_attention.MOST_POSITIONS
         if not self.fixed or too_long:
             return {**found, "lengths": batch.lengths}
         if self.equal is not None:

@@ -202,10 +202,11 @@ class ContextRows:
         """
         if window not in self._reaches:
             [lengths] = self.documents
-            chunks = (0,) if self.context.method == "ulysses" else self.context.chunks
-            size = self.length // (1 if self.context.method == "ulysses" else self.context.num_chunks)
-            own = torch.cat([torch.arange(number * size, (number + 1) * size) for number in chunks])
-            key, ends = torch.arange(self.length), torch.tensor(lengths).cumsum(0)
+            own = key = torch.arange(self.length)
+            if self.context.method != "ulysses":
+                chunks = key.chunk(self.context.num_chunks)
+                own = torch.cat([chunks[number] for number in self.context.chunks])
+            ends = torch.tensor(lengths).cumsum(0)
             document = torch.searchsorted(ends, key, right=True)
             start, end = (ends - torch.tensor(lengths))[document], ends[document]
             first, last = start[own], end

@@ -38,6 +38,11 @@ class Engine:
     linear: str | None = None
     repeats_last: bool = True
 
+    @property
+    def leaves_experts(self) -> bool:
+        """Whether experts run as they are."""
+        return self.name in ("eager", "around")
+
     def attention_speed(self, document: int) -> float:
         """How much faster fused attention over documents of so many tokens is than PyTorch's own."""
         return next((speed for least, speed in self.attention if document >= least), 1.0)
@@ -98,6 +103,11 @@ def why_apart(layout: Layout, compute: str) -> str | None:
     return "their products are compiled in bf16 alone" if compute != "bf16" else None
 
 
+def compiled_engine(shape: ModelShape, layout: Layout, compute: str) -> EngineName:
+    """What runs layers that are compiled."""
+    return "around" if shape.experts and why_apart(layout, compute) is not None else "compiled"
+
+
 def engine_of(
     shape: ModelShape, job: Job, layout: Layout, device: Device, *, compiles: bool, replays: bool
 ) -> EngineName:
@@ -110,7 +120,5 @@ def engine_of(
     fits = job.packed and shape.by_offsets and job.compute != "fp32" and has_flash(device)
     if not (compiles and goes and fits) or (shape.caps_scores and not has_own_attention(device)):
         return "eager"
-    if shape.experts:
-        return "compiled" if why_apart(layout, job.compute) is None else "around"
-    plain = layout.world_size == 1 and job.tuning == "lora"
-    return "replayed" if replays and plain else "compiled"
+    plain = layout.world_size == 1 and job.tuning == "lora" and not shape.experts
+    return "replayed" if replays and plain else compiled_engine(shape, layout, job.compute)

@@ -359,7 +359,7 @@ def _between(
             for direction in range(2):
                 stacked = each.groups > 1
                 # compiled with the experts, a pass of its own is part of the one before or behind it
-                apart = stacked and engine.name in ("eager", "around")
+                apart = stacked and engine.leaves_experts
                 of_input, of_output = (STACKED_ADAPTER_BYTES if apart else ADAPTER_BYTES)[direction]
                 share = each.rows_of_token if stacked else engine.adapters
                 total[direction] += (of_input * each.columns + of_output * each.rows) * share
@@ -425,7 +425,7 @@ def _host_kernels(
     for each in products:
         if each.adapter:
             found += HOST_ADAPTER - KERNELS["adapter"] + (HOST_PEFT_ADAPTER if place.splits_backward else 0)
-            found += HOST_STACKED_ADAPTER if each.groups > 1 and engine.name in ("eager", "around") else 0
+            found += HOST_STACKED_ADAPTER if each.groups > 1 and engine.leaves_experts else 0
         if each.packed:
             found += HOST_UNPACK
         elif mode == "trained" and job.is_mixed:

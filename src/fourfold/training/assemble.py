@@ -22,7 +22,6 @@ from fourfold.dataset.encoded import ROLES
 from fourfold.dataset.prepare import Prepared, encode_settings, prepare
 from fourfold.dataset.render import Renderer
 from fourfold.dataset.stage_rows import row_kind
-from fourfold.families.shared_positions import caps_scores
 from fourfold.models.adapters import attach, identify_base
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.liger import apply_liger
@@ -188,7 +187,7 @@ class Parts:
         keyed by position and answer (dropout, noise), which would depend on it."""
         keyed = self.built.noise.salts > 0
         # the one kernel of theirs has no windows over keys that others see as well
-        capped = self.built.model.reaches and caps_scores(base_model(self.module).config.get_text_config())
+        capped = self.built.model.reaches and self.built.model.caps_scores
         shares = self.run.training.stage == "dpo" and self.mesh.layout.cp == 1 and not keyed and not capped
         return _LEAST_SHARED if shares else 0
 

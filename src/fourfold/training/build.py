@@ -17,7 +17,6 @@ from fourfold.base.log import get_logger
 from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
 from fourfold.dataset.batch import Batch
-from fourfold.families.shared_positions import caps_scores
 from fourfold.generate.rollout import RolloutEngine
 from fourfold.models import document_attention, equal_documents
 from fourfold.models.adapters import without_adapters
@@ -286,7 +285,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
         model.equal = EqualDocuments(run.data.cutoff_len) if equal_documents.has_kernel(mesh.device) else None
     model.fixed = fast.compiled or fast.graphs
     text = base_model(model.module).config.get_text_config()
-    finds_reach = model.fixed or (model.packed and caps_scores(text) and knows_caps(text, mesh.device))
+    finds_reach = model.fixed or (model.packed and model.caps_scores and knows_caps(text, mesh.device))
     model.reaches = finds_reach and document_attention.has_kernel(mesh.device)
     if run.parallel.memory == "low":
         model.chunk_tokens = LOW_MEMORY_CHUNK
