@@ -64,7 +64,7 @@ def run_layout(layout: str, cells: Sequence[Cell], expected: dict[Case, Curve]) 
         done = min(len(found) for found, _ in outcomes)
         for number in range(done):
             worst = _worst([found[number] for found, _ in outcomes])
-            problem = worst.problem(left[number].family)
+            problem = worst.problem(left[number].family, expected[left[number].reference()])
             yield left[number], "differs" if problem else "passed", asdict(worst)
         if done == len(left):
             return

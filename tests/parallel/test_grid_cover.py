@@ -32,5 +32,6 @@ def test_cover_when_listed_has_every_pair() -> None:
 
 @pytest.mark.parametrize("cell", list(cover()), ids=lambda cell: "-".join(cell.as_dict().values()))
 def test_training_when_split_equals_one_process(cell: Cell, references: dict[Case, Curve]) -> None:
+    reference = references[cell.reference()]
     for curve in under(cell.case(), LAYOUTS[cell.layout]):
-        assert difference(curve, references[cell.reference()]).problem(cell.family) is None
+        assert difference(curve, reference).problem(cell.family, reference) is None

@@ -147,8 +147,8 @@ def _attention(make: Callable[[int, int], nn.Module]) -> PeftModel:
     torch.manual_seed(0)
     model = get_peft_model(_Attention(make), LoraConfig(r=4, target_modules=_NAMES), autocast_adapter_dtype=False)  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape)
+        if "lora_" in name:  # as large as the base's part, and so that tanh does not magnify how products round
+            parameter.data = 0.1 * torch.randn(parameter.shape)
     assert isinstance(model, PeftModel)
     assert use_short_forward(model) == 5
     return model
@@ -293,7 +293,7 @@ def test_siblings_when_joined_stay_layers_of_their_own(widen: bool) -> None:
     attention: _Attention = model.base_model.model  # type: ignore[assignment]
     x, other = torch.randn(2, 3, _WIDE), torch.randn(2, 3, _WIDE)
     queries, values = attention.q_proj(x), attention.v_proj(x)
-    assert torch.equal(attention.v_proj(x), values)  # asked twice
+    assert torch.allclose(attention.v_proj(x), values, atol=1e-6)  # asked twice
     assert torch.allclose(attention.k_proj(other), attention.k_proj(other.clone()), atol=1e-6)  # of another input
     with model.disable_adapter():
         assert torch.allclose(
@@ -311,7 +311,7 @@ def test_siblings_when_they_differ_or_are_left_apart_are_not_joined() -> None:
     scaled = _attention(_linear(False, torch.float32))
     expected = _passes(scaled, autocast=False)
     join_siblings(scaled)
-    for each in (expected, _passes(scaled, autocast=False)):
-        assert torch.allclose(each[1], expected[1], atol=1e-4)
+    largest = float(expected[1].abs().max())
+    assert float((_passes(scaled, autocast=False)[1] - expected[1]).abs().max()) <= 2e-6 * largest
     scaled.base_model.model.k_proj.scaling["default"] = 3.0  # type: ignore[union-attr, index, operator]
-    assert not torch.allclose(_passes(scaled, autocast=False)[1], expected[1], atol=1e-2)
+    assert float((_passes(scaled, autocast=False)[1] - expected[1]).abs().max()) > 1e-2 * largest
