@@ -11,7 +11,7 @@ from typing import Any
 
 _PACKAGES = (
     *("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "numpy"),
-    *("triton", "trl", "liger-kernel"),
+    *("triton", "trl", "liger-kernel", "unsloth", "unsloth_zoo"),
 )
 
 

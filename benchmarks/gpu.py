@@ -7,8 +7,8 @@ chat_nf4, chat_bf16          LoRA on 591 chats, 8 a step, of a Llama-3-8B shape 
 chat_low                     the same in nf4 in the least memory (memory: low).
 lora_4k                      LoRA of the same on two rows of 4,096 tokens a step, without recompute: tokens/s.
 full_3b, full_3b_recompute   full tuning of a Llama-3.2-3B shape, fp32 masters, 4,096 tokens; 2 rows, and 4 recomputed.
-full_3b_four                 4 rows a step, none recomputed.
-full_3b_float8               the first of these with products in float8.
+full_3b_four, full_3b_eight  4 and 8 rows a step, none recomputed.
+full_3b_float8 (_four, _eight)  2 (4, 8) rows a step with products in float8.
 moe                          full tuning of 8 layers of a Qwen3-30B-A3B shape in bf16, 4,096 tokens.
 dpo                          LoRA of the 8B on pairs of 1,024 tokens a side, 4 pairs a step.
 long                         LoRA of the 8B on one sequence of 131,072 tokens; how long a peer's may be.
@@ -79,7 +79,7 @@ class Bench:
         found: dict[str, Any] = {}
         for setting in peer.settings:
             job = self.peer_job(peer, setting)
-            found = self._process("gpu_hf.py", side, job) | {"setting": asdict(setting)}
+            found = self._process(peer.program, side, job) | {"setting": asdict(setting)}
             if "out_of_memory" not in found:
                 break
         return found
@@ -165,6 +165,8 @@ def _caches(folder: Path) -> dict[str, str]:
         "FOURFOLD_CACHE": str(folder / "fourfold"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
+        "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"),
+        "UNSLOTH_DISABLE_STATISTICS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -73,12 +73,14 @@ class Peer:
         settings: tried in order until one fits into memory.
         loop: `trainer` is Transformers' own Trainer, `trl` TRL's; the others are in gpu_hf_loops.py.
         needs: package without which there is no such peer.
+        program: file of benchmarks that runs it.
         experts, attention: `experts_implementation` and `attn_implementation` of Transformers.
     """
 
     settings: tuple[Setting, ...]
     loop: Literal["trainer", "pairs", "doubling", "trl"] = "trainer"
     needs: str | None = None
+    program: str = "gpu_hf.py"
     experts: str | None = None
     attention: str | None = None
 
@@ -120,7 +122,15 @@ def _trainers(default: Setting, *tuned: Setting, liger: bool = True) -> dict[str
     return {**peers, "hf_liger": Peer(tuned, needs="liger_kernel")} if liger else peers
 
 
-_CHAT_PEERS = _trainers(Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False), liger=False)
+def _unsloth(default: Setting, *tuned: Setting) -> dict[str, Peer]:
+    """Unsloth as its examples set it, and without its checkpointing."""
+    settings = {"unsloth_default": (default,), "unsloth_tuned": tuned}
+    return {name: Peer(those, needs="unsloth", program="gpu_unsloth.py") for name, those in settings.items()}
+
+
+_CHAT_SETTINGS = (Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False))
+_CHAT_PEERS = _trainers(*_CHAT_SETTINGS, liger=False) | _unsloth(*_CHAT_SETTINGS)
+_LORA_4K_SETTINGS = (Setting(2, 1, True), Setting(2, 1, False), Setting(1, 2, False))
 _EXPERTS = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False), Setting(2, 2, True))
 _SINKS = (Setting(2, 1, False), Setting(1, 2, False), Setting(2, 1, True), Setting(1, 2, True))
 _PAIRS_TUNED = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False))
@@ -135,7 +145,7 @@ WORKLOADS: dict[str, Workload] = {
         "Llama-3-8B",
         {**LORA_TEXT, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
         *("text", 4096, LORA),
-        _trainers(Setting(2, 1, True), Setting(2, 1, False), Setting(1, 2, False)),
+        _trainers(*_LORA_4K_SETTINGS) | _unsloth(*_LORA_4K_SETTINGS),
     ),
     "full_3b": Workload(
         "Llama-3.2-3B",
@@ -154,13 +164,29 @@ WORKLOADS: dict[str, Workload] = {
         {"hf_tuned": Peer((Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False)))},
         mfu=True,
     ),
-    "full_3b_float8": Workload(
+    "full_3b_eight": Workload(
         "Llama-3.2-3B",
-        {**FULL_TEXT, "bf16": True, "fp8": True, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
+        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 8, "parallel": {"recompute": "none"}},
         *("text", 4096, FULL),
         {},
         mfu=True,
     ),
+    **{
+        name: Workload(
+            "Llama-3.2-3B",
+            {
+                **FULL_TEXT,
+                "bf16": True,
+                "fp8": True,
+                "per_device_train_batch_size": rows,
+                "parallel": {"recompute": "none"},
+            },
+            *("text", 4096, FULL),
+            {},
+            mfu=True,
+        )
+        for name, rows in (("full_3b_float8", 2), ("full_3b_float8_four", 4), ("full_3b_float8_eight", 8))
+    },
     "full_3b_recompute": Workload(
         "Llama-3.2-3B",
         {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 4, "parallel": {"recompute": "full"}},

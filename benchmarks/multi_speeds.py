@@ -243,6 +243,15 @@ _FOUR |= {
     )
 }
 _FOUR |= {
+    f"8b-lora-128k-cp4-{method}-compiled": replace(
+        _FOUR[f"8b-lora-64k-cp4-{method}-compiled"],
+        sequences=(131072,),  # type: ignore[arg-type]
+        note="",
+        seconds=120,
+    )
+    for method in ("allgather", "ulysses")
+}
+_FOUR |= {
     f"70b-40layers-lora-{name}-compiled": Speed(
         _70B,
         "lora compiled",

@@ -5,9 +5,9 @@ Derived from what autograd saves of the engine's own operators, and equal to it 
 bytes of the compute dtype, H hidden size, q = heads x head size, v = heads x value size, I intermediate size:
 
 - each norm over hidden states keeps its input in fp32 (4 H), and its result before the weight if that is trained (c H);
-- inputs of matrices: c H for attention, c H for the MLP, c v for the output projection, c I for the down projection;
-- attention: queries, keys and values as the kernel takes them (every query head has its key), its result is counted
-  above, and 4 bytes a head;
+- inputs of matrices that are trained or have an adapter: c H for attention, c H and c I for the MLP;
+- attention: queries, keys and values as the kernel takes them (every query head has its key, but for kernels of our own
+  over positions that ranks share), its result, c v, and 4 bytes a head;
 - the gated MLP: gate, up and the activated gate, 3 c I.
 
 `selective` keeps a layer's input and the results of products; `full` the input alone.
@@ -74,21 +74,17 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
     positions = 1 / tp if tp > 1 and layout.sequence_parallel else 1.0  # of what exists between regions
     q, v = shape.heads * shape.head_dim / tp, shape.heads * shape.value_dim / tp
-    kv = max(shape.kv_heads / tp, 1) * (shape.head_dim + shape.value_dim)
     factor = 4 if shape.family in NORMS_IN_FP32 else c
     between = _norms(layer, hidden, trained, factor) * positions
     low = _low_rank(job, layer) + (_copied_inputs(job, layout, layer, hidden) if layout.splits_backward else 0.0)
-    mlp_inputs = 1 if _dense_width(layer) or trained else 0
-    inputs = c * hidden * (1 + mlp_inputs)
-    same = shape.value_dim == shape.head_dim
-    padded = 0 if same else 2 * q - v  # values as wide as keys, and the kernel's own result beside what is used of it
-    attention = c * (q + _keys(layout) * (q + v) + v + padded) + 4 * shape.heads / tp
-    attention += c * v if layout.cp > 1 else 0  # the kernel's results, put together
-    attention += _head_norms(shape, layer, trained, factor) / tp
+    learns_mlp = (trained and not _dense_width(layer)) or _learns(job, layer, "mlp", trained=trained)
+    inputs = c * hidden * (_learns(job, layer, "attention", trained=trained) + learns_mlp)
+    attention = _attention(shape, job, layout) + _head_norms(shape, layer, trained, factor) / tp
     experts = _experts(shape, job, layout, layer, trained=trained)
-    feed, feed_outputs, working = _feed_forward(shape, job, layout, layer, experts)
+    feed, feed_outputs, working = _feed_forward(shape, job, layout, layer, experts, trained=trained)
     none = between + inputs + attention + feed + low
-    outputs = c * (q + kv) + c * v + 4 * shape.heads / tp + c * hidden  # of the projections, the kernel, and o_proj
+    # of the projections, the kernel, and o_proj
+    outputs = c * (q + own_keys(shape, layout)) + c * v + 4 * shape.heads / tp + c * hidden
     selective = c * hidden * positions + outputs + feed_outputs + low
     share = _COMPILED_SHARE
     if trained:
@@ -99,10 +95,33 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     return Kept(none, selective, c * hidden * positions, compiled, working + 4 * hidden * positions)
 
 
-def _keys(layout: Layout) -> float:
-    """Keys and values that the kernel keeps for each query of a rank: with cp ranks and gathered keys, those of all
-    positions before the ends of its two chunks."""
-    return layout.cp + 0.5 if layout.cp > 1 and layout.cp_method == "allgather" else 1.0
+def _learns(job: Job, layer: Layer, kind: str, *, trained: bool) -> bool:
+    """Whether a matrix of some kind that takes hidden states is trained, or has an adapter."""
+    return any(
+        w.kind == kind and w.linear and not _is_down(w) and (trained or gets_adapter(job, w)) for w in layer.weights
+    )
+
+
+def own_keys(shape: ModelShape, layout: Layout) -> float:
+    """Numbers of the keys and values that a layer makes of a position on one rank."""
+    return max(shape.kv_heads / layout.tp, 1) * (shape.head_dim + shape.value_dim)
+
+
+def _attention(shape: ModelShape, job: Job, layout: Layout) -> float:
+    """Queries, keys and values as the kernel takes them, its result, and 4 bytes a head."""
+    c, tp = job.compute_bytes, layout.tp
+    q, v = shape.heads * shape.head_dim / tp, shape.heads * shape.value_dim / tp
+    result = c * v + 4 * shape.heads / tp
+    if layout.cp > 1 and job.keys_once:
+        if layout.cp_method == "allgather":
+            return c * (q + layout.cp * own_keys(shape, layout)) + result
+        return c * (q + own_keys(shape, layout) + v) + result  # and the result as it was before it was sent back
+    # with gathered keys, those of all positions before the ends of a rank's two chunks
+    keys = layout.cp + 0.5 if layout.cp > 1 and layout.cp_method == "allgather" else 1.0
+    same = shape.value_dim == shape.head_dim
+    padded = 0 if same else 2 * q - v  # values as wide as keys, and the kernel's own result beside what is used of it
+    together = v if layout.cp > 1 else 0  # the kernel's results, put together
+    return c * (q + keys * (q + v) + padded + together) + result
 
 
 def _norms(layer: Layer, hidden: int, trained: bool, factor: int) -> float:
@@ -151,13 +170,15 @@ def _copied_inputs(job: Job, layout: Layout, layer: Layer, hidden: int) -> float
 
 
 def _feed_forward(
-    shape: ModelShape, job: Job, layout: Layout, layer: Layer, experts: _Experts
+    shape: ModelShape, job: Job, layout: Layout, layer: Layer, experts: _Experts, *, trained: bool
 ) -> tuple[float, float, float]:
     """MLP or experts: kept without recompute (its input aside), results of products, and working space."""
     c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
     gates = 2 if shape.gated else 1
     dense = _dense_width(layer) / tp
-    none = c * dense * (gates + 2 if shape.gated else 2)
+    # the activated gate, or what is activated; and the input of the last product
+    learns = any(_is_down(weight) and (trained or gets_adapter(job, weight)) for weight in layer.weights)
+    none = c * dense * (gates + (1 if shape.gated else 0) + learns)
     outputs = c * (gates * dense + (hidden if dense else 0))
     working = 2 * c * dense
     return none + experts.none, outputs + experts.selective, working + experts.working

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from fourfold.planning.data_parallel import Exchange, RankWeights, WeightedLayer, exchange_weights
-from fourfold.planning.engines import ENGINES, Engine
+from fourfold.planning.engines import ENGINES, Engine, engine_in
 from fourfold.planning.estimate import Cost
 from fourfold.planning.flops import Mode, mode_of, model_flops
 from fourfold.planning.hardware import Cluster
@@ -400,7 +400,7 @@ def estimate_cost(
         PlanError: the device lacks the compute dtype.
     """
     cut, groups = cut_step(job, layout, micro_batch), groups_of(layout)
-    engine = ENGINES[job.engine] if engine is None else engine
+    engine = engine_in(layout, ENGINES[job.engine] if engine is None else engine)
     pipeline = Layout(pp=layout.pp, pp_schedule=layout.pp_schedule, pp_layers=layout.pp_layers)
     ranks = (
         _Rank(shape, job, layout, cluster, recompute, cut, engine, groups, load)

@@ -68,6 +68,7 @@ class Job:
         keeps_copies: of trained matrices in the compute dtype, from update to update.
         teacher: that is learnt from; None for none.
         engine: what runs the layers (planning/engines.py).
+        keys_once: attention reads keys where they are, once for all query heads and queries (`has_own_attention`).
         float8: trained layers multiply in float8.
         spared: the last layers, of which nothing is computed again where others are; not in pipelines.
         host_embedding: a frozen embedding that is no head stays in host memory, where one GPU has the whole model.
@@ -92,6 +93,7 @@ class Job:
     keeps_copies: bool = False
     teacher: Teacher | None = None
     engine: EngineName = "eager"
+    keys_once: bool = False
     float8: bool = False
     spared: int = 0
     host_embedding: bool = False

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from fourfold.planning.device import Device
+from fourfold.planning.engines import has_own_attention
 from fourfold.planning.estimate import Memory
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layout import Layout
@@ -44,8 +46,10 @@ def estimate_memory(
     Args:
         micro_batch: positions of a micro-batch on a data-parallel rank, before cp ranks share them.
         rank: of the pipeline; None for the most loaded one.
-        device: what its context and kernels take; None for none of it (CPU).
+        device: what its context and kernels take, and how its attention keeps keys; None for none of it (CPU).
     """
+    if layout.cp > 1 and device is not None and has_own_attention(device):
+        job = replace(job, keys_once=True)
     ranks = range(layout.pp) if rank is None else (rank,)
     # the first rank has most micro-batches in flight, the last one the logits; those between are alike, unless a user
     # has dealt the layers out
@@ -108,11 +112,13 @@ def _pools(work: RankWork, moments: Sequence[Moment]) -> Iterator[tuple[bool, Po
         )
         largest = root_sent
         if moving - int(_LASTING_ROOT * root.whole) > largest:
-            # it finds room where activations were; less of it between the keys and values that cp ranks exchange in
-            # fp32, or between gradients where little else is kept and head and embedding are two
+            # it finds room where activations were; less of it between gradients where little else is kept and head and
+            # embedding are two, and none between the keys of cp ranks that a layer has once
             among = joined and work.replays and layout.pp == layout.cp == 1 and not work.shape.tied
-            halved = job.is_mixed and (among or layout.cp > 1)
-            largest = largest // 2 if halved else largest if among else 0
+            halved = job.is_mixed and (among or (layout.cp > 1 and not job.keys_once))
+            largest = largest // 2 if halved else largest if among or job.keys_once else 0
+        if job.keys_once and layout.cp_method == "allgather":
+            largest += 2 * work.gathered_keys  # theirs and their gradients' come and go between what stays
         gathering = arriving + unit.whole + sent
         yield joined, Pools(moving, gathering, 0 if joined else work.gradients, _wide_logits(work), largest)
 

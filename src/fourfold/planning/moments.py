@@ -4,7 +4,7 @@ A step after the first: weights and optimizer state are there. Its peak is at on
 
 - the start of the forward pass, where FSDP has just gathered;
 - its end, and the loss: everything that the forward pass keeps, and a chunk of logits;
-- the start of the backward pass: the same, and what the last layer's backward pass works with;
+- the start of the backward pass: what the last norm's backward pass works with, then what the last layer's does;
 - its end: all gradients, and what the first layer's backward pass works with, or the embedding's gradient.
 
 Gradients grow while activations shrink, both evenly, so the peak lies at an end. Under a pipeline several micro-batches
@@ -29,6 +29,10 @@ _TAUGHT_LOGIT_BYTES, _TAUGHT_CHUNK, _TAUGHT_CHUNK_BYTES = 18, 8192, 16
 """Of one logit beside a teacher's, for half as many positions at a time: its own, its log-softmax and two gradients,
 fp32, and the teacher's in bf16; and of so many tokens at a time what the divergence works with
 (losses/distillation.py)."""
+
+_LAST_NORM_BYTES, _LEARNING_NORM_BYTES = 20, 4
+"""Of a number of the last hidden states: five tensors in fp32 that the backward pass of their norm has at one time, and
+one more where its weight is trained."""
 
 
 class Moment(NamedTuple):
@@ -68,12 +72,16 @@ def _around_the_loss(work: RankWork, gathered: Gathered, layer: int) -> Iterator
     forward_logits, logits = _logit_bytes(work)
     head_gradient = work.trained_head * c if work.layout.shards == 1 else 0
     head_at_loss = head_gradient if work.head_beside_logits else 0
-    hidden_copies = c * work.shape.hidden * work.positions * (4 if work.stage.is_last else 1)
+    hidden = work.shape.hidden * work.positions
+    hidden_copies = c * hidden * (4 if work.stage.is_last else 1)
+    last_norm = _LAST_NORM_BYTES + (_LEARNING_NORM_BYTES if work.job.tuning == "full" else 0)
+    shared = work.layout.tp if work.layout.sequence_parallel else 1
     casts = (layers.part.cast + work.outer.cast) * c  # that autocast makes in a forward pass
     for flight in flights(work.layout, work.pp_rank, work.batches):
         gradients = int(gathered.accumulated * _begun(flight, layers))
         more = gathered.waiting if gradients else 0
-        kept_all = _kept_in_flight(work, flight) + hidden_copies
+        kept_layers = _kept_in_flight(work, flight)
+        kept_all = kept_layers + hidden_copies
         kept_casts = _casts_in_flight(work, flight) * c
         if flight.forward and flight.ended:
             whole = gathered.forward + more + (max(kept_casts, casts) if casts else 0)
@@ -86,6 +94,13 @@ def _around_the_loss(work: RankWork, gathered: Gathered, layer: int) -> Iterator
             again = max(own.replayed for own, split in zip(layers.stages, flight.split, strict=True) if split)
             working = max(layer, int(again * work.positions))
         held = gathered.backward + beside + head_gradient
+        if work.stage.is_last:
+            if flight.ended:
+                root = gathered.loss + beside + head_gradient
+                yield Moment(gradients, root, kept_layers + last_norm * hidden // shared)
+            # the gradient that is left belongs to what a layer works with; under tp copies stand for gathered inputs
+            if work.layout.tp == 1:
+                kept_all = kept_layers
         if layers.spared.layers:  # the last ones have all of theirs; the first that is computed again comes after them
             yield Moment(gradients, held, kept_all + working - int(layers.replayed * work.positions))
             kept_all -= int(layers.spared.kept * work.positions)

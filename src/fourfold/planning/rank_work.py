@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fourfold.planning.activations import own_keys
 from fourfold.planning.job import Job, Recompute
 from fourfold.planning.layer_sums import LayerSums, sum_layers
 from fourfold.planning.layout import Layout
@@ -66,6 +67,12 @@ class RankWork:
     def replays(self) -> bool:
         """Whether layers are computed again."""
         return self.layers.replayed > 0
+
+    @property
+    def gathered_keys(self) -> int:
+        """Bytes of a layer's keys and values of all positions that ranks share."""
+        numbers = own_keys(self.shape, self.layout) * self.positions * self.layout.cp
+        return int(numbers * self.job.compute_bytes)
 
     @property
     def own_vocabulary(self) -> int:

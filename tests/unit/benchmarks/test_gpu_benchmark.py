@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import gpu_hf
 from gpu import Bench, parse_arguments
 from gpu_floor import FULL, LORA, flop_per_token, mfu, shape_of
 from gpu_results import FILE, merge
+from gpu_workloads import WORKLOADS
 from word_tokenizer import random_text, word_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -58,6 +60,21 @@ def test_pairs_when_run_tiny_are_the_same_work_for_both_sides(tmp_path: Path, mo
     # before anything is learnt the policy is the reference, and the loss ln 2
     assert ours["losses"][0] == pytest.approx(0.6931, abs=2e-3)
     assert theirs["losses"][0] == pytest.approx(0.6931, abs=2e-3)
+
+
+def test_peers_when_listed_take_as_many_samples_a_step_and_have_a_program() -> None:
+    for workload in WORKLOADS.values():
+        for peer in workload.peers.values():
+            assert (ROOT / "benchmarks" / peer.program).exists()
+            assert {setting.micro_batch * setting.accumulation for setting in peer.settings} == {
+                workload.samples_per_step
+            }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="the package is there")
+def test_side_when_its_package_is_missing_says_so(tmp_path: Path) -> None:
+    bench = Bench("chat_bf16", parse_arguments(["--tiny"]), tmp_path)
+    assert bench.run("unsloth_default") == {"missing": "unsloth is not installed"}
 
 
 @pytest.mark.parametrize(

@@ -22,36 +22,26 @@ _MOST_UNDER, _MOST_OVER, _TIME = 0.05, 0.07, 0.15
 _FARTHER = {"8b-qlora-tp4": 0.775}
 """Predicted over measured time of what is off by more. The host sets its pace, which was found to take 8.1 us for an
 operator after it, 11.5 us after others: its steps took 0.54 to 0.64 s."""
-_ALLOCATED_OTHERWISE = {"8b-lora-64k-cp4-allgather": 1.10, "8b-lora-64k-cp4-allgather-compiled": 1.102}
-"""Predicted over measured allocated memory: kernels of our own keep gathered keys once, and not for each query head."""
-
-_LESS_NEAR = {
-    "30b-16layers-full-fsdp4": 0.025,
-    "8b-lora-64k-cp4-allgather": 0.105,
-    "8b-lora-64k-cp4-allgather-compiled": 0.105,
-    "8b-lora-64k-cp4-ulysses": 0.05,
-    "8b-lora-64k-cp4-ring": 0.05,
-}
-"""Predicted over measured memory: what a layer of long rows works with is put too high by half a gigabyte."""
+_LESS_NEAR = {"30b-16layers-full-fsdp4": 0.025}
+"""Predicted over measured memory."""
 
 
 _HELD_OTHERWISE = {
     "70b-qlora-fsdp4": 0.91,
-    "8b-lora-64k-cp4-allgather": 1.122,
-    "8b-lora-64k-cp4-allgather-compiled": 1.152,
-    "8b-lora-64k-cp4-ulysses": 1.075,
-    "8b-lora-64k-cp4-ring": 0.915,
+    "8b-lora-64k-cp4-allgather-compiled": 1.122,
+    "8b-lora-64k-cp4-ulysses-compiled": 1.086,
+    "8b-lora-64k-cp4-ring": 0.881,
     "30b-16layers-full-ep4": 0.94,
-    "70b-40layers-lora-fsdp4-compiled": 1.076,
+    "70b-40layers-lora-fsdp4-compiled": 1.074,
 }
 """Predicted over measured reserved memory of what the allocator held more of than is known why: 2.8 GiB of 31.0, the
-same before and after pieces that loading leaves were given back; 1.7 of 20.3 around the ring; and 3.6 of 52.7 beside
-experts that one rank each holds. And less where keys are kept once (above), and of 49.7 for layers of 1.6 GiB: 3.3 not
-allocated, where 6.8 are predicted."""
+same before and after pieces that loading leaves were given back; 2.4 of 20.2 around the ring; and 3.6 of 52.7 beside
+experts that one rank each holds. And less of 15.7 around compiled layers whose ranks share positions, and of 49.7 for
+layers of 1.6 GiB: 3.3 not allocated, where 6.8 are predicted."""
 
 
 def test_rows_are_those_of_every_layout_that_ran() -> None:
-    assert len(_ROWS) == 38
+    assert len(_ROWS) == 39
     assert all(row["losses_finite"] for row in _ROWS.values())
 
 
@@ -64,10 +54,7 @@ def test_memory_when_compared_with_every_rank_is_within_the_tolerance(name: str)
         found = outlook_of(point, card, stage).memory_of_rank(point.recompute, sum(point.sequences))
         own = slice(stage * ranks, (stage + 1) * ranks)
         allocated = found.allocated / GIB / max(row["allocated_gib"][own])
-        if name in _ALLOCATED_OTHERWISE:
-            assert allocated == pytest.approx(_ALLOCATED_OTHERWISE[name], abs=0.005)
-        else:
-            assert 1 - _MOST_UNDER <= allocated <= 1 + _MOST_OVER
+        assert 1 - _MOST_UNDER <= allocated <= 1 + _MOST_OVER
         if "reserved_gib" not in row:  # measured while gradients lay apart
             continue
         reserved = found.reserved / GIB / max(row["reserved_gib"][own])
