@@ -41,12 +41,15 @@ _TUNINGS: dict[str, dict[str, Any]] = {
     "lora": {"bf16": True},
     "qlora": {"bf16": True, "quantization_bit": 4},
     "attention": {"bf16": True, "lora_target": "q_proj,k_proj,v_proj,o_proj"},
+    "queries": {"bf16": True, "lora_target": "q_proj,v_proj"},
 }
 _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     # model, tuning, layout, recompute, rank of the pipeline, micro-batches
     ("llama", "full", Layout(), "none", 0, 1),
     ("llama", "full", Layout(), "selective", 0, 2),
     ("llama", "lora", Layout(), "none", 0, 1),
+    ("llama", "lora", Layout(), "full", 0, 1),
+    ("llama", "queries", Layout(), "none", 0, 1),
     ("llama", "full", Layout(dp_shard=8), "full", 0, 2),
     ("llama", "full", Layout(dp_shard=8, zero=1), "none", 0, 2),
     ("llama", "qlora", Layout(tp=2), "none", 0, 1),
