@@ -97,9 +97,8 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
 
 def _learns(job: Job, layer: Layer, kind: str, *, trained: bool) -> bool:
     """Whether a matrix of some kind that takes hidden states is trained, or has an adapter."""
-    return any(
-        w.kind == kind and w.linear and not _is_down(w) and (trained or gets_adapter(job, w)) for w in layer.weights
-    )
+    takes_hidden = [w for w in layer.weights if w.kind == kind and w.linear and w.cut != 1 and not _is_down(w)]
+    return any(trained or gets_adapter(job, weight) for weight in takes_hidden)
 
 
 def own_keys(shape: ModelShape, layout: Layout) -> float:

@@ -42,6 +42,7 @@ _TUNINGS: dict[str, dict[str, Any]] = {
     "qlora": {"bf16": True, "quantization_bit": 4},
     "attention": {"bf16": True, "lora_target": "q_proj,k_proj,v_proj,o_proj"},
     "queries": {"bf16": True, "lora_target": "q_proj,v_proj"},
+    "results": {"bf16": True, "lora_target": "o_proj,down_proj"},
 }
 _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     # model, tuning, layout, recompute, rank of the pipeline, micro-batches
@@ -50,6 +51,7 @@ _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "lora", Layout(), "none", 0, 1),
     ("llama", "lora", Layout(), "full", 0, 1),
     ("llama", "queries", Layout(), "none", 0, 1),
+    ("llama", "results", Layout(), "none", 0, 1),
     ("llama", "full", Layout(dp_shard=8), "full", 0, 2),
     ("llama", "full", Layout(dp_shard=8, zero=1), "none", 0, 2),
     ("llama", "qlora", Layout(tp=2), "none", 0, 1),
