@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,24 @@ class ClockCallback(TrainerCallback):
 
 def train(job: dict[str, Any], clock: DeviceClock) -> dict[str, Any]:
     """Train by Trainer itself."""
-    rows: list[Row] = [sample[""] for sample in json.loads(Path(job["rows"]).read_text(encoding="utf-8"))]
+    return train_on(read_rows(job), build_model(job), arguments(job), job, clock)
+
+
+def read_rows(job: dict[str, Any]) -> list[Row]:
+    """The samples of a job, in order."""
+    return [sample[""] for sample in json.loads(Path(job["rows"]).read_text(encoding="utf-8"))]
+
+
+def train_on(
+    rows: list[Row], model: nn.Module, settings: dict[str, Any], job: dict[str, Any], clock: DeviceClock
+) -> dict[str, Any]:
+    """Train a model by Trainer, whose arguments are `settings`, and return the clock's figures."""
     per_step = job["micro_batch"] * job["accumulation"]
     lengths = [len(row["input_ids"]) for row in rows]
     tokens = [sum(lengths[start : start + per_step]) for start in range(0, len(lengths), per_step)]
     trainer = InOrder(
-        model=build_model(job),
-        args=TrainingArguments(**arguments(job)),
+        model=model,
+        args=TrainingArguments(**settings),
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=collate,
         callbacks=[ClockCallback(clock, tokens)],
@@ -137,23 +149,37 @@ def train(job: dict[str, Any], clock: DeviceClock) -> dict[str, Any]:
     return clock.figures(job["warmup"], per_step)
 
 
+Loop = Callable[[dict[str, Any], DeviceClock], dict[str, Any]]
+
+
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as the job says and return the figures; `out_of_memory` where it did not fit."""
+    """Train as the job says and return the figures."""
     from gpu_hf_loops import find_limit, train_pairs, train_pairs_by_trl
 
-    loops = {"trainer": train, "pairs": train_pairs, "trl": train_pairs_by_trl, "doubling": find_limit}
+    loops: dict[str, Loop] = {
+        "trainer": train,
+        "pairs": train_pairs,
+        "trl": train_pairs_by_trl,
+        "doubling": find_limit,
+    }
+    return measure_loop(loops[job["loop"]], job)
+
+
+def measure_loop(loop: Loop, job: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a loop; `out_of_memory` where it did not fit."""
     clock = DeviceClock(process_started=job["process_started"])
     try:
-        found = loops[job["loop"]](job, clock)
+        found = loop(job, clock)
     except torch.OutOfMemoryError as error:
         found = {"out_of_memory": str(error)[:400]}
     return {"device": device_name(), "environment": environment(), **peak_memory(), **found}
 
 
-def main() -> None:
+def run(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Measure the job of the command line and write what was found."""
     job, result = (Path(name) for name in sys.argv[1:])
     result.write_text(json.dumps(measure(json.loads(job.read_text(encoding="utf-8"))), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    run(measure)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,9 @@ import unsloth  # type: ignore[import-not-found]
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainingArguments
 
-from environment import environment
-from gpu_clock import DeviceClock, device_name, peak_memory
-from gpu_hf import ClockCallback, InOrder, Row, arguments, collate
+from gpu_clock import DeviceClock
+from gpu_hf import arguments, measure_loop, read_rows, run, train_on
 
 _SHORTEST = 512
 """Of `max_seq_length`: below it Unsloth takes plain checkpointing for its own."""
@@ -79,39 +77,16 @@ def train(job: dict[str, Any], clock: DeviceClock) -> dict[str, Any]:
     Returns:
         the clock's figures, and `finite`: whether every trained number still is, at the end.
     """
-    rows: list[Row] = [sample[""] for sample in json.loads(Path(job["rows"]).read_text(encoding="utf-8"))]
-    per_step = job["micro_batch"] * job["accumulation"]
-    lengths = [len(row["input_ids"]) for row in rows]
-    tokens = [sum(lengths[start : start + per_step]) for start in range(0, len(lengths), per_step)]
-    longest = max(lengths)
+    rows = read_rows(job)
+    longest = max(len(row["input_ids"]) for row in rows)
     model = build_model(job, longest + -longest % 8)
     # what the model was made with counts; Trainer's own switch would put another kind in its place
     settings = {**arguments(job), "gradient_checkpointing": False, "gradient_checkpointing_kwargs": None}
-    trainer = InOrder(
-        model=model,
-        args=TrainingArguments(**settings),
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=collate,
-        callbacks=[ClockCallback(clock, tokens)],
-    )
-    trainer.train()
-    clock.settle()
+    found = train_on(rows, model, settings, job, clock)
     # Trainer leaves a loss that is not a number out of what it logs
     finite = all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-    return {**clock.figures(job["warmup"], per_step), "finite": finite}
-
-
-def main() -> None:
-    job_file, result = (Path(name) for name in sys.argv[1:])
-    job = json.loads(job_file.read_text(encoding="utf-8"))
-    clock = DeviceClock(process_started=job["process_started"])
-    try:
-        found = train(job, clock)
-    except torch.OutOfMemoryError as error:
-        found = {"out_of_memory": str(error)[:400]}
-    found = {"device": device_name(), "environment": environment(), **peak_memory(), **found}
-    result.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return {**found, "finite": finite}
 
 
 if __name__ == "__main__":
-    main()
+    run(partial(measure_loop, train))

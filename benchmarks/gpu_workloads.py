@@ -128,6 +128,12 @@ def _unsloth(default: Setting, *tuned: Setting) -> dict[str, Peer]:
     return {name: Peer(those, needs="unsloth", program="gpu_unsloth.py") for name, those in settings.items()}
 
 
+def _full_3b(rows: int, *, fp8: bool = False, **peers: Peer) -> Workload:
+    """So many rows a step, none computed again."""
+    keys = {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": rows, "parallel": {"recompute": "none"}}
+    return Workload("Llama-3.2-3B", keys | ({"fp8": True} if fp8 else {}), "text", 4096, FULL, peers, mfu=True)
+
+
 _CHAT_SETTINGS = (Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False))
 _CHAT_PEERS = _trainers(*_CHAT_SETTINGS, liger=False) | _unsloth(*_CHAT_SETTINGS)
 _LORA_4K_SETTINGS = (Setting(2, 1, True), Setting(2, 1, False), Setting(1, 2, False))
@@ -147,46 +153,16 @@ WORKLOADS: dict[str, Workload] = {
         *("text", 4096, LORA),
         _trainers(*_LORA_4K_SETTINGS) | _unsloth(*_LORA_4K_SETTINGS),
     ),
-    "full_3b": Workload(
-        "Llama-3.2-3B",
-        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 2, "parallel": {"recompute": "none"}},
-        *("text", 4096, FULL),
-        {
-            "hf_tuned": Peer((Setting(2, 1, False), Setting(1, 2, False))),
-            "hf_liger": Peer((Setting(2, 1, False), Setting(1, 2, False)), needs="liger_kernel"),
-        },
-        mfu=True,
+    "full_3b": _full_3b(
+        2,
+        hf_tuned=Peer((Setting(2, 1, False), Setting(1, 2, False))),
+        hf_liger=Peer((Setting(2, 1, False), Setting(1, 2, False)), needs="liger_kernel"),
     ),
-    "full_3b_four": Workload(
-        "Llama-3.2-3B",
-        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 4, "parallel": {"recompute": "none"}},
-        *("text", 4096, FULL),
-        {"hf_tuned": Peer((Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False)))},
-        mfu=True,
-    ),
-    "full_3b_eight": Workload(
-        "Llama-3.2-3B",
-        {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 8, "parallel": {"recompute": "none"}},
-        *("text", 4096, FULL),
-        {},
-        mfu=True,
-    ),
-    **{
-        name: Workload(
-            "Llama-3.2-3B",
-            {
-                **FULL_TEXT,
-                "bf16": True,
-                "fp8": True,
-                "per_device_train_batch_size": rows,
-                "parallel": {"recompute": "none"},
-            },
-            *("text", 4096, FULL),
-            {},
-            mfu=True,
-        )
-        for name, rows in (("full_3b_float8", 2), ("full_3b_float8_four", 4), ("full_3b_float8_eight", 8))
-    },
+    "full_3b_four": _full_3b(4, hf_tuned=Peer((Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False)))),
+    "full_3b_eight": _full_3b(8),
+    "full_3b_float8": _full_3b(2, fp8=True),
+    "full_3b_float8_four": _full_3b(4, fp8=True),
+    "full_3b_float8_eight": _full_3b(8, fp8=True),
     "full_3b_recompute": Workload(
         "Llama-3.2-3B",
         {**FULL_TEXT, "bf16": True, "per_device_train_batch_size": 4, "parallel": {"recompute": "full"}},

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from harness import STEPS, Case, Curve, rounding_of
+from harness import STEPS, Case, Curve, gradient_limit, largest_of
 
 from fourfold.planning.layout import Layout
 from tiny_models import MOE_FAMILIES
@@ -132,10 +132,7 @@ class Difference:
     def problem(self, family: str, reference: Curve) -> str | None:
         """What is too far from the reference of a family; None if nothing is."""
         loss = 5e-5 if family in MOE_FAMILIES else 1e-5
-        gradient = 1e-6
-        if self.gradient > gradient:
-            gradient = max(gradient, 2 * rounding_of(reference) / _largest(reference))
-        limits = {"loss": loss, "norm": 1e-3, "gradient": gradient}
+        limits = {"loss": loss, "norm": 1e-3, "gradient": gradient_limit(self.gradient, reference)}
         found = asdict(self)
         # not (<=), so that a NaN is a problem
         return ", ".join(f"{key} {found[key]:.1e}" for key, limit in limits.items() if not found[key] <= limit) or None
@@ -144,7 +141,7 @@ class Difference:
 def difference(curve: Curve, reference: Curve) -> Difference:
     """Compare a rank's curve; gradients of its own parameters and parts."""
     assert len(curve.losses) == len(reference.losses) == STEPS
-    largest, gradient = _largest(reference), 0.0
+    largest, gradient = largest_of(reference), 0.0
     for name, own in curve.gradients.items():
         whole = reference.gradients[name]
         expected = curve.shares[name].take(whole) if name in curve.shares else whole
@@ -154,7 +151,3 @@ def difference(curve: Curve, reference: Curve) -> Difference:
         norm=max(abs(a - b) / b for a, b in zip(curve.norms, reference.norms, strict=True)),
         gradient=gradient,
     )
-
-
-def _largest(reference: Curve) -> float:
-    return max(float(grad.abs().max()) for grad in reference.gradients.values())

@@ -142,7 +142,7 @@ def assert_same(curve: Curve, reference: Curve, *, loss: float = 1e-5) -> None:
 
 def assert_together_same(curves: list[Curve], reference: Curve, *, loss: float = 1e-5) -> None:
     """As one process: losses and norms on every rank, and each parameter's first gradient on one that has it."""
-    largest = max(float(grad.abs().max()) for grad in reference.gradients.values())
+    largest = largest_of(reference)
     seen: set[str] = set()
     for curve in curves:
         assert len(curve.losses) == STEPS
@@ -151,10 +151,21 @@ def assert_together_same(curves: list[Curve], reference: Curve, *, loss: float =
         for name, grad in curve.gradients.items():
             whole = reference.gradients[name]
             part = curve.shares[name].take(whole) if name in curve.shares else whole
-            difference = float((part - grad).abs().max())
-            assert difference <= 1e-6 * largest or difference <= 2 * rounding_of(reference), name
+            difference = float((part - grad).abs().max()) / largest
+            assert difference <= gradient_limit(difference, reference), name
             seen.add(name)
     assert seen == reference.gradients.keys()
+
+
+def largest_of(reference: Curve) -> float:
+    """The largest of the first gradients."""
+    return max(float(grad.abs().max()) for grad in reference.gradients.values())
+
+
+def gradient_limit(difference: float, reference: Curve) -> float:
+    """How far first gradients may be from the reference's, relative to the largest; what one process rounds is looked
+    at only where a difference is not within the first limit."""
+    return 1e-6 if difference <= 1e-6 else max(1e-6, 2 * rounding_of(reference) / largest_of(reference))
 
 
 def rounding_of(reference: Curve) -> float:
