@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.losses.distillation import distillation_loss
-from fourfold.parallel.loss import Outputs, at_positions, default_chunk, score_in_chunks, trained_positions
+from fourfold.parallel.loss import Outputs, at_positions, default_chunk, score_in_chunks
 from fourfold.parallel.teacher import TeacherStates
 
 KdKind = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -84,7 +84,7 @@ def score_taught(
         chunk_tokens: positions whose logits exist at one time; None for half of the device's own, since there are the
             logits and the gradients of two losses.
     """
-    positions = trained_positions(targets)
+    positions = outputs.positions_of(targets)
     loss, divergence, nll, correct = score_in_chunks(
         _Compared(outputs, teacher, settings, with_correct),
         at_positions(outputs.hidden, positions),

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from fourfold.dataset.batch import Keys
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, position_obstacles
@@ -39,14 +38,13 @@ _GROUPED: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" e
 """What torch's kernel is told where heads share keys; versions before 2.12 take it without a word."""
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The mask function of this attention: boundaries and causality are known to the kernel."""
-
-
 def register() -> None:
-    """Make `attn_implementation="fourfold"` known to Transformers; calling it again changes nothing."""
+    """Make `attn_implementation="fourfold"` known to Transformers; calling it again changes nothing.
+
+    No function for its masks is registered: boundaries and causality are known to the kernel, and Transformers makes
+    no mask then. With one, it looked for documents in the positions first, and the host waited for the device.
+    """
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
 
 
 def context_obstacles(config: PreTrainedConfig, method: Method) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.base.peft import LoraLayer
-from fourfold.dataset.batch import Batch, Noise
+from fourfold.dataset.batch import Batch, Noise, to_device
 from fourfold.models.unwrap import base_model
 
 _BITS = 24
@@ -53,9 +53,9 @@ class NoiseKeys:
         """The keys of a micro-batch, on its device."""
         device = batch.input_ids.device
         owners = [mix32(self.seed, self.step, sample, role) for sample, role in batch.samples]
-        table = torch.tensor([*owners, 0], dtype=torch.int32, device=device)
+        table = to_device(torch.tensor([*owners, 0], dtype=torch.int32), device)
         documents = batch.document_ids.long()  # -1, padding, takes the last entry
-        sizes = torch.tensor([*batch.lengths, 1], dtype=torch.float32, device=device)
+        sizes = to_device(torch.tensor([*batch.lengths, 1], dtype=torch.float32), device)
         return Noise(hash32(table[documents] + batch.position_ids.int() * _GOLDEN), sizes[documents])
 
     def enter(self, batch: Batch) -> None:

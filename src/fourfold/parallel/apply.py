@@ -22,13 +22,12 @@ from fourfold.parallel.fsdp import shard
 from fourfold.parallel.gradients import DdpSync, FsdpSync, GradientSync, NoSync, replicate
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.pipeline import FsdpOnceAStep, NoStepSync, Pipeline, StepSync, SumOverReplicas
-from fourfold.parallel.reduce import GradientNorm, Reducer, gradient_norm
+from fourfold.parallel.reduce import GradientNorm, Reducer, Spread, gradient_norm
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.stages import StageCut, cut_stages, note_tied
 from fourfold.parallel.step import Staged, StagedModel, nothing, whole
 from fourfold.parallel.tensor import share_tensors
 from fourfold.parallel.vocabulary import VocabularyShare
-from fourfold.planning.layout import Layout
 from fourfold.planning.stages import min_microbatches, rank_of_stage
 
 log = get_logger(__name__)
@@ -121,7 +120,7 @@ def parallelize(
         blocks = [block for block in blocks if id(block) in owned]
         log.info("Cut into %d stages of a pipeline, %s layers here", cut.num_stages, len(blocks))
     if layout.tp * layout.pp * layout.ep > 1:
-        norm = partial(_gradient_norm, root, shares, layout)
+        norm = partial(_gradient_norm, root, shares, mesh)
         split = replace(split, finish=partial(shares.add_up_gradients, root), gradient_norm=norm)
     experts: list[nn.Module] = []
     if layout.ep > 1:
@@ -247,7 +246,7 @@ def _with_pipeline(
     return replace(split, pipeline=Pipeline(cut, mesh, sync), min_batches=min_microbatches(layout))
 
 
-def _gradient_norm(root: nn.Module, shares: Shares, layout: Layout, parameters: Sequence[nn.Parameter]) -> Tensor:
+def _gradient_norm(root: nn.Module, shares: Shares, mesh: Mesh, parameters: Sequence[nn.Parameter]) -> Tensor:
     """The norm over all ranks, though each holds another part of the model."""
-    ranks = layout.world_size // layout.pp
-    return gradient_norm(parameters, shares=shares.by_parameter(root), ranks_per_stage=ranks)
+    spread = Spread(shares.by_parameter(root), mesh.layout.world_size // mesh.layout.pp, mesh.device)
+    return gradient_norm(parameters, spread=spread)

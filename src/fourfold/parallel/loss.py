@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fourfold.dataset.batch import IGNORE_INDEX, Batch
+from fourfold.dataset.batch import IGNORE_INDEX, Batch, to_device
 from fourfold.parallel.exchange import add_up
 from fourfold.parallel.vocabulary import VocabularyShare, shared_argmax, shared_cross_entropy
 from fourfold.planning.job import CHUNK_TOKENS, KEPT_CHUNK_TOKENS
@@ -77,6 +77,10 @@ class Outputs:
         if share is None:
             return F.cross_entropy(logits, targets, reduction="none"), correct
         return shared_cross_entropy(logits, targets, share), correct
+
+    def positions_of(self, targets: Tensor) -> Tensor:
+        """[N] int64: where targets [B, S] are trained, as indices into [B * S]; without waiting if that is known."""
+        return trained_positions(targets) if self.scored is None else self.scored
 
     def values_at(self, positions: Tensor) -> Tensor:
         """What the value head says at flat positions [N] of the hidden states: [N] fp32."""
@@ -203,7 +207,7 @@ def score_tokens(
         with_correct: also tell whether each target is the likeliest token.
         chunk_tokens: None for that of the outputs, or the device's own.
     """
-    positions = trained_positions(targets) if outputs.scored is None else outputs.scored
+    positions = outputs.positions_of(targets)
     chunk_tokens = chunk_tokens or outputs.chunk_tokens or default_chunk(targets.device)
     keeps_logits = outputs.keep_logits and outputs.token_nll is not None and not with_correct
     if keeps_logits:
@@ -247,12 +251,16 @@ def document_values(outputs: Outputs, batch: Batch) -> Tensor:
 
     A loss that is made of it is one loss for all these ranks: each must count its share (`loss_share`).
     """
-    lengths = torch.tensor(batch.lengths, device=batch.document_ids.device)
+    count, device = len(batch.lengths), batch.document_ids.device
+    lengths = to_device(torch.tensor(batch.lengths), device)
     documents = batch.document_ids.reshape(-1).long()
     is_last = (documents >= 0) & (batch.position_ids.reshape(-1) == lengths[documents.clamp(min=0)] - 1)
-    positions = torch.nonzero(is_last).squeeze(-1)
-    # also where no document of this rank ends, so that the head has a gradient, of zeros, on every rank
-    return outputs.sum_by_document(outputs.values_at(positions), positions, batch)
+    # where each ends, or -1 if it does on another rank; a search for the positions would have the host wait
+    places = torch.where(is_last, documents, count)
+    ends = documents.new_full((count + 1,), -1).scatter(0, places, torch.arange(len(places), device=device))[:-1]
+    # the head is asked for all, so that it has a gradient, of zeros, on every rank
+    values = outputs.values_at(ends.clamp(min=0)).where(ends >= 0, 0.0)
+    return values if outputs.positions is None else add_up(values, outputs.positions)
 
 
 def loss_share(outputs: Outputs) -> float:

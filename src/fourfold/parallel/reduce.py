@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fourfold.base.triton import has_triton
+from fourfold.dataset.batch import to_device
 from fourfold.parallel.sharded import full, local
 from fourfold.parallel.shares import Share
 
@@ -83,24 +84,33 @@ class GradientNorm(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How the gradients of a job lie on its ranks, where tensor, expert or pipeline parallelism cuts parameters.
+
+    Attributes:
+        shares: of the parameters that are cut.
+        ranks_per_stage: ranks of the job divided by its pipeline stages.
+        device: of each rank; where their norms are added up, so that it need not be waited for.
+    """
+
+    shares: Mapping[nn.Parameter, Share]
+    ranks_per_stage: int
+    device: torch.device
+
+
 @torch.no_grad()
-def gradient_norm(
-    parameters: Iterable[nn.Parameter],
-    *,
-    shares: Mapping[nn.Parameter, Share] | None = None,
-    ranks_per_stage: int = 1,
-) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter], *, spread: Spread | None = None) -> Tensor:
     """The 2-norm of all gradients, over all ranks.
 
     Args:
-        shares: of parameters that are cut by tensor, expert or pipeline parallelism; None where there is none of it.
-        ranks_per_stage: ranks of the job divided by its pipeline stages.
+        spread: None where no parameter is cut but by FSDP.
     Returns:
-        a scalar on the gradients' device, which is not waited for unless there are shares; 0 without gradients.
+        a scalar on the gradients' device, which is not waited for; 0 without gradients.
     """
     held = [p for p in parameters if p.grad is not None]
-    if shares is not None:
-        return _norm_of_shares(held, shares, ranks_per_stage)
+    if spread is not None:
+        return _norm_of_shares(held, spread)
     grads = [p.grad for p in held if p.grad is not None]
     return _norm(grads) if grads else torch.zeros(())
 
@@ -174,27 +184,26 @@ def clip_gradients(
     return norm
 
 
-def _norm_of_shares(
-    parameters: Sequence[nn.Parameter], shares: Mapping[nn.Parameter, Share], ranks_per_stage: int
-) -> Tensor:
+def _norm_of_shares(parameters: Sequence[nn.Parameter], spread: Spread) -> Tensor:
     """The norm over all ranks, each entry counted once though several ranks may hold it."""
     alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[float]]] = {}
     for parameter in parameters:
         assert parameter.grad is not None
-        share, grad = shares.get(parameter), local(parameter.grad)
+        share, grad = spread.shares.get(parameter), local(parameter.grad)
         parts, stages = (1, 1) if share is None else (share.parts, share.stages)
         grads, weights = alike.setdefault((grad.device, grad.dtype), ([], []))
         grads.append(grad)
-        weights.append(parts * _fsdp_parts(parameter) / (ranks_per_stage * stages))
-    # fp64 on the host: the weights are fractions, and the sum must hardly depend on the number of ranks.
-    total = torch.zeros(1, dtype=torch.float64)
+        weights.append(parts * _fsdp_parts(parameter) / (spread.ranks_per_stage * stages))
+    # fp64: the weights are fractions, and the sum must hardly depend on the number of ranks.
+    total = torch.zeros(1, dtype=torch.float64, device=spread.device)
     for grads, weights in alike.values():
         # in a few kernels: by two for each of an adapter's hundreds of small tensors a GPU waited 30 ms a step
         norms = torch._foreach_norm(grads, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-        total += torch.stack(norms).double().square().cpu() @ torch.tensor(weights, dtype=torch.float64)
+        squares = torch.stack(norms).double().square().to(spread.device)
+        total += squares @ to_device(torch.tensor(weights, dtype=torch.float64), spread.device)
     dist.all_reduce(total)
-    device = parameters[0].device if parameters else torch.device("cpu")
-    return total.sqrt().float().squeeze(0).to(device)
+    norm = total.sqrt().float().squeeze(0)
+    return norm.to(parameters[0].device) if parameters else norm
 
 
 def _fsdp_parts(parameter: nn.Parameter) -> int:

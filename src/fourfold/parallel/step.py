@@ -24,7 +24,6 @@ from fourfold.parallel.loss import (
     document_logps,
     document_values,
     score_tokens,
-    trained_positions,
 )
 from fourfold.parallel.pipeline import Pipeline, Wire
 from fourfold.parallel.reduce import Reducer
@@ -308,7 +307,7 @@ class Step:
         """For each micro-batch what the value head says where a target is to be predicted, as `token_logps`."""
 
         def read(outputs: Outputs, batch: Batch) -> tuple[Tensor, Tensor]:
-            positions = trained_positions(batch.targets)
+            positions = outputs.positions_of(batch.targets)
             return outputs.values_at(positions), positions
 
         return self._ask_tokens(batches, read)
@@ -360,7 +359,7 @@ class Step:
         def read(outputs: Outputs, batch: Batch) -> Tensor:
             nonlocal found
             # Copied while the device goes on; what is copied back later is ordered after it.
-            states = at_positions(outputs.hidden, trained_positions(batch.targets))
+            states = at_positions(outputs.hidden, outputs.positions_of(batch.targets))
             hidden.append(states.to("cpu", non_blocking=True))
             found = TeacherStates((), outputs.head, outputs.vocabulary)
             return outputs.hidden.new_zeros(())
@@ -408,7 +407,7 @@ class Step:
         before: Callable[[int], None],
         loss_of: Callable[[Outputs, Batch], Tensor],
     ) -> None:
-        local = [self.localize(batch) for batch in equalize(batches)]
+        local = [self.localize(batch).with_scored() for batch in equalize(batches)]
         # what an objective has put beside them may be large; it is moved when it is needed
         on_device = [replace(batch, extras={}).to(self.device) for batch in local]
 
