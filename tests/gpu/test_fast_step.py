@@ -88,6 +88,7 @@ def curve(
     torch.manual_seed(0)
     run = load({"model_name_or_path": str(folder), "dataset": "d", "output_dir": "o", **keys}, verb="train")
     precision = resolve(run)
+    is_half = run.training.bf16 or run.training.fp16
     model = load_model(run.model, dtype=precision.load, device=device)
     module = attach(model, run.model, run.tuning, trainable=True, master_dtype=precision.master)
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -113,7 +114,8 @@ def curve(
         optimizer.zero_grad(set_to_none=step.graphs is None)
         built.noise.step = number
         batches = cut(samples(number), _POLICY)
-        with nothing_waits() if number >= _ALL_SEEN else nullcontext():
+        # experts in fp32 have no grouped product, and are gone through one by one
+        with nothing_waits() if number >= _ALL_SEEN and is_half else nullcontext():
             running = step.begin(batches)
         result = running.read()
         if scaler is not None:

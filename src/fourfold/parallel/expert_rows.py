@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.base.inductor import written_once
 from fourfold.base.triton import has_triton
 
 _HAS_TRITON = has_triton()
@@ -70,6 +71,8 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """tokens [T, H], order [T K], inverse [T, K] -> [T K, H]."""
         ctx.save_for_backward(inverse)
+        if _has_kernels(tokens):
+            return torch.ops.fourfold.spread(written_once(tokens.contiguous()), inverse)
         return tokens[order // inverse.shape[1]]
 
     @staticmethod
@@ -98,7 +101,7 @@ class _Combine(torch.autograd.Function):
         rows, weights, order, inverse = ctx.saved_tensors
         if _has_kernels(grad, weights, rows):
             of_rows, of_weights = torch.ops.fourfold.spread_gradient(
-                grad.contiguous(), rows, weights.contiguous(), order, ctx.rows_dtype
+                grad.contiguous(), rows, weights.contiguous(), inverse, ctx.rows_dtype
             )
             return of_rows, None if rows is None else of_weights, None, None, None
         of_rows = grad.to(ctx.rows_dtype)[order // inverse.shape[1]]
@@ -135,10 +138,23 @@ def _has_kernels(*tensors: Tensor | None) -> bool:
 
 
 _OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
+_OPERATORS.define("spread(Tensor tokens, Tensor inverse) -> Tensor")
 _OPERATORS.define("sum_rows(Tensor rows, Tensor inverse, Tensor? weights, ScalarType dtype) -> Tensor")
 _OPERATORS.define(
-    "spread_gradient(Tensor grad, Tensor? rows, Tensor weights, Tensor order, ScalarType dtype) -> (Tensor, Tensor)"
+    "spread_gradient(Tensor grad, Tensor? rows, Tensor weights, Tensor inverse, ScalarType dtype) -> (Tensor, Tensor)"
 )
+
+
+@torch.library.impl(_OPERATORS, "spread", "CUDA")
+def _spread_on_cuda(tokens: Tensor, inverse: Tensor) -> Tensor:
+    from fourfold.parallel.rows_kernel import spread
+
+    return spread(tokens, inverse)
+
+
+@torch.library.register_fake("fourfold::spread", lib=_OPERATORS)
+def _spread_of_fakes(tokens: Tensor, inverse: Tensor) -> Tensor:
+    return tokens.new_empty(inverse.numel(), tokens.shape[1])
 
 
 @torch.library.impl(_OPERATORS, "sum_rows", "CUDA")
@@ -154,17 +170,17 @@ def _sum_of_fakes(rows: Tensor, inverse: Tensor, weights: Tensor | None, dtype: 
 
 
 @torch.library.impl(_OPERATORS, "spread_gradient", "CUDA")
-def _spread_on_cuda(
-    grad: Tensor, rows: Tensor | None, weights: Tensor, order: Tensor, dtype: torch.dtype
+def _spread_gradient_on_cuda(
+    grad: Tensor, rows: Tensor | None, weights: Tensor, inverse: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     from fourfold.parallel.rows_kernel import spread_gradient
 
-    return spread_gradient(grad, rows, weights, order, dtype)
+    return spread_gradient(grad, rows, weights, inverse, dtype)
 
 
 @torch.library.register_fake("fourfold::spread_gradient", lib=_OPERATORS)
-def _spread_of_fakes(
-    grad: Tensor, rows: Tensor | None, weights: Tensor, order: Tensor, dtype: torch.dtype
+def _spread_gradient_of_fakes(
+    grad: Tensor, rows: Tensor | None, weights: Tensor, inverse: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     of_weights = torch.empty_like(weights) if rows is not None else weights.new_empty(0)
-    return grad.new_empty(order.shape[0], grad.shape[1], dtype=dtype), of_weights
+    return grad.new_empty(inverse.numel(), grad.shape[1], dtype=dtype), of_weights

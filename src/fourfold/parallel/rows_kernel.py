@@ -1,8 +1,8 @@
-"""Triton kernels of experts' rows: a token's rows added up, a token's gradient handed to its rows, and the orders of
-rows that came from other ranks.
+"""Triton kernels of experts' rows: a token spread to its rows, its rows added up, its gradient handed to them, and the
+orders of rows that came from other ranks.
 
-PyTorch's own sum over a token's rows takes four times what memory needs; the gradient takes four passes, and two thirds
-of the time of a compiler's kernel for it (docs/lab-notes.md).
+A program has a token and all of its rows, so that what they share is read once. PyTorch's own sum over a token's rows
+takes four times what memory needs, its gradient four passes; a compiler's kernels go row by row (docs/lab-notes.md).
 
 Imported only where it runs: on CUDA, where PyTorch brings Triton along.
 
@@ -18,9 +18,10 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-_SUM_BLOCK = 1024
-_MOST_BLOCK = 2048
+_BLOCK = 2048
 """Numbers of a row that a program has at a time."""
+_BLOCK_OF_ALL = 1024
+"""The same, where it has all of a token's rows at once."""
 _REGROUP_BLOCK = 64
 """Rows that a program finds the place of; each is compared with every segment."""
 
@@ -44,22 +45,47 @@ def _sum(  # no annotations but constexpr: the compiler reads them
 
 @triton.jit
 def _spread(  # no annotations but constexpr: the compiler reads them
-    grad, rows, weights, order, out, of_weights, width, choices: tl.constexpr, asked: tl.constexpr, block: tl.constexpr
+    tokens, inverse, out, width, choices: tl.constexpr, block: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    pair = tl.load(order + row)
-    weight = tl.load(weights + pair).to(tl.float32)
-    grad += pair // choices * width
-    total = tl.zeros([block], tl.float32)
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * block + tl.arange(0, block)
+    there = place < width
+    x = tl.load(tokens + token * width + place, mask=there)
+    for choice in tl.static_range(choices):
+        row = tl.load(inverse + token * choices + choice)
+        tl.store(out + row * width + place, x, mask=there)
+
+
+@triton.jit
+def _spread_gradient(  # no annotations but constexpr: the compiler reads them
+    grad,
+    rows,
+    weights,
+    inverse,
+    out,
+    of_weights,
+    width,
+    choices: tl.constexpr,
+    many: tl.constexpr,
+    asked: tl.constexpr,
+    block: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    choice = tl.arange(0, many)
+    chosen = choice < choices
+    row = tl.load(inverse + token * choices + choice, mask=chosen, other=0)
+    weight = tl.load(weights + token * choices + choice, mask=chosen, other=0.0).to(tl.float32)
+    total = tl.zeros([many], tl.float32)
     for start in range(0, width, block):
         place = start + tl.arange(0, block)
-        there = place < width
-        g = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(out + row * width + place, (g * weight).to(out.dtype.element_ty), mask=there)
+        g = tl.load(grad + token * width + place, mask=place < width, other=0.0).to(tl.float32)[None, :]
+        there = chosen[:, None] & (place < width)[None, :]
+        at = row[:, None] * width + place[None, :]
+        tl.store(out + at, (g * weight[:, None]).to(out.dtype.element_ty), mask=there)
         if asked:
-            total += g * tl.load(rows + row * width + place, mask=there, other=0.0).to(tl.float32)
+            total += tl.sum(g * tl.load(rows + at, mask=there, other=0.0).to(tl.float32), 1)
     if asked:
-        tl.store(of_weights + pair, tl.sum(total, 0).to(of_weights.dtype.element_ty))
+        tl.store(of_weights + token * choices + choice, total.to(of_weights.dtype.element_ty), mask=chosen)
 
 
 @triton.jit
@@ -118,16 +144,33 @@ def sum_rows(rows: Tensor, inverse: Tensor, weights: Tensor | None, dtype: torch
     tokens, choices = inverse.shape
     width = rows.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=rows.device)
-    grid = (tokens, triton.cdiv(width, _SUM_BLOCK))
+    grid = (tokens, triton.cdiv(width, _BLOCK))
     launch: Any = _sum
     if out.numel():
         given = rows if weights is None else weights
-        launch[grid](rows, inverse, given, out, width, choices, weights is not None, _SUM_BLOCK, num_warps=4)
+        launch[grid](rows, inverse, given, out, width, choices, weights is not None, _BLOCK, num_warps=4)
+    return out
+
+
+def spread(tokens: Tensor, inverse: Tensor) -> Tensor:
+    """Each token at all of its rows: -> [N, H].
+
+    Args:
+        tokens: [T, H], contiguous.
+        inverse: the row of each choice, [T, K] int64, contiguous.
+    """
+    assert tokens.is_contiguous() and inverse.is_contiguous()
+    width = tokens.shape[1]
+    out = tokens.new_empty(inverse.numel(), width)
+    launch: Any = _spread
+    if out.numel():
+        grid = (len(tokens), triton.cdiv(width, _BLOCK))
+        launch[grid](tokens, inverse, out, width, inverse.shape[1], _BLOCK, num_warps=2)
     return out
 
 
 def spread_gradient(
-    grad: Tensor, rows: Tensor | None, weights: Tensor, order: Tensor, dtype: torch.dtype
+    grad: Tensor, rows: Tensor | None, weights: Tensor, inverse: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The gradients of what `sum_rows` was given: of rows, weights * grad, [N, H] of `dtype`; of weights, <rows, grad>.
 
@@ -135,18 +178,19 @@ def spread_gradient(
         grad: of the sums, [T, H], contiguous.
         rows: as there; None where that of weights is not asked for, and is empty.
         weights: as there.
-        order: the choice of each row, [N] int64: choice j of token t is t K + j.
+        inverse: as there.
     """
     assert grad.is_contiguous() and weights.is_contiguous() and (rows is None or rows.is_contiguous())
-    choices, width = weights.shape[1], grad.shape[1]
-    out = torch.empty(len(order), width, dtype=dtype, device=grad.device)
+    assert inverse.is_contiguous()
+    (tokens, choices), width = weights.shape, grad.shape[1]
+    out = torch.empty(inverse.numel(), width, dtype=dtype, device=grad.device)
     of_weights = torch.empty_like(weights) if rows is not None else weights.new_empty(0)
-    block = min(triton.next_power_of_2(width), _MOST_BLOCK)
-    launch: Any = _spread
+    many, block = triton.next_power_of_2(choices), min(triton.next_power_of_2(width), _BLOCK_OF_ALL)
+    launch: Any = _spread_gradient
     if out.numel():
-        given = out if rows is None else rows
-        launch[(len(order),)](
-            grad, given, weights, order, out, of_weights, width, choices, rows is not None, block, num_warps=8
+        given, asked = (out, False) if rows is None else (rows, True)
+        launch[(tokens,)](
+            grad, given, weights, inverse, out, of_weights, width, choices, many, asked, block, num_warps=4
         )
     return out, of_weights
 
