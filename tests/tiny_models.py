@@ -100,6 +100,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Every family that is tested, with what its config needs beside the common numbers."""
 
+_DELTA_NET = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "num_hidden_layers": 4,
+}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_conv": 4}
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"]}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **_MAMBA,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 48,
+        "layer_types": ["mamba", "attention"],
+    },
+    "lfm2": _CONVOLUTIONS,
+    "lfm2_moe": {"num_experts": 4, **_EXPERTS, "num_dense_layers": 1, **_CONVOLUTIONS},
+    "olmo_hybrid": _DELTA_NET,
+    "qwen3_5_moe_text": {"num_experts": 4, **_EXPERTS, "shared_expert_intermediate_size": 16, **_DELTA_NET},
+    "qwen3_5_text": _DELTA_NET,
+    "qwen3_next": {"num_experts": 4, **_EXPERTS, "shared_expert_intermediate_size": 16, **_DELTA_NET},
+}
+"""Families with layers that carry a state along a row, beside attention."""
+
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
@@ -117,7 +145,7 @@ SMALL_SIZES: dict[str, Any] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """A config of a few ten thousand parameters; `overrides` are entries of that config."""
-    return AutoConfig.for_model(model_type, **{**_DENSE, **FAMILIES[model_type], **overrides})
+    return AutoConfig.for_model(model_type, **{**_DENSE, **(FAMILIES | HYBRIDS)[model_type], **overrides})
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
 
 from fourfold.dataset.batch import IGNORE_INDEX, Example, Sample
 from fourfold.dataset.collate import CutPolicy, cut, filler
 from fourfold.losses.token import TokenLoss
 from fourfold.models.forward import StepModel, supports_packing
 from fourfold.parallel.step import Step
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, HYBRIDS, tiny_model
 
 _LENGTHS = (7, 31, 2, 18)
 
@@ -24,7 +25,7 @@ def _samples(vocab_size: int) -> list[Sample]:
     return [Sample({"": Example(ids, [IGNORE_INDEX, *ids[1:]])}, i) for i, ids in enumerate(rows)]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | HYBRIDS))
 def test_packed_row_when_compared_with_documents_alone_gives_the_same_logits(family: str) -> None:
     alone, packed = tiny_model(family), tiny_model(family)
     alone.set_attn_implementation("eager")
@@ -39,7 +40,7 @@ def test_packed_row_when_compared_with_documents_alone_gives_the_same_logits(fam
             torch.testing.assert_close(found, alone(input_ids=ids, use_cache=False).logits[0], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | HYBRIDS))
 def test_gradient_when_packed_or_padded_or_cut_is_the_same(family: str) -> None:
     results = []
     for policy in (
@@ -62,3 +63,34 @@ def test_gradient_when_packed_or_padded_or_cut_is_the_same(family: str) -> None:
     for other_loss, other_grad in others:
         assert other_loss == pytest.approx(loss, abs=1e-5)
         assert float((other_grad - grad).abs().max()) <= 1e-5 * float(grad.abs().max())
+
+
+def _tiny_bloom() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4))
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "kept"), [("llama", True), ("gemma2", True), ("qwen3_5_text", False), ("bloom", False)]
+)
+def test_rows_of_several_documents_when_padded_are_kept_whole_where_the_model_keeps_documents_apart(
+    family: str, kept: bool
+) -> None:
+    """bloom makes its mask without positions; a gated delta net carries a state from one document to the next."""
+    alone = _samples(300)
+    examples = [sample.sequences[""] for sample in alone]
+    tokens, labels = ([t for e in examples for t in getattr(e, name)] for name in ("input_ids", "labels"))
+    one = Sample({"": Example(tokens, labels, _LENGTHS)}, 0)
+    results = []
+    for samples in (alone, [one]):
+        model = (_tiny_bloom() if family == "bloom" else tiny_model(family)).train()
+        step_model = StepModel(model, packed=False)
+        assert step_model.keeps_rows_apart == kept
+        policy = CutPolicy(packed=False, max_tokens=1000, apart=not step_model.keeps_rows_apart)
+        batches = cut(samples, policy)
+        assert [len(batch.input_ids) for batch in batches] == [1 if kept and samples == [one] else len(_LENGTHS)]
+        step = Step(step_model, TokenLoss(), torch.device("cpu"), nullcontext, partial(filler, policy))
+        results.append(step.forward_backward(batches).loss)
+    assert results[1] == pytest.approx(results[0], abs=1e-5)

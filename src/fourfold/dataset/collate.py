@@ -27,6 +27,8 @@ class CutPolicy:
             otherwise one example a row, padded on the right.
         max_tokens: positions of a micro-batch, padding included; a single longer sample still makes one.
         max_samples: samples of a micro-batch; None for no limit but `max_tokens`.
+        apart: a padded row has one document alone, though its example has several; for models that would have them see
+            each other.
         pad_token_id: fills padded positions.
         multiple: the positions of a row are made a multiple of this, so that ranks can share them evenly.
         min_batches: micro-batches of a step, where it has as many samples; a pipeline needs several to be busy.
@@ -38,6 +40,7 @@ class CutPolicy:
     max_tokens: int
     max_samples: int | None = None
     pad_token_id: int = 0
+    apart: bool = False
     multiple: int = 1
     min_batches: int = 1
     shares_prompts: int = 0
@@ -110,7 +113,9 @@ def _group(samples: Sequence[Sample], policy: CutPolicy) -> list[list[Sample]]:
 
 
 def _lengths(sample: Sample, policy: CutPolicy) -> list[int]:
-    """Of a sample's sequences, what is shared counted once."""
+    """Of a sample's rows, or what goes into one, what is shared counted once."""
+    if policy.apart and not policy.packed:
+        return [length for example in sample.sequences.values() for length in example.documents]
     found = [len(example) for example in sample.sequences.values()]
     found[-1] -= _shared(sample, policy)  # nothing, but of a pair's second one
     return found
@@ -334,6 +339,8 @@ def _extras(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 def _padded_batch(samples: Sequence[Sample], policy: CutPolicy) -> Batch:
     rows = [list(_documents(example, index, role)) for example, index, role in _examples(samples)]
+    if policy.apart:
+        rows = [[doc] for row in rows for doc in row]
     width = max(sum(len(doc.input_ids) for doc in row) for row in rows)
     shape = (len(rows), width)
     input_ids = torch.full(shape, policy.pad_token_id, dtype=torch.int64)

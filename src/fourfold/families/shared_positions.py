@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fourfold.families.recurrent import carries_state
+
 
 def is_exchangeable(config: Any, model_class: Any) -> bool:
     """Whether a model's layers can run an attention of our own: all take theirs from Transformers' interface, and none
@@ -14,9 +16,7 @@ def is_exchangeable(config: Any, model_class: Any) -> bool:
         config: a PreTrainedConfig.
         model_class: the PreTrainedModel that is built from it.
     """
-    kinds = set(getattr(config, "layer_types", None) or [])
-    recurrent = {kind for kind in kinds if "attention" not in kind or "linear" in kind}
-    return bool(model_class._supports_attention_backend) and not recurrent and not model_class._is_stateful
+    return bool(model_class._supports_attention_backend) and not carries_state(config, model_class)
 
 
 def has_fused_scores(config: Any) -> bool:

@@ -19,9 +19,11 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
+from fourfold.families.recurrent import carries_state
 from fourfold.families.shared_positions import caps_scores, is_exchangeable
 from fourfold.models import attention, document_attention
 from fourfold.models.compiled import Compiled
+from fourfold.models.document_rows import has_mixers, keep_documents_apart
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
@@ -40,13 +42,16 @@ from fourfold.parallel.vocabulary import VocabularyShare
 log = get_logger(__name__)
 
 _CHECK_TOKENS = 8
+_ROUNDING = {2: 2e-2}
+_ROUNDING_OF_WIDE = 1e-4
+"""By bytes of a number, and of others, of the largest hidden state: documents that see each other differ by more."""
 
 
 def supports_packing(model: nn.Module) -> bool:
     """Whether every layer keeps packed documents apart: it takes its attention from Transformers' interface, and
-    none of its layers carries a recurrent state across positions."""
+    those that carry a state across positions are known (`document_rows`)."""
     inner = base_model(model)
-    return is_exchangeable(inner.config, type(inner))
+    return is_exchangeable(inner.config, type(inner)) or has_mixers(inner)
 
 
 def make_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
@@ -118,6 +123,7 @@ class StepModel:
         equal: finds rows of equally long documents, where attention has a faster kernel for them.
         chunk_tokens: positions whose logits exist at one time; None for the device's own number.
         keep_logits: keep them for the backward pass where layers are compiled.
+        keeps_rows_apart: whether several documents may lie in one row.
     """
 
     module: nn.Module
@@ -136,19 +142,46 @@ class StepModel:
     equal: EqualDocuments | None = field(init=False, default=None)
     chunk_tokens: int | None = field(init=False, default=None)
     keep_logits: bool = field(init=False, default=False)
+    keeps_rows_apart: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.runner = self._inner = base_model(self.module)
         accept_hidden_only(self._inner)
         self.caps_scores = caps_scores(self._inner.config.get_text_config())
+        keep_documents_apart(self._inner, self.noise)
         if self.packed:
             self._use_packed_attention()
         elif self.caps_scores:
             self._inner.set_attn_implementation("eager")
+        self.keeps_rows_apart = self._keeps_rows_apart()
         self._head: Callable[[Tensor], Tensor] | None = make_head(self._inner)
         if not (self._head_is_right_alone() if is_empty(self._inner) else self._head_is_right()):
             log.info("The head of %s is not a plain one; its full logits are used.", type(self._inner).__name__)
             self._head = None
+
+    @torch.no_grad()
+    def _keeps_rows_apart(self) -> bool:
+        """Whether documents of one row get what each gets alone: tried on a few tokens, and not where there are no
+        weights to try it with, or a state goes from one to the next.
+
+        Of padded rows Transformers makes masks by the positions, but some families do not tell it of them.
+        """
+        if self.packed or carries_state(self._inner.config, type(self._inner)) or is_empty(self._inner):
+            return self.packed
+        ids = torch.arange(1, 1 + 2 * _CHECK_TOKENS, device=self._inner.device)[None] % self._inner.config.vocab_size
+        places = torch.arange(_CHECK_TOKENS, device=self._inner.device)[None]
+        found = self._hidden_of(ids, places.repeat(1, 2))[:, _CHECK_TOKENS:].float()
+        alone = self._hidden_of(ids[:, _CHECK_TOKENS:], places)
+        limit = _ROUNDING.get(alone.itemsize, _ROUNDING_OF_WIDE) * float(alone.abs().max())
+        return float((found - alone.float()).abs().max()) <= limit
+
+    def _hidden_of(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The last hidden states of tokens, as in an evaluation: [B, S] -> [B, S, hidden size]."""
+        was_training = self.module.training
+        self.module.eval()
+        found = self._inner(input_ids=ids, position_ids=positions, use_cache=False, hidden_only=True).last_hidden_state
+        self.module.train(was_training)
+        return found
 
     def _use_packed_attention(self) -> None:
         attention.register()

@@ -7,7 +7,7 @@ ones. Here every number is a hash of where it is used: packing, accumulation, re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -65,6 +65,13 @@ class NoiseKeys:
     def remembered(self) -> Callable[[], AbstractContextManager[None]]:
         """Makes contexts with the keys of now, for layers computed again after another micro-batch was entered."""
         return partial(self._with, self.tokens, self.lengths)
+
+    def of_positions(self, positions: Tensor, shape: tuple[int, int]) -> AbstractContextManager[None]:
+        """Within it the keys are those of some flat positions [N] of the micro-batch, laid out as rows, B S = N."""
+        if self.tokens is None or self.lengths is None:
+            return nullcontext()
+        tokens, lengths = (t.reshape(-1).index_select(0, positions).view(shape) for t in (self.tokens, self.lengths))
+        return self._with(tokens, lengths)
 
     @contextmanager
     def _with(self, tokens: Tensor | None, lengths: Tensor | None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_bytes
 from fourfold.config.model import ModelConfig
+from fourfold.models.targets import stacked_weights
 
 log = get_logger(__name__)
 
@@ -110,7 +111,7 @@ def settle_quantized(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    experts = [parameter for parameter in model.parameters() if parameter.ndim == 3]
+    experts = [model.get_parameter(name) for name in stacked_weights(model)]
     if experts:
         num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in experts)
         log.warning(

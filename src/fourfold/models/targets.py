@@ -40,8 +40,18 @@ def linear_kinds(model: PreTrainedModel) -> list[str]:
 
 def expert_kinds(model: PreTrainedModel) -> list[str]:
     """The kinds of stacked expert weights [experts, ., .], e.g. `experts.down_proj`."""
-    found = (name for name, parameter in model.named_parameters() if parameter.ndim == 3)
-    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in found))
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacked_weights(model)))
+
+
+def stacked_weights(model: nn.Module) -> list[str]:
+    """The names of stacked weights; those of convolutions have as many dimensions, and are none."""
+    modules = (pair for pair in model.named_modules() if not isinstance(pair[1], nn.Conv1d))
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
 
 
 def _kind(name: str) -> str:
@@ -67,7 +77,7 @@ def lora_targets(model: PreTrainedModel, wanted: Sequence[str]) -> LoraTargets:
             )
         return LoraTargets(tuple(linear), tuple(experts))
     modules = [name for name, _ in model.named_modules()]
-    parameters = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    parameters = stacked_weights(model)
     as_modules = tuple(want for want in wanted if _ends_some(want, modules))
     as_parameters = tuple(want for want in wanted if want not in as_modules and _ends_some(want, parameters))
     missing = [want for want in wanted if want not in as_modules + as_parameters]

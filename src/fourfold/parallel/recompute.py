@@ -7,8 +7,8 @@ again what lies between them - norms, rotations, activations, dropout - which is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -17,6 +17,25 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 Recompute = Literal["none", "selective", "full"]
 Remember = Callable[[], Callable[[], AbstractContextManager[object]]]
 """Called in the forward pass; what it returns makes contexts that put back what a layer read from outside."""
+
+
+def all_of(*remember: Remember) -> Remember:
+    """What remembers several things at once."""
+
+    def now() -> Callable[[], AbstractContextManager[object]]:
+        made = [each() for each in remember]
+
+        @contextmanager
+        def put_back() -> Iterator[None]:
+            with ExitStack() as stack:
+                for each in made:
+                    stack.enter_context(each())
+                yield
+
+        return put_back
+
+    return now
+
 
 _KEPT = frozenset(
     {

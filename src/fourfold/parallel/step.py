@@ -215,10 +215,14 @@ class Step:
 
         return replace(running, read=read)
 
-    @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> StepResult:
         """The same figures without a gradient, for evaluation."""
-        return self._run(batches, _ignore).read()
+        return self.begin_forward(batches).read()
+
+    @torch.no_grad()
+    def begin_forward(self, batches: Sequence[Batch]) -> Running:
+        """The same, without waiting for the device."""
+        return self._run(batches, _ignore)
 
     def _run(self, batches: Sequence[Batch], before: Callable[[int], None]) -> Running:
         """All micro-batches, forward and (where gradients are enabled) backward."""

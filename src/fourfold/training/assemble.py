@@ -23,6 +23,7 @@ from fourfold.dataset.prepare import Prepared, encode_settings, prepare
 from fourfold.dataset.render import Renderer
 from fourfold.dataset.stage_rows import row_kind
 from fourfold.models.adapters import attach, identify_base
+from fourfold.models.document_rows import has_mixers
 from fourfold.models.identity import BaseIdentity
 from fourfold.models.liger import apply_liger
 from fourfold.models.load import load_model, load_streamed
@@ -136,6 +137,7 @@ class Parts:
             packed=self.built.model.packed,
             max_tokens=training.micro_batch_tokens or tokens,
             pad_token_id=pad_token(self.tokenizer),
+            apart=not self.built.model.keeps_rows_apart,
             multiple=self.built.multiple,
             min_batches=self.split.min_batches,
             shares_prompts=self._shares_prompts(),
@@ -188,7 +190,9 @@ class Parts:
         keyed = self.built.noise.salts > 0
         # the one kernel of theirs has no windows over keys that others see as well
         capped = self.built.model.reaches and self.built.model.caps_scores
-        shares = self.run.training.stage == "dpo" and self.mesh.layout.cp == 1 and not keyed and not capped
+        recurrent = has_mixers(base_model(self.built.module))  # a state knows one answer alone
+        unable = keyed or capped or recurrent
+        shares = self.run.training.stage == "dpo" and self.mesh.layout.cp == 1 and not unable
         return _LEAST_SHARED if shares else 0
 
     @cached_property

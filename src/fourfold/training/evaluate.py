@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from fourfold.dataset.collate import CutPolicy, cut
 from fourfold.dataset.loader import SampleSource
 from fourfold.parallel.mesh import Mesh
-from fourfold.parallel.step import Step
+from fourfold.parallel.step import Running, Step, StepResult
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,23 @@ class Evaluator:
         self.module.train(was_training)
         return figures
 
+    def _results(self, source: SampleSource) -> Iterator[StepResult]:
+        """Of one forward pass after the other, each read once the next one is begun, so that a device has work."""
+        ranks = self.mesh.layout.dp
+        begun: Running | None = None
+        for first in range(0, len(source), self.batch_size * ranks):
+            indices = range(first, min(first + self.batch_size * ranks, len(source)))[self.mesh.dp_rank :: ranks]
+            last, begun = begun, self.step.begin_forward(cut([source[i] for i in indices], self.policy))
+            if last is not None:
+                yield last.read()
+        if begun is not None:
+            yield begun.read()
+
     def _figures(self, source: SampleSource) -> dict[str, float]:
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         terms: set[str] = set()
-        ranks = self.mesh.layout.dp
-        for first in range(0, len(source), self.batch_size * ranks):
-            indices = range(first, min(first + self.batch_size * ranks, len(source)))[self.mesh.dp_rank :: ranks]
-            samples = [source[i] for i in indices]
-            result = self.step.forward(cut(samples, self.policy))
+        for result in self._results(source):
             terms |= result.terms.keys()
             for key, value in {**result.terms, **result.metrics}.items():
                 weight = result.denominators[result.denominator_of[key]]

@@ -15,6 +15,7 @@ from fourfold.base.log import get_logger
 from fourfold.base.peft import ParamWrapper
 from fourfold.config.schema import Run
 from fourfold.models.attention import takes_offsets
+from fourfold.models.document_rows import has_mixers
 from fourfold.models.forward import StepModel
 from fourfold.models.unwrap import base_model
 from fourfold.parallel.local_experts import takes_rows
@@ -94,6 +95,8 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
         yield "zbv makes gradients in two parts"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
+    if has_mixers(inner):
+        yield "some of its layers carry a state along a row"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
         yield "its attention needs more than the documents' offsets"
 

@@ -1,0 +1,174 @@
+"""Layers that carry a state along a row (gated delta nets, state spaces, short convolutions), on rows of documents.
+
+They know rows, each of which begins without a state, and no documents. So within such a layer the documents of a row
+are rows of their own, padded on the right; all else of the model goes on with the row. Documents of like length are
+rows of one batch, and lengths that differ much are batches apart, so that little is padding.
+
+Shape legend: B rows (packed: one), S positions of each, H hidden size, D documents of a batch, L the longest of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fourfold.dataset.batch import to_device
+from fourfold.families.recurrent import MIXERS
+from fourfold.models.noise import NoiseKeys
+from fourfold.models.targets import decoder_blocks
+
+_FEW = 64
+"""So many positions of padding cost less than a further batch."""
+_MARK = "_fourfold_document_rows"
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Documents that go through a layer as rows of one batch.
+
+    Attributes:
+        positions: [D L] int64, where in all rows, one behind the other, each position is; behind a document's end any.
+        count, longest: D and L.
+    """
+
+    positions: Tensor
+    count: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All documents of some rows.
+
+    Attributes:
+        batches: in order.
+        places: [B S] int64, where in the results of all batches, one behind the other, each position is.
+    """
+
+    batches: tuple[_Batch, ...]
+    places: Tensor
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Documents, by number, in batches: each is at least half as long as the longest of its batch, or nearly so."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest - lengths[number] <= max(longest // 2, _FEW):
+            batches[-1].append(number)
+        else:
+            batches.append([number])
+    return batches
+
+
+def _lay_out(lengths: Sequence[int], device: torch.device) -> _Layout:
+    """How documents of these lengths, which lie one behind the other, are cut into batches."""
+    sizes = np.array(lengths)
+    starts = sizes.cumsum() - sizes
+    places, batches, done = np.empty(sizes.sum(), dtype=np.int64), [], 0
+    for numbers in alike(lengths):
+        longest = lengths[numbers[0]]
+        along = np.arange(longest)
+        positions = starts[numbers][:, None] + along
+        there = along < sizes[numbers][:, None]
+        places[positions[there]] = done + np.flatnonzero(there)
+        flat = positions.clip(max=len(places) - 1).reshape(-1)
+        batches.append(_Batch(to_device(torch.tensor(flat), device), len(numbers), longest))
+        done += len(flat)
+    return _Layout(tuple(batches), to_device(torch.tensor(places), device))
+
+
+class DocumentRows:
+    """What a model's recurrent layers know of the rows that go through them."""
+
+    def __init__(self, noise: NoiseKeys | None) -> None:
+        self._noise = noise
+        self._lengths: tuple[int, ...] | None = None
+        self._laid_out: tuple[tuple[int, ...], _Layout] | None = None
+
+    def set_noise(self, noise: NoiseKeys | None) -> None:
+        """Key noise otherwise from now on."""
+        self._noise = noise
+
+    def note(self, _layer: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook of a decoder layer, before its forward pass: take its documents' lengths."""
+        self._lengths = kwargs.get("lengths")
+
+    def remembered(self) -> Callable[[], AbstractContextManager[None]]:
+        """Makes contexts with the lengths of now, for layers computed again after another row was noted."""
+        return functools.partial(self._with, self._lengths)
+
+    @contextmanager
+    def _with(self, lengths: tuple[int, ...] | None) -> Iterator[None]:
+        current, self._lengths = self._lengths, lengths
+        try:
+            yield
+        finally:
+            self._lengths = current
+
+    def run(self, own: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`own` on each document by itself, [B, S, H] -> [B, S, H]; on rows as they are if no lengths were given."""
+        lengths = self._lengths
+        if lengths is None:
+            return own(hidden_states, *args, **kwargs)
+        if len(lengths) == 1:
+            return own(hidden_states)
+        found, flat = [], hidden_states.flatten(0, 1)
+        layout = self._layout(lengths, flat.device)
+        for batch in layout.batches:
+            rows = flat.index_select(0, batch.positions).unflatten(0, (batch.count, batch.longest))
+            noise = self._noise
+            keyed = (
+                nullcontext() if noise is None else noise.of_positions(batch.positions, (batch.count, batch.longest))
+            )
+            with keyed:
+                found.append(own(rows).flatten(0, 1))
+        return torch.cat(found).index_select(0, layout.places).view_as(hidden_states)
+
+    def _layout(self, lengths: tuple[int, ...], device: torch.device) -> _Layout:
+        """Kept until another row comes, which all layers see before the next."""
+        if self._laid_out is None or self._laid_out[0] != lengths:
+            self._laid_out = lengths, _lay_out(lengths, device)
+        return self._laid_out[1]
+
+
+def document_rows(model: nn.Module) -> DocumentRows | None:
+    """What the recurrent layers of a model share; None where it has none, or `keep_documents_apart` was not called."""
+    return getattr(model, _MARK, None)
+
+
+def has_mixers(model: PreTrainedModel) -> bool:
+    """Whether a model has recurrent layers, and all of them are known."""
+    return model.config.get_text_config().model_type in MIXERS
+
+
+def keep_documents_apart(model: PreTrainedModel, noise: NoiseKeys | None) -> None:
+    """Have a model's recurrent layers keep documents apart whose `lengths` its decoder layers are given, in place.
+
+    Calling it again changes the noise alone.
+
+    Args:
+        noise: what is keyed by position within them; None if nothing is.
+    """
+    name = MIXERS.get(model.config.get_text_config().model_type)
+    if name is None:
+        return
+    rows = document_rows(model)
+    if rows is not None:
+        rows.set_noise(noise)
+        return
+    rows = DocumentRows(noise)
+    setattr(model, _MARK, rows)
+    for layer in decoder_blocks(model)[1]:
+        mixer = getattr(layer, name, None)
+        if mixer is not None:
+            layer.register_forward_pre_hook(rows.note, with_kwargs=True)
+            mixer.forward = functools.partial(rows.run, mixer.forward)
