@@ -145,6 +145,8 @@ class _Reader:
             return "embedding"
         if owner is self._head:
             return "head"
+        if isinstance(owner, nn.Conv1d):
+            return "other"
         if len(shape) == 3 or ".experts." in f".{name}":
             return "experts"
         parts = set(name.split("."))

@@ -48,8 +48,8 @@ class Weight:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it takes part in products (and is no table to look up in)."""
-        return len(self.shape) > 1 and self.kind != "embedding"
+        """Whether it takes part in products (and is no table to look up in, nor a convolution)."""
+        return self.kind == "experts" or (len(self.shape) == 2 and self.kind != "embedding")
 
     @property
     def largest_matrix(self) -> int:
