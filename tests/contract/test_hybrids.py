@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from command import run_here
 from fourfold.models.document_rows import alike
 from fourfold.models.targets import lora_targets
-from tiny_models import HYBRIDS, save_tiny_model, tiny_model
+from fourfold.planning.read_shape import read_shape
+from fourfold.planning.shape import ModelShape
+from tiny_models import HYBRIDS, save_tiny_model, tiny_config, tiny_model
 from training_runs import losses, run, write_dataset
 
 _FAMILIES = ("lfm2", "qwen3_5_text", "granitemoehybrid")
@@ -78,3 +82,27 @@ def test_adapters_when_all_are_wanted_are_of_linear_layers_and_experts(family: s
     targets = lora_targets(tiny_model(family), ("all",))
     assert not any("conv" in name for name in (*targets.modules, *targets.parameters))
     assert bool(targets.parameters) == (family in ("lfm2_moe", "qwen3_5_moe_text", "qwen3_next"))
+
+
+@pytest.mark.parametrize("family", sorted(HYBRIDS))
+def test_shape_when_read_has_no_experts_that_are_none_and_what_a_state_keeps(family: str) -> None:
+    shape = read_shape(tiny_config(family))
+    kinds = {weight.kind for layer in shape.kinds for weight in layer.weights if "conv" in weight.name}
+    assert "experts" not in kinds
+    assert any(layer.state_bytes > 0 for layer in shape.kinds)
+    assert any(layer.attends for layer in shape.kinds)
+    assert ModelShape.from_json(json.loads(json.dumps(shape.as_json()))) == shape
+
+
+def test_rehearsal_when_a_layer_carries_a_state_is_near_what_was_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048, "linear_key_head_dim": 32}
+    model = save_tiny_model(tmp_path / "model", "qwen3_5_text", **sizes, linear_value_head_dim=32)
+    file = tmp_path / "run.yaml"
+    words = ("finetuning_type: lora", "bf16: true", "cutoff_len: 512", "per_device_train_batch_size: 2")
+    file.write_text("\n".join([f"model_name_or_path: {model}", *words]), encoding="utf-8")
+    done = run_here(capsys, "rehearse", file, "--gpu", "h100", "--gpus", "1", "--fake", "--json")
+    assert done.code == 0, done.err
+    [rank] = json.loads(done.out)["ranks"]
+    assert rank["predicted_allocated_gib"] == pytest.approx(rank["measured_allocated_gib"], rel=0.15)

@@ -8,7 +8,8 @@ bytes of the compute dtype, H hidden size, q = heads x head size, v = heads x va
 - inputs of matrices that are trained or have an adapter: c H for attention, c H and c I for the MLP;
 - attention: queries, keys and values as the kernel takes them (every query head has its key, but for kernels of our own
   over positions that ranks share), its result, c v, and 4 bytes a head;
-- the gated MLP: gate, up and the activated gate, 3 c I.
+- the gated MLP: gate, up and the activated gate, 3 c I;
+- what carries a state along the row: what is found by running it without numbers (`Layer.state_bytes`).
 
 `selective` keeps a layer's input and the results of products; `full` the input alone.
 """
@@ -80,17 +81,20 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     learns_mlp = (trained and not _dense_width(layer)) or _learns(job, layer, "mlp", trained=trained)
     inputs = c * hidden * (_learns(job, layer, "attention", trained=trained) + learns_mlp)
     attention = _attention(shape, job, layout) + _head_norms(shape, layer, trained, factor) / tp
+    state = layer.state_bytes * c / 2
+    if not layer.attends:
+        attention, inputs = 0.0, c * hidden * learns_mlp
     experts = _experts(shape, job, layout, layer, trained=trained)
     feed, feed_outputs, working = _feed_forward(shape, job, layout, layer, experts, trained=trained)
-    none = between + inputs + attention + feed + low
+    none = between + inputs + attention + state + feed + low
     # of the projections, the kernel, and o_proj
-    outputs = c * (q + own_keys(shape, layout)) + c * v + 4 * shape.heads / tp + c * hidden
-    selective = c * hidden * positions + outputs + feed_outputs + low
+    outputs = c * (q + own_keys(shape, layout)) + c * v + 4 * shape.heads / tp if layer.attends else 0.0
+    selective = c * hidden * positions + outputs + c * hidden + feed_outputs + low
     share = _COMPILED_SHARE
     if trained:
         share = _COMPILED_SHARE_IN_FLOAT8 if job.float8 else _COMPILED_SHARE_OF_TRAINED
-    # compiled or not, experts keep what is theirs, but for the activated gate
-    between_products = none - experts.none - (selective - experts.selective)
+    # compiled or not, experts keep what is theirs, but for the activated gate; layers with a state are not compiled
+    between_products = none - state - experts.none - (selective - experts.selective)
     compiled = selective - experts.selective + share * between_products + experts.compiled
     return Kept(none, selective, c * hidden * positions, compiled, working + 4 * hidden * positions)
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
 from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
@@ -20,6 +22,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 _CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
 _SCALES = frozenset({"logits_scaling", "logit_scale"})
 """Keys of a config by which the head's logits are multiplied or divided."""
+_STATE_TOKENS = 1024
 _LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
 
 
@@ -40,8 +43,15 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     styles = _styles(model)
     windows = _windows(text)
     reader = _Reader(model, styles)
+    name = MIXERS.get(text.model_type, "")
+    state_bytes = next((_state_bytes(b, name, text.hidden_size) for b in blocks if hasattr(b, name)), 0) if name else 0
     layers = [
-        Layer(tuple(reader.weights(block, f"{prefix}.{number}")), window)
+        Layer(
+            tuple(reader.weights(block, f"{prefix}.{number}")),
+            window,
+            state_bytes=state_bytes if hasattr(block, name) else 0,
+            attends=not hasattr(block, name) or hasattr(block, "self_attn"),
+        )
         for number, (block, window) in enumerate(zip(blocks, windows, strict=True))
     ]
     kinds = list(dict.fromkeys(layers))
@@ -182,6 +192,34 @@ def _blocks(model: PreTrainedModel, count: int) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise ValueError(f"a {model.config.model_type} model has no list of {count} decoder layers")
+
+
+def _state_bytes(block: nn.Module, name: str, hidden: int) -> int:
+    """What the module that carries a state keeps of a position for its backward pass in 16 bits, by running it without
+    numbers; with kernels that want numbers, 0.
+
+    Its inputs are counted as if all of its linear layers were trained, or had adapters, and nothing else of it.
+    """
+    mixer = copy.deepcopy(getattr(block, name)).to(torch.bfloat16).train().requires_grad_(False)
+    for module in mixer.modules():
+        module.requires_grad_(isinstance(module, nn.Linear))
+    weights = {parameter.untyped_storage()._cdata for parameter in mixer.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            seen[storage._cdata] = storage
+        return tensor
+
+    inputs = torch.empty(1, _STATE_TOKENS, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    try:
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            kept = mixer(inputs)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return 0
+    del kept
+    return sum(storage.nbytes() for storage in seen.values()) // _STATE_TOKENS
 
 
 def _styles(model: PreTrainedModel) -> list[tuple[re.Pattern[str], str]]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "other"]
 KINDS: tuple[Kind, ...] = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 
-FORMAT = 2
+FORMAT = 3
 """Version of the JSON; files of another one are read anew."""
 
 
@@ -64,10 +64,14 @@ class Layer:
     Attributes:
         weights: its parameters.
         window: positions that attention sees back, itself included; None for all.
+        state_bytes: that what carries a state along the row keeps of each position in 16 bits, 0 where nothing does.
+        attends: whether it has attention.
     """
 
     weights: tuple[Weight, ...]
     window: int | None = None
+    state_bytes: int = 0
+    attends: bool = True
 
     @property
     def numel(self) -> int:
@@ -202,7 +206,7 @@ class ModelShape:
         if entries.get("format") != FORMAT:
             raise ValueError(f"a shape of format {entries.get('format')}, not {FORMAT}")
         fields = {key: value for key, value in entries.items() if key != "format"}
-        kinds = tuple(Layer(_weights(layer["weights"]), layer["window"]) for layer in fields.pop("kinds"))
+        kinds = tuple(Layer(**{**layer, "weights": _weights(layer["weights"])}) for layer in fields.pop("kinds"))
         outer, order = _weights(fields.pop("outer")), tuple(fields.pop("order"))
         refused = tuple((str(axis), str(why)) for axis, why in fields.pop("refused"))
         return cls(**fields, kinds=kinds, order=order, outer=outer, refused=refused)
