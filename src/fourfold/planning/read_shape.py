@@ -44,7 +44,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     windows = _windows(text)
     reader = _Reader(model, styles)
     name = MIXERS.get(text.model_type, "")
-    state_bytes = next((_state_bytes(b, name, text.hidden_size) for b in blocks if hasattr(b, name)), 0) if name else 0
+    state_bytes = next((_state_bytes(b, name, text.hidden_size) for b in blocks if hasattr(b, name)), 0)
     layers = [
         Layer(
             tuple(reader.weights(block, f"{prefix}.{number}")),
@@ -215,10 +215,9 @@ def _state_bytes(block: nn.Module, name: str, hidden: int) -> int:
     inputs = torch.empty(1, _STATE_TOKENS, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
     try:
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            kept = mixer(inputs)
+            mixer(inputs)
     except (RuntimeError, NotImplementedError, TypeError):
         return 0
-    del kept
     return sum(storage.nbytes() for storage in seen.values()) // _STATE_TOKENS
 
 
