@@ -25,7 +25,7 @@ from fourfold.training.fast import Fast
 from fourfold.training.precision import resolve
 
 
-def build_as_on_a_gpu(folder: Path, wishes: Fast, mesh: Mesh, **keys: Any) -> Built:
+def build_as_on_a_gpu(folder: Path, wishes: Fast, mesh: Mesh, *, packs: bool = False, **keys: Any) -> Built:
     """The model of a folder, in bf16, built with just what is wished."""
     torch.manual_seed(0)
     given = {"model_name_or_path": str(folder), "dataset": "d", "output_dir": "o", "bf16": True, **keys}
@@ -41,7 +41,7 @@ def build_as_on_a_gpu(folder: Path, wishes: Fast, mesh: Mesh, **keys: Any) -> Bu
     with ExitStack() as stack:
         for name, found in instead.items():
             stack.enter_context(mock.patch.object(building, name, found))
-        built = build(run, precision, mesh, module, packs=False, wishes=wishes)
+        built = build(run, precision, mesh, module, packs=packs, wishes=wishes)
     built.model.fixed = False  # the kernel that is given offsets alone is a GPU's
     return built
 
@@ -55,8 +55,9 @@ def _samples(step: int) -> list[Sample]:
 
 def train_built(built: Built) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of three steps of two micro-batches and more, and the trained weights of this rank after them."""
+    packed = built.model.packed
     policy = CutPolicy(
-        packed=False, max_tokens=64, multiple=built.multiple, min_batches=max(built.split.min_batches, 2)
+        packed=packed, max_tokens=64, multiple=built.multiple, min_batches=max(built.split.min_batches, 2)
     )
     trained = {name: weight for name, weight in built.module.named_parameters() if weight.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 
 from command import run_here
-from fourfold.models.document_rows import alike
+from fourfold.config.load import load
+from fourfold.models.adapters import attach
+from fourfold.models.document_rows import alike, find_mixers, keep_documents_apart
 from fourfold.models.targets import lora_targets
+from fourfold.models.unwrap import base_model
 from fourfold.planning.read_shape import read_shape
 from fourfold.planning.shape import ModelShape
 from tiny_models import HYBRIDS, save_tiny_model, tiny_config, tiny_model
@@ -82,6 +88,39 @@ def test_adapters_when_all_are_wanted_are_of_linear_layers_and_experts(family: s
     targets = lora_targets(tiny_model(family), ("all",))
     assert not any("conv" in name for name in (*targets.modules, *targets.parameters))
     assert bool(targets.parameters) == (family in ("lfm2_moe", "qwen3_5_moe_text", "qwen3_next"))
+    with_adapters(family)  # PEFT takes them all
+
+
+def with_adapters(family: str) -> PeftModel:
+    """A model in training mode, with adapters on all that `all` names."""
+    keys = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o", "lora_target": "all"}
+    run = load(keys, verb="train")
+    module = attach(tiny_model(family), run.model, run.tuning, trainable=True, master_dtype=torch.float32)
+    assert isinstance(module, PeftModel)
+    return module.train()
+
+
+@pytest.mark.parametrize("family", ["bamba", "granitemoehybrid"])
+def test_training_when_a_kernel_would_read_past_the_adapter_goes_without_it(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = with_adapters(family)
+    inner = base_model(module)
+
+    def kernel(*_: Any, **__: Any) -> None:
+        raise AssertionError("it reads the last matrix without its adapter")
+
+    monkeypatch.setattr(sys.modules[type(inner).__module__], "mamba2_split_conv1d_scan_combined", kernel)
+    ids = torch.arange(3, 20)[None]
+    with pytest.raises(AssertionError, match="without its adapter"):
+        inner(input_ids=ids, use_cache=False)
+    keep_documents_apart(inner, None)
+    inner(input_ids=ids, use_cache=False).logits.sum().backward()
+    [mixer, *_] = find_mixers(inner)
+    assert mixer.training
+    found = {name: weight.grad for name, weight in mixer.named_parameters() if "out_proj.lora_B" in name}
+    assert len(found) == 1
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
 
 
 @pytest.mark.parametrize("family", sorted(HYBRIDS))

@@ -8,8 +8,8 @@ The compiler keeps the results of products and of attention for the backward pas
 again, as `selective` recompute does, without its cost. Told to keep a layer's inputs alone, it computes again what the
 backward pass reads and no more: not the layer's last product, a quarter of a llama's layer.
 
-Of a layer with parts that it cannot have, as experts or positions that ranks share, or routers whose results are
-collected for the loss, it compiles what lies around them.
+Of a layer with parts that it cannot have, as experts or positions that ranks share, what carries a state along a row,
+or routers whose results are collected for the loss, it compiles what lies around them.
 """
 
 from __future__ import annotations
@@ -232,12 +232,13 @@ def compile_layers(
     torch._dynamo.config.optimize_ddp = False  # it cuts a function at DDP's buckets; a layer's gradients come together
     torch._dynamo.config.specialize_float = True  # scales of adapters are constants, not inputs to read from the host
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
-    shared = Compiled()
+    shared, left_out = Compiled(), set(around)
     _leave_out(around, shared, backend)
     if in_context:
         keep_from_compiler()
     for layer in layers:
-        layer.forward = CompiledForward(layer, shared, backend, whole=not (around or in_context))
+        whole = not in_context and left_out.isdisjoint(layer.modules())
+        layer.forward = CompiledForward(layer, shared, backend, whole=whole)
     return shared
 
 

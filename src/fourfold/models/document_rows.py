@@ -24,10 +24,13 @@ from fourfold.dataset.batch import to_device
 from fourfold.families.recurrent import MIXERS
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.targets import decoder_blocks
+from fourfold.parallel.recompute import Remember, all_of
 
 _FEW = 64
 """So many positions of padding cost less than a further batch."""
 _MARK = "_fourfold_document_rows"
+_DOCUMENTS = "documents_of_rows"
+"""Keyword argument by which decoder layers are told documents' lengths, beside what attention is told of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +101,11 @@ class DocumentRows:
         """Key noise otherwise from now on."""
         self._noise = noise
 
-    def note(self, _layer: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        """Hook of a decoder layer, before its forward pass: take its documents' lengths."""
-        self._lengths = kwargs.get("lengths")
+    def note(self, _layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Hook of a decoder layer, before its forward pass: take its documents' lengths out of its arguments. What is
+        compiled of it would be made anew for other lengths."""
+        self._lengths = kwargs.get(_DOCUMENTS)
+        return args, {name: value for name, value in kwargs.items() if name != _DOCUMENTS}
 
     def remembered(self) -> Callable[[], AbstractContextManager[None]]:
         """Makes contexts with the lengths of now, for layers computed again after another row was noted."""
@@ -150,16 +155,33 @@ def has_mixers(model: PreTrainedModel) -> bool:
     return model.config.get_text_config().model_type in MIXERS
 
 
+def find_mixers(model: PreTrainedModel) -> list[nn.Module]:
+    """What carries a state in a model's layers; nothing where it has no such layers, or they are not known."""
+    name = MIXERS.get(model.config.get_text_config().model_type)
+    found = [] if name is None else [getattr(layer, name, None) for layer in decoder_blocks(model)[1]]
+    return [mixer for mixer in found if mixer is not None]
+
+
+def told_of(model: nn.Module, lengths: tuple[int, ...]) -> dict[str, object]:
+    """Keyword arguments of a model that tell its recurrent layers how long documents are; none for other models."""
+    return {} if document_rows(model) is None else {_DOCUMENTS: lengths}
+
+
+def read_besides(model: nn.Module, noise: NoiseKeys) -> Remember:
+    """What remembers all that a model's layers read besides their inputs, for those that are computed again."""
+    rows = document_rows(model)
+    return all_of(noise.remembered, *([] if rows is None else [rows.remembered]))
+
+
 def keep_documents_apart(model: PreTrainedModel, noise: NoiseKeys | None) -> None:
-    """Have a model's recurrent layers keep documents apart whose `lengths` its decoder layers are given, in place.
+    """Have a model's recurrent layers keep documents apart of which it is told (`told_of`), in place.
 
     Calling it again changes the noise alone.
 
     Args:
         noise: what is keyed by position within them; None if nothing is.
     """
-    name = MIXERS.get(model.config.get_text_config().model_type)
-    if name is None:
+    if not has_mixers(model):
         return
     rows = document_rows(model)
     if rows is not None:
@@ -168,7 +190,22 @@ def keep_documents_apart(model: PreTrainedModel, noise: NoiseKeys | None) -> Non
     rows = DocumentRows(noise)
     setattr(model, _MARK, rows)
     for layer in decoder_blocks(model)[1]:
-        mixer = getattr(layer, name, None)
-        if mixer is not None:
-            layer.register_forward_pre_hook(rows.note, with_kwargs=True)
-            mixer.forward = functools.partial(rows.run, mixer.forward)
+        layer.register_forward_pre_hook(rows.note, with_kwargs=True)
+    for mixer in find_mixers(model):
+        mixer.forward = functools.partial(rows.run, functools.partial(_call, mixer, mixer.forward))
+
+
+def _call(mixer: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """The mixer's own forward pass, [B, S, H] -> [B, S, H].
+
+    Transformers' state spaces have a kernel for training that reads their last matrix, and so passes by what it is
+    wrapped with: an adapter, or 4 bits. (Read in Transformers 5.17 and 5.24.)
+    """
+    last = getattr(mixer, "out_proj", None)
+    if last is None or type(last) is nn.Linear or not mixer.training:
+        return own(*args, **kwargs)
+    mixer.training = False  # of the mixer alone: what it consists of trains on
+    try:
+        return own(*args, **kwargs)
+    finally:
+        mixer.training = True

@@ -23,7 +23,7 @@ from fourfold.families.recurrent import carries_state
 from fourfold.families.shared_positions import caps_scores, is_exchangeable
 from fourfold.models import attention, document_attention
 from fourfold.models.compiled import Compiled
-from fourfold.models.document_rows import has_mixers, keep_documents_apart
+from fourfold.models.document_rows import has_mixers, keep_documents_apart, told_of
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.parameters import is_empty
@@ -192,7 +192,8 @@ class StepModel:
         """Whether decoder and head, called apart, give the model's own logits on a few tokens."""
         assert self._head is not None
         ids = torch.arange(1, 1 + _CHECK_TOKENS, device=self._inner.device)[None] % self._inner.config.vocab_size
-        kwargs: dict[str, object] = {"lengths": (_CHECK_TOKENS,)} if self.packed else {}
+        alone = (_CHECK_TOKENS,)
+        kwargs: dict[str, object] = {"lengths": alone, **told_of(self._inner, alone)} if self.packed else {}
         was_training = self.module.training
         self.module.eval()
         whole = self._inner(input_ids=ids, use_cache=False, **kwargs).logits
@@ -232,7 +233,7 @@ class StepModel:
         if not self.packed:
             return {}
         keys = {} if batch.keys is None else {"keys": batch.keys}
-        found = {"cu_seqlens": batch.cu_seqlens, **keys}
+        found = {"cu_seqlens": batch.cu_seqlens, **keys, **told_of(self._inner, batch.lengths)}
         if batch.cu_seqlens is None:
             return {**found, "lengths": batch.lengths}
         if self.reaches:

@@ -9,10 +9,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.log import get_logger
 from fourfold.base.registry import nearest
+
+log = get_logger(__name__)
 
 ALL = "all"
 """Value of `lora_target` and `freeze_trainable_modules` that takes every kind."""
+
+
+_READ_AS_WEIGHTS = "out_proj"
+_READERS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types in which PEFT refuses an adapter of `out_proj`, whose weight kernels read past it (PEFT 0.21,
+`tuners/tuners_utils.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,13 @@ def lora_targets(model: PreTrainedModel, wanted: Sequence[str]) -> LoraTargets:
         if others := [want for want in wanted if want != ALL]:
             raise ConfigError(
                 f"lora_target: all takes every linear layer, so {', '.join(others)} adds nothing. Keep one of the two."
+            )
+        if model.config.model_type in _READERS and _READ_AS_WEIGHTS in linear:
+            linear.remove(_READ_AS_WEIGHTS)
+            log.info(
+                "lora_target: all leaves %s out, which a %s model reads past its adapter.",
+                _READ_AS_WEIGHTS,
+                model.config.model_type,
             )
         return LoraTargets(tuple(linear), tuple(experts))
     modules = [name for name, _ in model.named_modules()]

@@ -22,6 +22,7 @@ from fourfold.models import document_attention, equal_documents
 from fourfold.models.adapters import without_adapters
 from fourfold.models.attention import knows_caps
 from fourfold.models.compiled import compile_layers, join_small_kernels, recompute_compiled
+from fourfold.models.document_rows import find_mixers, read_besides
 from fourfold.models.equal_documents import EqualDocuments
 from fourfold.models.float8 import MULTIPLE, use_float8
 from fourfold.models.forward import StepModel, supports_packing
@@ -179,7 +180,8 @@ class Built:
         if self.fast.compiled:
             if kind == "full":
                 layers = self._layers()
-                recompute_compiled(layers[: len(layers) - spared], self.noise.remembered)
+                remember = read_besides(base_model(self.module), self.noise)
+                recompute_compiled(layers[: len(layers) - spared], remember)
             return "full" if kind == "full" else "none"
         if kind != "none":
             enable_recompute(self.module, kind, self.noise, spared)
@@ -278,6 +280,7 @@ def _make_fast(run: Run, mesh: Mesh, model: StepModel, fast: Fast, precision: Pr
             _make_room(mesh, model.module)
         join_small_kernels(joins=mesh.layout.tp == 1)
         around = experts_and_adapters(base_model(model.module)) if fast.around_experts else []
+        around += find_mixers(base_model(model.module))
         if model.balance_experts:
             around += find_routers(base_model(model.module))
         model.compiled = compile_layers(blocks, around=around, in_context=mesh.layout.cp > 1)

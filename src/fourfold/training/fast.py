@@ -74,6 +74,8 @@ def what_goes(wishes: Fast, model: StepModel, mesh: Mesh, precision: Precision, 
     found = Fast(compiled, graphs, around_experts=alone is not None)
     reason = against if wishes.compiled else None
     around = ["around attention, whose positions ranks share"] if compiled and mesh.layout.cp > 1 else []
+    if compiled and has_mixers(base_model(model.module)):
+        around.append("around what carries a state along a row")
     around += [] if alone is None else [f"around their experts, which run as they are ({alone})"]
     if compiled and model.balance_experts and has_experts(base_model(model.module)):
         around.append("around their routers, whose balance is part of the loss")
@@ -95,8 +97,6 @@ def _obstacles(model: StepModel, mesh: Mesh, precision: Precision, run: Run) -> 
         yield "zbv makes gradients in two parts"
     if layout.offload != "none" or run.parallel.offload_activations:
         yield "weights or activations travel to the host"
-    if has_mixers(inner):
-        yield "some of its layers carry a state along a row"
     if not model.packed or not takes_offsets(inner.config.get_text_config(), mesh.device, precision.compute):
         yield "its attention needs more than the documents' offsets"
 
@@ -118,5 +118,7 @@ def _obstacles_of_graphs(model: StepModel, mesh: Mesh, run: Run) -> Iterator[str
         yield "gradients of whole weights would stay for good"
     if has_experts(base_model(model.module)):
         yield "it has experts"
+    if has_mixers(base_model(model.module)):
+        yield "some of its layers carry a state along a row"
     if not model.has_plain_head:
         yield "its head is not a plain one"

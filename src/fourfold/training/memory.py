@@ -14,12 +14,12 @@ from fourfold.base.bisection import largest_that
 from fourfold.base.log import get_logger
 from fourfold.base.units import GIB, format_bytes, format_count
 from fourfold.dataset.collate import CutPolicy
-from fourfold.models.document_rows import document_rows
+from fourfold.models.document_rows import read_besides
 from fourfold.models.noise import NoiseKeys
 from fourfold.models.patches import recompute_noise_ignored
 from fourfold.models.targets import decoder_blocks
 from fourfold.models.unwrap import TunedModel, base_model
-from fourfold.parallel.recompute import Recompute, all_of, settings
+from fourfold.parallel.recompute import Recompute, settings
 from fourfold.parallel.sharded import local
 from fourfold.parallel.stacked_experts import find_experts
 from fourfold.planning.keeps import NOTHING, Keeps, room_for_step
@@ -175,9 +175,7 @@ def enable_recompute(module: TunedModel, kind: Recompute, noise: NoiseKeys, spar
         isinstance(layer, nn.Dropout) and layer.p > 0 for layer in module.modules()
     )
     biases = any(bool(getattr(experts, "has_bias", False)) for _, experts in find_experts(model))
-    rows = document_rows(model)
-    remember = all_of(noise.remembered, *([] if rows is None else [rows.remembered]))
-    kwargs = settings(kind, remember=remember, random=random, grouped_biases=biases)
+    kwargs = settings(kind, remember=read_besides(model, noise), random=random, grouped_biases=biases)
     with recompute_noise_ignored():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     # which reentrant checkpoints need alone; frozen layers at the bottom would have gradients, and keep what these take

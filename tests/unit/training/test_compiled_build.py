@@ -54,3 +54,35 @@ def test_training_when_built_to_run_compiled_is_that_of_layers_as_they_are(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert mean(abs(a - b) for a, b in zip(losses, plain, strict=True)) <= 2e-3
     assert float((found - weights).abs().mean()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "case", "recompute"),
+    [
+        ("lfm2", "lora", False),
+        ("qwen3_5_text", "lora", True),
+        pytest.param("qwen3_5_text", "full", False, marks=pytest.mark.grid),
+        pytest.param("granitemoehybrid", "lora", True, marks=pytest.mark.grid),
+        pytest.param("falcon_h1", "lora", False, marks=pytest.mark.grid),
+        pytest.param("lfm2_moe", "full", True, marks=pytest.mark.grid),
+    ],
+)
+def test_training_when_layers_carry_a_state_is_compiled_around_it_over_packed_rows(
+    family: str, case: str, recompute: bool, tmp_path: Path
+) -> None:
+    keys, _ = _KEYS[case]
+    tiny_model(family).save_pretrained(tmp_path)
+    found: list[list[float]] = []
+    for wishes in (NOTHING_FAST, Fast(compiled=True)):
+        torch._dynamo.reset()
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        built = build_as_on_a_gpu(tmp_path, wishes, single(torch.device("cpu")), packs=True, **keys, bf16=False)
+        assert built.model.packed
+        if recompute:
+            built.recompute("full")
+        found.append(train_built(built)[0])
+        compiled = built.model.compiled
+        assert (compiled is not None) == wishes.compiled
+        assert compiled is None or not (compiled.trains_plain or compiled.asks_plain)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > before) == wishes.compiled
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
