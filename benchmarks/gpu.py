@@ -11,6 +11,7 @@ full_3b_four, full_3b_eight  4 and 8 rows a step, none recomputed.
 full_3b_float8 (_four, _eight)  2 (4, 8) rows a step with products in float8.
 moe                          full tuning of 8 layers of a Qwen3-30B-A3B shape in bf16, 4,096 tokens.
 dpo                          LoRA of the 8B on pairs of 1,024 tokens a side, 4 pairs a step.
+hybrid_chat, hybrid_4k       chats, and rows of 4,096 tokens, with LoRA of a Qwen3.5-9B shape (gated delta nets).
 long                         LoRA of the 8B on one sequence of 131,072 tokens; how long a peer's may be.
 families                     the test suite with this machine's torch, on its CPU and its GPU; only when named.
 

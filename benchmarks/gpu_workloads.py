@@ -136,6 +136,7 @@ def _full_3b(rows: int, *, fp8: bool = False, **peers: Peer) -> Workload:
 
 _CHAT_SETTINGS = (Setting(2, 4, True), Setting(8, 1, False), Setting(4, 2, False))
 _CHAT_PEERS = _trainers(*_CHAT_SETTINGS, liger=False) | _unsloth(*_CHAT_SETTINGS)
+_HYBRID_PEERS = _trainers(*_CHAT_SETTINGS, liger=False)
 _LORA_4K_SETTINGS = (Setting(2, 1, True), Setting(2, 1, False), Setting(1, 2, False))
 _EXPERTS = (Setting(4, 1, False), Setting(2, 2, False), Setting(1, 4, False), Setting(2, 2, True))
 _SINKS = (Setting(2, 1, False), Setting(1, 2, False), Setting(2, 1, True), Setting(1, 2, True))
@@ -192,6 +193,13 @@ WORKLOADS: dict[str, Workload] = {
             "hf_eager": Peer(_SINKS, experts="grouped_mm", attention="eager"),
         },
     ),
+    "hybrid_chat": Workload("Qwen3.5-9B", CHAT, "chat", 149, LORA, _HYBRID_PEERS, unit="samples"),
+    "hybrid_4k": Workload(
+        "Qwen3.5-9B",
+        {**LORA_TEXT, "per_device_train_batch_size": 2},
+        *("text", 4096, LORA),
+        _trainers(*_LORA_4K_SETTINGS, liger=False),
+    ),
     "dpo": Workload(
         "Llama-3-8B",
         {**PAIRS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
@@ -226,8 +234,13 @@ _TINY: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-_TINY_EXPERTS: dict[str, dict[str, Any]] = {
+_TINY_PARTS: dict[str, dict[str, Any]] = {
     "Qwen3-30B-A3B": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "Qwen3.5-9B": {
+        "layer_types": ["linear_attention", "full_attention"],
+        **{f"linear_num_{what}_heads": 2 for what in ("key", "value")},
+        **{f"linear_{what}_head_dim": 16 for what in ("key", "value")},
+    },
     "gpt-oss-20b": {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
@@ -238,5 +251,5 @@ _TINY_EXPERTS: dict[str, dict[str, Any]] = {
 
 def tiny(workload: Workload) -> Workload:
     """The same with a model of some hundred kilobytes and short rows, for any machine."""
-    experts = _TINY_EXPERTS.get(workload.model, {})
-    return replace(workload, config={**workload.config, **_TINY, **experts}, seq_len=_TINY_LENGTHS[workload.seq_len])
+    parts = _TINY_PARTS.get(workload.model, {})
+    return replace(workload, config={**workload.config, **_TINY, **parts}, seq_len=_TINY_LENGTHS[workload.seq_len])
