@@ -21,6 +21,7 @@ if importlib.util.find_spec("bitsandbytes") is not None:
 
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     TaskType,
     get_peft_model,
@@ -38,6 +39,7 @@ __all__ = [
     "LoraLayer",
     "LoraModel",
     "ParamWrapper",
+    "PeftConfig",
     "PeftModel",
     "TaskType",
     "get_peft_model",

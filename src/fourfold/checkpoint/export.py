@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import CheckpointError, ConfigError, ModelError, first_line
 from fourfold.base.log import get_logger
@@ -25,10 +25,12 @@ from fourfold.base.peft import PeftModel
 from fourfold.base.units import format_bytes, format_count
 from fourfold.checkpoint.compare import Comparison, compare, fixed_prompts, logits_of
 from fourfold.checkpoint.folder import write_folder
+from fourfold.config.model import ModelConfig
 from fourfold.config.schema import Run
 from fourfold.dataset.template import AUTO
 from fourfold.models.adapters import attach
 from fourfold.models.inference import inference_device, load_for_inference, written_dtype
+from fourfold.models.load import load_config, read_written
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
 from fourfold.models.quantize import dequantize_model, is_quantized
 from fourfold.models.renderer import make_renderer
@@ -258,9 +260,9 @@ def _read_back(run: Run, folder: Path, source: _Source, device: torch.device) ->
     gc.collect()
     try:
         with bars_on_terminals_only():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=source.compute, use_safetensors=True, trust_remote_code=run.model.trust_remote_code
-            ).eval()
+            written = ModelConfig(model_name_or_path=str(folder), trust_remote_code=run.model.trust_remote_code)
+            options = {"dtype": source.compute, "trust_remote_code": run.model.trust_remote_code}
+            model = read_written(str(folder), load_config(written), **options).eval()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"export_dir: the written model cannot be read back ({error}). Export again.") from error
     torch.nn.Module.to(model, device)

@@ -15,10 +15,12 @@ from fourfold.base.log import get_logger
 from fourfold.base.peft import PeftModel
 from fourfold.checkpoint.folder import list_checkpoints, verify
 from fourfold.models import pissa
+from fourfold.models.composite import renamed_alone, whole_of
 from fourfold.models.parameters import tied_names
+from fourfold.models.published import Published
 from fourfold.models.shard_files import WEIGHTS, ShardFiles, has_shards
-from fourfold.models.tensor_files import HostTensors, NamedSource, TensorFiles
-from fourfold.models.unwrap import TunedModel
+from fourfold.models.tensor_files import HostTensors, NamedSource, Renamed, TensorFiles
+from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.models.value_head import FILE as VALUE_HEAD_FILE
 from fourfold.models.value_head import is_of_value_head, value_head_parts
 from fourfold.models.weights import adapter_parts
@@ -97,13 +99,17 @@ def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
         path = folder / "adapter_model.safetensors"
         if not path.exists():
             raise CheckpointError(f"{path}: is missing; the checkpoint holds no adapter.")
+        is_part = whole_of(base_model(model)) is not None
         if pissa.is_pissa(model):
-            unexpected = pissa.restore(model, load_file(path))
+            saved = load_file(path)
+            unexpected = pissa.restore(model, renamed_alone(saved) if is_part else saved)
             if unexpected:
                 raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
         else:
             parts = {name: (part, [name]) for name, part in adapter_parts(model, shares).items()}
-            _load_parts(parts, TensorFiles([path]), path)
+            files = TensorFiles([path])
+            alone = renamed_alone({name: name for name in files.names})
+            _load_parts(parts, Renamed(files, alone) if is_part else files, path)
         return
     parts: dict[str, tuple[Part, list[str]]] = {}
     first: dict[int, str] = {}  # one parameter under several names is saved under one of them
@@ -151,6 +157,8 @@ def _read_model(model: PreTrainedModel, folder: Path) -> NamedSource:
     if has_shards(folder):
         return ShardFiles(folder / WEIGHTS)
     files = TensorFiles(sorted(folder.glob("model*.safetensors")))
+    if whole_of(model) is not None:
+        return Published(files, model, is_part=True)
     if set(files.names) <= model.state_dict().keys():
         return files
     return HostTensors(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())

@@ -160,6 +160,7 @@ def _load_config(run: Run) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    from fourfold.families.composite import language_model_of
     from fourfold.models.source import explained, gguf_path, hub_options, model_name
 
     name = model_name(run.model)
@@ -169,7 +170,7 @@ def _load_config(run: Run) -> PreTrainedConfig:
 
         return load_gguf_config(path)
     with explained(name, "the config"):
-        return AutoConfig.from_pretrained(name, **hub_options(run.model))
+        return language_model_of(AutoConfig.from_pretrained(name, **hub_options(run.model)))
 
 
 def _warn(run: Run, cluster: Cluster, shape: ModelShape) -> None:

@@ -16,7 +16,9 @@ from fourfold.base.log import get_logger
 from fourfold.base.peft import BaseTunerLayer, LoraConfig, LoraLayer, PeftModel, TaskType, get_peft_model
 from fourfold.config.model import ModelConfig
 from fourfold.config.tuning import TuningConfig
+from fourfold.families.composite import RENAMED
 from fourfold.models import pissa
+from fourfold.models.composite import settle_adapter, whole_of
 from fourfold.models.freeze import unfreeze
 from fourfold.models.identity import BaseIdentity, check_adapter, identify
 from fourfold.models.parameters import is_empty, list_parameters, upcast_norms, upcast_trainable
@@ -208,6 +210,8 @@ def _load_adapter(
     check_source(name, key=_KEY)
     check_adapter(name, config, base, merged)
     options: dict[str, Any] = {"subfolder": config.adapter_folder} if config.adapter_folder else {}
+    if whole_of(model) is not None:
+        options |= {"key_mapping": dict(RENAMED), "config": settle_adapter(name, config.adapter_folder, config)}
     if not Path(name).exists():
         options |= {"token": config.hf_hub_token, "cache_dir": config.cache_dir}
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import init_empty_weights
@@ -25,7 +26,9 @@ from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.config.tuning import TuningConfig
+from fourfold.families.composite import RENAMED, language_model_of
 from fourfold.families.shared_positions import caps_scores
+from fourfold.models.composite import remember_whole, whole_config
 from fourfold.models.gguf_model import load_gguf_config, load_gguf_weights
 from fourfold.models.patches import bars_on_terminals_only
 from fourfold.models.quantize import new_quantization, settle_own_quantization, settle_quantized
@@ -48,7 +51,7 @@ _ATTENTION = {
 
 
 def load_config(config: ModelConfig, *, seq_len: int | None = None) -> PreTrainedConfig:
-    """The Transformers config of the model, with the run's rope scaling.
+    """The Transformers config of the model, with the run's rope scaling; of one that sees, that of its language model.
 
     Args:
         seq_len: longest sequence that will be trained (`cutoff_len`), for the rope scaling factor; None outside
@@ -63,6 +66,7 @@ def load_config(config: ModelConfig, *, seq_len: int | None = None) -> PreTraine
     else:
         with explained(name, "the config"):
             loaded = AutoConfig.from_pretrained(name, **hub_options(config))
+    loaded = language_model_of(loaded)
     _scale_rope(loaded, config, seq_len)
     return loaded
 
@@ -100,6 +104,7 @@ def load_model(
         resize_vocabulary(model, tokenizer, config)
     if tokenizer is not None:
         check_special_tokens(model, tokenizer)
+    remember_whole(model, config)
     settle_quantized(model)
     return model.eval()
 
@@ -141,6 +146,7 @@ def load_streamed(
             found = open_weights(config, model, dtype)
         if not isinstance(found, str):
             check_special_tokens(model, tokenizer)
+            remember_whole(model, config)
             return model.eval(), Stream(found)
         reason = found
     log.info("Each rank loads the whole weights, since %s.", reason)
@@ -223,13 +229,29 @@ def _from_weights(
     path = gguf_path(name)
     if path is None:
         with bars_on_terminals_only(), _kernel_explained(config), explained(name, "the model"):
-            return AutoModelForCausalLM.from_pretrained(
-                name, config=model_config, use_safetensors=True, **hub_options(config), **options
-            )
+            return read_written(name, model_config, **hub_options(config), **options)
     model_class: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]  # type: ignore[assignment]
     weights = load_gguf_weights(path, model_config)
     with bars_on_terminals_only(), _kernel_explained(config), explained(name, "the model"):
         return model_class.from_pretrained(None, config=model_config, state_dict=weights, **options)
+
+
+def read_written(name: str, model_config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model of safetensors files; of one that sees, its language model.
+
+    Args:
+        model_config: see `load_config`.
+        options: of Transformers' `from_pretrained`.
+    """
+    if whole_config(name, **options) is None:
+        return AutoModelForCausalLM.from_pretrained(name, config=model_config, use_safetensors=True, **options)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+    with mock.patch.object(model_class, "_keys_to_ignore_on_load_unexpected", [".*"]):  # all other parts
+        model: PreTrainedModel = model_class.from_pretrained(
+            name, config=model_config, use_safetensors=True, key_mapping=dict(RENAMED), **options
+        )
+    vars(model).pop("_weight_conversions", None)  # by which Transformers would turn the patterns into names
+    return model
 
 
 def _from_shards(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
+from fourfold.families.composite import name_alone
 from fourfold.models.tensor_files import NamedSource
 
 
@@ -43,11 +44,13 @@ class Piece:
 class Published:
     """The model's tensors, read from a checkpoint.
 
+    Args:
+        is_part: the model is a part of the checkpoint's (`families/composite.py`), whose other tensors are left out.
     Raises:
         UnknownConversionError: there is a rule that is not understood here.
     """
 
-    def __init__(self, files: NamedSource, model: PreTrainedModel) -> None:
+    def __init__(self, files: NamedSource, model: PreTrainedModel, *, is_part: bool = False) -> None:
         self._files = files
         self._pieces: dict[str, tuple[Piece, ...]] = {}
         self.unused: list[str] = []
@@ -55,7 +58,9 @@ class Published:
         renamings, converters = _rules(model)
         stacks: dict[str, tuple[WeightConverter, dict[str, list[str]]]] = {}
         for key in sorted(files.names, key=_natural):
-            name = key
+            name = name_alone(key) if is_part else key
+            if name is None:
+                continue
             for renaming in renamings:
                 name, _ = renaming.rename_source_key(name)
             for converter in converters:

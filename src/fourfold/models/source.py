@@ -10,11 +10,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from fourfold.base.errors import ConfigError, ModelError, first_line
 from fourfold.base.hub import WAYS_OUT, endpoint, is_offline
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import MODEL, is_gguf, missing
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def model_name(config: ModelConfig) -> str:
@@ -55,6 +58,23 @@ def fetch_file(name: str, file: str, config: ModelConfig, *, revision: str | Non
     except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
         return None
     return Path(path)
+
+
+def weight_files(config: ModelConfig) -> list[Path]:
+    """The safetensors files of the base model, fetched if need be.
+
+    Raises:
+        OSError: there are none.
+    """
+    name = model_name(config)
+    options = {key: value for key, value in hub_options(config).items() if key != "trust_remote_code"}
+    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **options)
+    if index is None:
+        single = cached_file(name, _SINGLE, **options)
+        assert single is not None
+        return [Path(single)]
+    files, _ = get_checkpoint_shard_files(name, index, **options)
+    return [Path(file) for file in files]
 
 
 def hub_options(config: ModelConfig) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from fourfold.base.log import get_logger
 from fourfold.config.model import ModelConfig
 from fourfold.config.tuning import TuningConfig
+from fourfold.models.composite import whole_config
 from fourfold.models.published import Published, UnknownConversionError
 from fourfold.models.shard_files import WEIGHTS, ShardFiles, has_shards
-from fourfold.models.source import gguf_path, hub_options, model_name
+from fourfold.models.source import gguf_path, hub_options, model_name, weight_files
 from fourfold.models.tensor_files import NamedSource, TensorFiles
 from fourfold.models.unwrap import TunedModel, base_model
 from fourfold.models.vocabulary import grows_vocabulary
@@ -28,7 +28,6 @@ from fourfold.parallel.whole import fill, parts_of
 
 log = get_logger(__name__)
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _BASE = ".base_layer"
 
 
@@ -125,7 +124,8 @@ def open_weights(config: ModelConfig, model: PreTrainedModel, dtype: torch.dtype
         unused: list[str] = []
     else:
         try:
-            source = Published(TensorFiles(_weight_files(config)), model)
+            part = whole_config(name, **hub_options(config)) is not None
+            source = Published(TensorFiles(weight_files(config)), model, is_part=part)
         except UnknownConversionError as error:
             return f"{error} is converted in a way of its own"
         except OSError:
@@ -141,18 +141,6 @@ def open_weights(config: ModelConfig, model: PreTrainedModel, dtype: torch.dtype
     if unused:
         log.warning("model_name_or_path: %d tensors of %s are not used, e.g. %s.", len(unused), name, unused[0])
     return source
-
-
-def _weight_files(config: ModelConfig) -> list[Path]:
-    name = model_name(config)
-    options = {key: value for key, value in hub_options(config).items() if key != "trust_remote_code"}
-    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **options)
-    if index is None:
-        single = cached_file(name, _SINGLE, **options)
-        assert single is not None
-        return [Path(single)]
-    files, _ = get_checkpoint_shard_files(name, index, **options)
-    return [Path(file) for file in files]
 
 
 def load_generation_config(config: ModelConfig, model: PreTrainedModel) -> None:

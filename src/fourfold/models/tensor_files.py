@@ -29,6 +29,38 @@ class NamedSource(Source, Protocol):
         ...
 
 
+class Renamed:
+    """A source under other names.
+
+    Args:
+        names: of all that is to be had, by the new names, in `source`.
+    """
+
+    def __init__(self, source: NamedSource, names: Mapping[str, str]) -> None:
+        self._source, self._names = source, names
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor."""
+        return self._source.shape(self._names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return self._source.dtype(self._names[name])
+
+    def read_into(self, target: Tensor, name: str, offsets: tuple[int, ...]) -> None:
+        """Copy a rectangle."""
+        self._source.read_into(target, self._names[name], offsets)
+
+
 class HostTensors:
     """Tensors in host memory."""
 

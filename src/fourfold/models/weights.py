@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.peft import PeftModel, get_peft_model_state_dict
 from fourfold.models import pissa
+from fourfold.models.composite import complete_adapter, complete_model, whole_of
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.parameters import tied_names
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
+from fourfold.models.unwrap import base_model
 from fourfold.models.value_head import is_of_value_head, value_head_parts, value_head_state, write_value_head
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import Part, gather, parts_of
@@ -45,12 +47,17 @@ def save_model(
     values = value_head_state(model) if state is None else _only_value_head(state)
     write_value_head(values, folder)
     state = None if state is None else {name: tensor for name, tensor in state.items() if name not in values}
+    whole = whole_of(base_model(model))
     if isinstance(model, PeftModel):
         _save_adapter(model, folder, state)
+        if whole is not None:
+            complete_adapter(folder, whole)
         if base is not None:
             write_identity(folder, base)
     else:
         _save_whole(model, folder, dtype, state, max_shard_size)
+        if whole is not None:
+            complete_model(folder, whole)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
 

@@ -24,6 +24,8 @@ from fourfold.planning.shape import FORMAT, ModelShape
 _CODE = (
     ("fourfold.planning", "read_shape.py"),
     ("fourfold.families", "tensor_styles.py"),
+    ("fourfold.families", "composite.py"),
+    ("fourfold.families", "recurrent.py"),
     ("fourfold.families", "shared_positions.py"),
 )
 _GGUF_HEAD = 2**24  # metadata and the list of tensors; what follows are weights
