@@ -36,9 +36,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.torch_version import TorchVersion
 
 from fourfold.base.log import get_logger
 
@@ -439,8 +439,8 @@ def _fla_trains(device: torch.device) -> bool:
     """Whether the backward pass of `fla`, which is there, runs on a GPU."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return True
-    triton = Version(importlib.import_module("triton").__version__)
-    return not Version("3.4.0") <= triton < Version("3.7.1") or _has_tilelang()
+    triton = TorchVersion(importlib.import_module("triton").__version__)
+    return triton < "3.4.0" or triton >= "3.7.1" or _has_tilelang()
 
 
 def _has_tilelang() -> bool:

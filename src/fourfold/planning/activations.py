@@ -93,9 +93,9 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     share = _COMPILED_SHARE
     if trained:
         share = _COMPILED_SHARE_IN_FLOAT8 if job.float8 else _COMPILED_SHARE_OF_TRAINED
-    # compiled or not, experts keep what is theirs, but for the activated gate; layers with a state are not compiled
+    # compiled or not, experts keep what is theirs, but for the activated gate, and so does what carries a state
     between_products = none - state - experts.none - (selective - experts.selective)
-    compiled = selective - experts.selective + share * between_products + experts.compiled
+    compiled = selective - experts.selective + share * between_products + experts.compiled + state
     return Kept(none, selective, c * hidden * positions, compiled, working + 4 * hidden * positions)
 
 

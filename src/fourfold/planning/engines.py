@@ -132,5 +132,5 @@ def engine_of(
     fits = job.packed and shape.by_offsets and job.compute != "fp32" and has_flash(device)
     if not (compiles and goes and fits) or (shape.caps_scores and not has_own_attention(device)):
         return "eager"
-    plain = layout.world_size == 1 and job.tuning == "lora" and not shape.experts
+    plain = layout.world_size == 1 and job.tuning == "lora" and not shape.experts and not shape.carries_state
     return "replayed" if replays and plain else compiled_engine(shape, layout, job.compute)

@@ -84,7 +84,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         own_bits=own_bits,
         own_double_quant=own_double_quant,
         refused=tuple(_refused(model, text)),
-        by_offsets=is_exchangeable(text, type(model)) and has_fused_scores(text),
+        by_offsets=(is_exchangeable(text, type(model)) or text.model_type in MIXERS) and has_fused_scores(text),
         caps_scores=caps_scores(text),
         changed_logits=2 if entries.get("final_logit_softcapping") else int(not _SCALES.isdisjoint(entries)),
     )

@@ -133,6 +133,11 @@ class ModelShape:
     caps_scores: bool = False
     changed_logits: int = 0
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether some of its layers carry a state along the row."""
+        return any(layer.state_bytes or not layer.attends for layer in self.kinds)
+
     def __hash__(self) -> int:
         return self._hash
 
