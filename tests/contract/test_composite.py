@@ -163,3 +163,22 @@ def test_model_whose_language_model_cannot_be_run_alone_is_refused_in_a_line(tmp
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4v"}), encoding="utf-8")
     with pytest.raises(Exception, match="the language model of a glm4v model cannot be run by itself"):
         load_model(ModelConfig(model_name_or_path=str(tmp_path)), dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_run_of_two_ranks_that_read_their_parts_ends_in_the_whole(tuning: str, folder: Path, tmp_path: Path) -> None:
+    """As one process with as many rows a step."""
+    keys: dict[str, Any] = {"max_steps": 3, "finetuning_type": tuning, "learning_rate": 1e-3}
+    for name, more in (
+        ("one", {"per_device_train_batch_size": 4}),
+        ("two", {"per_device_train_batch_size": 2, "nproc": 2, "strategy": "fsdp"}),
+    ):
+        run(folder / "gemma3", folder / "data", tmp_path / name, **keys, **more)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    found = []
+    for name in ("one", "two"):
+        model: Any = whole(tmp_path / name if tuning == "full" else folder / "gemma3")
+        if tuning == "lora":
+            model = PeftModel.from_pretrained(model, str(tmp_path / name)).eval()
+        found.append(text_logits(model, IDS))
+    assert float((found[0] - found[1]).abs().max()) <= 1e-4 * float(found[0].abs().max())
