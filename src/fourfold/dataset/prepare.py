@@ -20,7 +20,7 @@ from fourfold.dataset.progress import track
 from fourfold.dataset.raw import RawMix, RawRows
 from fourfold.dataset.render import Renderer
 from fourfold.dataset.rows import Row
-from fourfold.dataset.saved import is_saved, load_saved, save_marker
+from fourfold.dataset.saved import TRAIN, is_saved, load_saved, save_marker
 from fourfold.dataset.sources import OpenOptions, open_source
 from fourfold.dataset.stage_rows import check_stage, row_kind
 from fourfold.dataset.storage import SampleWriter, TokenisedDataset
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = get_logger(__name__)
-
-TRAIN = "train"
 
 _Tokenise = Callable[[RawRows, str], TokenisedDataset]
 """Makes a data set of rows, under a name."""
@@ -71,9 +69,16 @@ def name_eval(name: str) -> str:
     return f"eval_{name}" if name else "eval"
 
 
-def encode_settings(run: Run) -> EncodeSettings:
-    """How rows become token sequences in this run."""
+def encode_settings(run: Run, *, answered: bool = False) -> EncodeSettings:
+    """How rows become token sequences in this run.
+
+    Args:
+        answered: the model answers these rows (`predict_with_generate`), so each is a sequence of its own whose prompt
+            is told apart from its answer, whatever is trained on.
+    """
     data, kind = run.data, row_kind(run.training.stage)
+    if answered:
+        return EncodeSettings(kind, data.cutoff_len, mask_history=data.mask_history)
     packing = data.neat_packing or (data.packing if data.packing is not None else kind == "text")
     packing = packing and kind in ("text", "chat")
     # LLaMA-Factory takes one token off the cutoff of packed chats; the same sequences come out here.
@@ -101,7 +106,7 @@ def prepare(run: Run, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) ->
     if not found or run.data.overwrite_cache:
         load_or_write(root, maker.save, overwrite=found)
         log.info("Tokenised data saved at %s", root)
-    parts = load_saved(root, maker.facts(None))
+    parts = load_saved(root, maker.facts, answered=run.training.predict_with_generate)
     if found:
         for name, data in parts.items():
             announce(data.stats, name)
@@ -159,19 +164,25 @@ class _Maker:
 
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, renderer: Renderer) -> None:
         self.run = run
-        self.encoder = Encoder(renderer, encode_settings(run))
+        self._trained = Encoder(renderer, encode_settings(run))
+        answered = run.training.predict_with_generate
+        self._evaluated = Encoder(renderer, encode_settings(run, answered=True)) if answered else self._trained
         self._made_with = {
             "code": code_digest(),
             "tokenizer": tokenizer_digest(tokenizer),
             "template": renderer.fingerprint,
-            "settings": asdict(self.encoder.settings),
             "preprocessing_batch_size": run.data.preprocessing_batch_size,
             "skip_bad_rows": run.data.skip_bad_rows,
         }
 
-    def facts(self, rows: RawRows | None) -> dict[str, Any]:
-        """Everything that decides what the samples of some rows are."""
-        return {**self._made_with, **({} if rows is None else rows.facts())}
+    def encoder(self, name: str) -> Encoder:
+        """What encodes the rows of a data set."""
+        return self._trained if name == TRAIN else self._evaluated
+
+    def facts(self, name: str, rows: RawRows | None = None) -> dict[str, Any]:
+        """Everything that decides what the samples of some rows are, used under a name."""
+        made_with = {**self._made_with, "settings": asdict(self.encoder(name).settings)}
+        return {**made_with, **({} if rows is None else rows.facts())}
 
     def make(self, tokenise: _Tokenise) -> Prepared:
         """All data sets of the run."""
@@ -198,7 +209,7 @@ class _Maker:
 
     def cached(self, rows: RawRows, name: str) -> TokenisedDataset:
         """The samples of some rows, from the cache if they are there."""
-        folder = cache_root() / "tokenised" / fingerprint_of(self.facts(rows))
+        folder = cache_root() / "tokenised" / fingerprint_of(self.facts(name, rows))
         found = folder.exists() and not self.run.data.overwrite_cache
         load_or_write(folder, lambda to: self._write(rows, to, name), overwrite=self.run.data.overwrite_cache)
         data = TokenisedDataset(folder)
@@ -217,25 +228,25 @@ class _Maker:
         self.make(tokenise)
         save_marker(root)
 
-    def _tokeniser(self, entries: Sequence[DatasetEntry]) -> ChunkTokeniser:
-        return ChunkTokeniser(self.encoder, entries, skip_bad_rows=self.run.data.skip_bad_rows)
+    def _tokeniser(self, entries: Sequence[DatasetEntry], name: str) -> ChunkTokeniser:
+        return ChunkTokeniser(self.encoder(name), entries, skip_bad_rows=self.run.data.skip_bad_rows)
 
     def _write(self, rows: RawRows, folder: Path, name: str) -> None:
         """Tokenise rows into an empty folder."""
         data = self.run.data
-        tokeniser = self._tokeniser(rows.entries)
+        tokeniser = self._tokeniser(rows.entries, name)
         outcome = Outcome([entry.name for entry in rows.entries])
         chunk_rows = data.preprocessing_batch_size
         workers = num_workers(len(rows), data.preprocessing_num_workers)
         results = run_chunks(rows, tokeniser, chunk_rows=chunk_rows, workers=workers)
-        facts = self.facts(rows)
+        facts = self.facts(name, rows)
         with SampleWriter(folder) as writer:
             for result in track(results, title=f"Tokenising ({name})", total=len(rows), step=chunk_rows):
                 writer.write(result.batch)
                 outcome.add(result)
             outcome.announce(name)
             if writer.num_samples == 0:
-                raise DataError(outcome.nothing_left(self.encoder.settings))
+                raise DataError(outcome.nothing_left(self.encoder(name).settings))
         writer.write_meta(fingerprint_of(facts), tokeniser.roles, outcome.stats, facts)
 
     def _stream(self, num_held_out: int) -> tuple[SampleStream, RawRows | None]:
@@ -248,7 +259,7 @@ class _Maker:
         entries = open_entries(run, data.dataset, training.stage, key="dataset")
         rows = RowStream(entries, open_options(run), data.mix_strategy, data.interleave_probs, training.seed)
         facts = {
-            **self.facts(None),
+            **self.facts(TRAIN),
             "streamed": [repr(entry) for entry in entries],
             "held_out": num_held_out,
             "mix": [data.mix_strategy, list(data.interleave_probs)],
@@ -256,7 +267,7 @@ class _Maker:
         }
         stream = SampleStream(
             rows,
-            self._tokeniser(entries),
+            self._tokeniser(entries, TRAIN),
             fingerprint=fingerprint_of(facts),
             chunk_rows=data.preprocessing_batch_size,
             buffer_size=0 if training.disable_shuffling else data.buffer_size,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.storage import TokenisedDataset
 
 log = get_logger(__name__)
+
+TRAIN = "train"
+"""What the training set is saved as; the others are evaluated."""
 
 _MARKER = "fourfold_data.json"
 _FOREIGN = ("dataset_dict.json", "state.json")
@@ -38,20 +41,42 @@ def is_saved(root: Path) -> bool:
     return False
 
 
-def load_saved(root: Path, made_with: Mapping[str, Any]) -> dict[str, TokenisedDataset]:
+def load_saved(
+    root: Path, made_with: Callable[[str], Mapping[str, Any]], *, answered: bool = False
+) -> dict[str, TokenisedDataset]:
     """The data sets of a folder, by name.
 
     Args:
-        made_with: what data of this run is made with; told apart from what is there.
+        made_with: what the data set of a name is made with in this run; told apart from what is there.
+        answered: the model answers the rows that are evaluated (`predict_with_generate`).
     Raises:
-        DataError: the data was made for another tokenizer, template or kind of stage.
+        DataError: the data was made for another tokenizer, template or kind of stage, or cannot be answered.
     """
     names = json.loads((root / _MARKER).read_text(encoding="utf-8"))["names"]
     found = {name: TokenisedDataset(root / name) for name in names}
-    for data in found.values():
-        _compare(data.facts, made_with, root)
+    for name, data in found.items():
+        if answered and name != TRAIN:
+            _check_answerable(data.facts["settings"], root, name)
+        _compare(data.facts, made_with(name), root)
     log.info("Using the tokenised data at %s", root)
     return found
+
+
+def _check_answerable(settings: Mapping[str, Any], root: Path, name: str) -> None:
+    """Refuse saved rows that the model cannot answer.
+
+    Args:
+        settings: what shaped their sequences.
+    Raises:
+        DataError: they are packed, or their prompts are trained, so that nothing tells a prompt from its answer.
+    """
+    for key in ("packing", "train_on_prompt"):
+        if settings.get(key):
+            raise DataError(
+                f"tokenized_path: {name} was made with {key}: true, so its rows cannot be answered, as "
+                "predict_with_generate asks. Name another folder, or give `overwrite_cache: true` to make it anew.",
+                file=str(root),
+            )
 
 
 def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], root: Path) -> None:

@@ -22,8 +22,9 @@ from fourfold.base.log import get_logger
 from fourfold.config.second import reference_run
 from fourfold.dataset.collate import cut, filler, pairs_of
 from fourfold.dataset.encoded import ROLES
-from fourfold.dataset.prepare import TRAIN, name_eval
+from fourfold.dataset.prepare import name_eval
 from fourfold.dataset.progress import track
+from fourfold.dataset.saved import TRAIN
 from fourfold.dataset.stage_rows import row_kind
 from fourfold.dataset.storage import TokenisedDataset
 from fourfold.losses.documents import begins_as_base, reference_name

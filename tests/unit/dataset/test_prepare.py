@@ -18,6 +18,7 @@ from fourfold.dataset.prepare import Prepared, load_rows
 from fourfold.dataset.stage_rows import check_named
 from fourfold.dataset.storage import TokenisedDataset
 from fourfold.dataset.workers import num_workers
+from fourfold.training.predict import split_last_answer
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,34 @@ def test_prepare_when_packing_joins_samples_as_documents(tmp_path: Path) -> None
     assert sorted(packed.document_lengths().tolist()) == sorted(single.lengths.tolist())
     assert packed.num_targets.sum() == single.num_targets.sum()
     assert set(packed.sets.tolist()) == {-1}
+
+
+@pytest.mark.parametrize("shape", [{"packing": True}, {"neat_packing": True}, {"train_on_prompt": True}])
+def test_prepare_when_rows_are_answered_keeps_each_apart_with_its_prompt(
+    tmp_path: Path, shape: dict[str, bool]
+) -> None:
+    folder = write_set(tmp_path, "a", alpaca_rows(12))
+    asked: dict[str, Any] = {"dataset": "a", "val_size": 5, "predict_with_generate": True, "do_predict": True}
+    plain, shaped = prepare_run(folder, **asked), prepare_run(folder, **asked, **shape)
+    rows = [shaped.eval[""][n] for n in range(5)]
+    assert rows == [plain.eval[""][n] for n in range(5)]
+    assert all(split_last_answer(row)[0] for row in rows)
+    train = train_of(shaped)
+    assert (len(train) < 7) == ("train_on_prompt" not in shape)  # packed as before
+    assert train.num_targets.sum() > train_of(plain).num_targets.sum() or "train_on_prompt" not in shape
+
+
+@pytest.mark.parametrize("key", ["packing", "train_on_prompt"])
+def test_prepare_when_saved_rows_cannot_be_answered_refuses_them(tmp_path: Path, key: str) -> None:
+    folder = write_set(tmp_path, "a", alpaca_rows(12))
+    saved: dict[str, Any] = {"dataset": "a", "val_size": 5, "tokenized_path": str(tmp_path / "saved"), key: True}
+    asked = {"predict_with_generate": True, "do_predict": True}
+    prepare_run(folder, **saved)
+    with pytest.raises(DataError, match=rf"eval was made with {key}: true, so its rows cannot be answered"):
+        prepare_run(folder, **saved, **asked)
+    prepared = prepare_run(folder, **saved, **asked, overwrite_cache=True)
+    assert len(prepared.eval[""]) == 5
+    assert len(prepare_run(folder, **saved, **asked).eval[""]) == 5
 
 
 def test_prepare_when_stage_is_pt_packs_by_default(tmp_path: Path) -> None:
