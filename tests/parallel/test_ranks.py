@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
 
-from fourfold.base.errors import PlanError
+from data_folder import alpaca_rows, prepare_run, write_set
+from fourfold.base.errors import FourfoldError, PlanError
 from fourfold.base.log import setup_logging
 from fourfold.config.load import load
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.layout import Layout
 from fourfold.training import assemble, auto
 from fourfold.training.machines import Choice, agree
-from fourfold.training.ranks import RankFacts, compare_ranks
+from fourfold.training.ranks import RankFacts, compare_ranks, prepare_alike
 from tiny_models import save_tiny_model
 from training_runs import run, write_dataset
 
@@ -106,6 +112,80 @@ def test_run_when_auto_plans_for_gpus_splits_all_ranks_alike_and_ends_with_a_for
     assert results["predicted_peak_memory_gib"] > 0
     facts = json.loads((tmp_path / "run" / "datasets.json").read_text(encoding="utf-8"))
     assert facts["layout"]["tp"] == 2
+
+
+def _prepare_by_rank(num_ranks: int, folders: Sequence[Path], **keys: Any) -> list[str]:
+    """What each rank is told that prepares the data of its own folder, in a cache of its own."""
+
+    def work() -> list[str]:
+        folder = folders[dist.get_rank()]
+        os.environ["FOURFOLD_CACHE"] = str(folder / "cache")
+        try:
+            data = prepare_alike(lambda: prepare_run(folder, **{"dataset": "tiny", **keys}))
+        except FourfoldError as error:
+            return [re.sub(rf" \({socket.gethostname()}\)", "", str(error))]
+        return ["" if data.train is None and data.stream is None else "prepared"]
+
+    return [told for (told,) in run_ranks(num_ranks, work)]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a folder with a data set `tiny` of alpaca rows."""
+
+    def write(name: str, number: int, answer: str = "answer") -> Path:
+        return write_set(tmp_path / name, "tiny", alpaca_rows(number, answer=answer), file="tiny.jsonl")
+
+    return write
+
+
+_STREAMED: dict[str, Any] = {"streaming": True, "max_steps": 2}
+
+
+@pytest.mark.parametrize("keys", [{}, {"val_size": 2}, _STREAMED, {"stage": "pt", "cutoff_len": 16}])
+def test_data_when_folders_differ_but_not_their_files_is_accepted(
+    rows: Callable[..., Path], keys: dict[str, Any]
+) -> None:
+    assert _prepare_by_rank(2, [rows("a", 6), rows("b", 6)], **keys) == ["prepared"] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "keys", "message"),
+    [
+        (
+            5,
+            "answer",
+            {},
+            "dataset: {} other data (train) than rank 0: 5 samples of tiny with 195 tokens, not 6 with 234.",
+        ),
+        (6, "anywho", {}, "dataset: {} other data (train) than rank 0: as much of tiny, but not the same."),
+        (6, "anywho", _STREAMED, "dataset: {} other data (train) than rank 0: its files are not the same."),
+        (
+            6,
+            "anywho",
+            {"eval_dataset": "tiny", "dataset": ""},
+            "eval_dataset: {} other data (eval) than rank 0: as much",
+        ),
+    ],
+)
+def test_data_when_a_machine_has_other_files_is_refused_by_every_rank(
+    rows: Callable[..., Path], number: int, answer: str, keys: dict[str, Any], message: str
+) -> None:
+    first, other = rows("a", 6), rows("b", number, answer)
+    told = _prepare_by_rank(3, [first, other, other], **{"dataset": "tiny", **keys})
+    assert len(set(told)) == 1
+    assert told[0].startswith(message.format("ranks 1 to 2 have"))
+    assert told[0].endswith("Put the same files on every machine.")
+    told = _prepare_by_rank(2, [first, other], **{"dataset": "tiny", **keys})
+    assert told[1].startswith(message.format("rank 1 has"))
+
+
+def test_data_when_a_machine_has_no_file_ends_every_rank(rows: Callable[..., Path]) -> None:
+    first, other = rows("a", 6), rows("b", 6)
+    (other / "tiny.jsonl").unlink()
+    fine, faulty = _prepare_by_rank(2, [first, other])
+    assert faulty.startswith(f"{other / 'tiny.jsonl'}: ")
+    assert fine == f"rank 1 has no data to train on: {faulty}"
 
 
 def test_choice_when_ranks_would_choose_differently_is_that_of_rank_0() -> None:

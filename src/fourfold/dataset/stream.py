@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +16,14 @@ from fourfold.dataset.batch import Sample
 from fourfold.dataset.info import DatasetEntry
 from fourfold.dataset.mix import MixStrategy, stream_numbers
 from fourfold.dataset.raw import HeldRows, Place, RawChunk
-from fourfold.dataset.sources import OpenOptions, stream_source
+from fourfold.dataset.sources import OpenOptions, find_files, stream_source
 from fourfold.dataset.storage import SampleColumns
 from fourfold.dataset.tokenise import ChunkTokeniser
 
 log = get_logger(__name__)
+
+_EXAMINED_BYTES = 2**20
+"""Of each end of a file, what tells it from another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +76,19 @@ class RowStream:
                 row = next(streams[number])
             yield row
 
+    def digest(self) -> str:
+        """Hash of what can be told of the local files without reading them: sizes, beginnings and ends."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            for file in find_files(entry) if entry.source == "file" else ():
+                size = file.stat().st_size
+                digest.update(size.to_bytes(8))
+                with file.open("rb") as opened:
+                    digest.update(opened.read(_EXAMINED_BYTES))
+                    opened.seek(max(size - _EXAMINED_BYTES, 0))
+                    digest.update(opened.read(_EXAMINED_BYTES))
+        return digest.hexdigest()
+
     def _open(self, number: int) -> Iterator[StreamedRow]:
         for raw, file, index in stream_source(self.entries[number], self.options):
             yield StreamedRow(raw, number, (file, index))
@@ -115,6 +132,10 @@ class SampleStream:
         self.fingerprint = fingerprint
         self._rows, self._tokeniser = rows, tokeniser
         self._chunk_rows, self._buffer_size, self._seed, self._held_out = chunk_rows, buffer_size, seed, held_out
+
+    def digest(self) -> str:
+        """Hash of what is streamed, as far as its files tell without being read."""
+        return self._rows.digest()
 
     def __iter__(self) -> Iterator[Sample]:
         """The samples of the first epoch."""

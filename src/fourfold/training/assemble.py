@@ -48,6 +48,7 @@ from fourfold.training.memory import fit_to_memory
 from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
+from fourfold.training.ranks import prepare_alike
 from fourfold.training.schedule import plan_steps, samples_per_step
 from fourfold.training.step_sizes import StepSizes
 from fourfold.training.teacher import LoadedTeacher, check_teacher, load_teacher
@@ -279,7 +280,7 @@ def load_parts(
     objective: Objective = registry.load(_OBJECTIVES, training.stage, key="stage").build(run)
     with told_elsewhere(data_told or mesh.rank != 0):
         tokenizer, renderer = load_renderer(run)
-        data = prepare(run, tokenizer, renderer)
+        data = prepare_alike(partial(prepare, run, tokenizer, renderer))
         taught = teacher_run(run)
         packs = taught is None or check_teacher(run, taught, tokenizer)
     clock.lap("data")
