@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -130,6 +131,47 @@ def test_resume_when_batch_size_changed_says_which_setting(tiny_llama: Path, tin
     run(tiny_llama, tiny_data, tmp_path, max_steps=3)
     with pytest.raises(CheckpointError, match="samples_per_step: 4 then, 2 now"):
         run(tiny_llama, tiny_data, tmp_path, resume_from_checkpoint=True, per_device_train_batch_size=2)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_resume_when_the_base_is_another_is_refused_and_one_that_moved_goes_on(
+    tuning: str, tiny_llama: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    keys = {"finetuning_type": tuning, "learning_rate": 1e-3}
+    other, moved, out = save_tiny_model(tmp_path / "other", "llama", seed=7), tmp_path / "moved", tmp_path / "out"
+    shutil.copytree(tiny_llama, moved)
+    run(tiny_llama, tiny_data, tmp_path / "whole", **keys)
+    run(tiny_llama, tiny_data, out, **keys)
+    shutil.rmtree(out / "checkpoint-12")
+    written = {path.name: path.read_bytes() for path in out.glob("*.json")}
+    with pytest.raises(CheckpointError, match=rf"checkpoint-9: was trained on {tiny_llama}, whose weights are not"):
+        run(other, tiny_data, out, resume_from_checkpoint=True, **keys)
+    assert {path.name: path.read_bytes() for path in out.glob("*.json")} == written
+    run(moved, tiny_data, out, resume_from_checkpoint=True, **keys)
+    assert _weights(out) == _weights(tmp_path / "whole")
+
+
+_OTHER_FUNCTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank": ({"lora_rank": 16}, "lora_rank: 4 then, 16 now; lora_alpha: 8 then, 32 now"),
+    "alpha": ({"lora_alpha": 16}, "lora_alpha: 8 then, 16 now"),
+    "rslora": ({"use_rslora": True}, "use_rslora: False then, True now"),
+    "dora": ({"use_dora": True}, "use_dora: False then, True now"),
+    "target": ({"lora_target": "q_proj"}, "lora_target: 'all' then, 'q_proj' now"),
+    "full": ({"finetuning_type": "full"}, "finetuning_type: 'lora' then, 'full' now"),
+    "bits": ({"quantization_bit": 4}, "quantization_bit: None then, 4 now"),
+    "seed": ({"seed": 1}, "seed: 42 then, 1 now"),
+}
+
+
+def test_resume_when_another_function_would_be_trained_says_which_setting_before_anything_is_loaded(
+    tiny_llama: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run(tiny_llama, tiny_data, tmp_path, max_steps=3)
+    for changed, told in _OTHER_FUNCTIONS.values():
+        with pytest.raises(CheckpointError, match=re.escape(f"another setting ({told}")):
+            run(tmp_path / "none", tiny_data, tmp_path, resume_from_checkpoint=True, max_steps=4, **changed)
+    how = {"lora_dropout": 0.1, "learning_rate": 1e-3, "bf16": True, "logging_steps": 2, "save_steps": 1}
+    run(tiny_llama, tiny_data, tmp_path, resume_from_checkpoint=True, max_steps=4, **how)
 
 
 def test_interrupted_when_by_sigterm_has_its_exit_code() -> None:

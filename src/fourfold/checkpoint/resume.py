@@ -43,6 +43,15 @@ def check_named(resume: bool | str | None, output_dir: Path) -> None:
         raise CheckpointError(f"resume_from_checkpoint: {resume} does not exist. Checkpoints of this run: {known}.")
 
 
+def named_checkpoint(resume: bool | str, output_dir: Path) -> Path | None:
+    """The folder that `find_checkpoint` finds, unverified."""
+    if resume is True:
+        found = list_checkpoints(output_dir)
+        return found[-1][1] if found else None
+    check_named(resume, output_dir)
+    return Path(str(resume))
+
+
 def find_checkpoint(resume: bool | str, output_dir: Path, *, rank: int = 0, num_ranks: int = 1) -> Path | None:
     """The checkpoint to resume.
 
@@ -54,18 +63,14 @@ def find_checkpoint(resume: bool | str, output_dir: Path, *, rank: int = 0, num_
     Raises:
         CheckpointError: the folder is damaged; names what is wrong and the checkpoint before it.
     """
-    found = list_checkpoints(output_dir)
-    if resume is True:
-        if not found:
-            return None
-        folder = found[-1][1]
-    else:
-        check_named(resume, output_dir)
-        folder = Path(str(resume))
+    folder = named_checkpoint(resume, output_dir)
+    if folder is None:
+        return None
     try:
         verify(folder, share=rank, of=num_ranks)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} {_offer_earlier(folder, [path for _, path in found])}") from error
+        known = [path for _, path in list_checkpoints(output_dir)]
+        raise CheckpointError(f"{error} {_offer_earlier(folder, known)}") from error
     return folder
 
 

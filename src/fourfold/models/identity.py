@@ -92,7 +92,9 @@ def identify(config: ModelConfig, merged: tuple[str, ...] = ()) -> BaseIdentity 
             common.update(content)
     if not count:
         log.warning(
-            "model_name_or_path: the weights of %s cannot be told apart from others; adapters are not checked.", name
+            "model_name_or_path: the weights of %s cannot be told apart from others, so that adapters and checkpoints "
+            "of another model are not refused.",
+            name,
         )
         return None
     return BaseIdentity(name, "" if quantised else whole.hexdigest(), common.hexdigest(), merged)

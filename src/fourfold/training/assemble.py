@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fourfold.base import registry
 from fourfold.base.errors import ModelError, PlanError
 from fourfold.base.log import get_logger, told_elsewhere
-from fourfold.base.peft import PeftModel
 from fourfold.base.start_clock import StartClock
 from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
@@ -49,6 +48,7 @@ from fourfold.training.outlook import Outlook, cluster_of_job
 from fourfold.training.precision import Precision, resolve
 from fourfold.training.randomness import seed_everything, seed_micro_batch
 from fourfold.training.ranks import prepare_alike
+from fourfold.training.resumed import check_base
 from fourfold.training.schedule import plan_steps, samples_per_step
 from fourfold.training.step_sizes import StepSizes
 from fourfold.training.teacher import LoadedTeacher, check_teacher, load_teacher
@@ -68,7 +68,7 @@ class Parts:
 
     Attributes:
         built: the model on its rank.
-        base: which model an adapter is trained on; None for other tunings.
+        base: which model the training begins from; None without a training, and where that cannot be told.
         recompute: what the backward pass computes again, but in layers that are spared; settled with `policy`.
         planned: what the planner chose the layout with; None where it did not.
         teacher: the second model of stage kd.
@@ -284,6 +284,7 @@ def load_parts(
         taught = teacher_run(run)
         packs = taught is None or check_teacher(run, taught, tokenizer)
     clock.lap("data")
+    check_base(run, output_dir)
     precision = resolve(run)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module, stream = _load_module(run, precision, mesh, tokenizer)
@@ -297,7 +298,7 @@ def load_parts(
         wishes = wished(run, plan_steps(training, num_samples, mesh.layout.dp).max_steps)
     built = build(run, precision, mesh, module, fill, packs=packs, wishes=wishes)
     teacher = None if taught is None else load_teacher(taught, built, tokenizer)
-    base = identify_base(run.model, run.tuning) if isinstance(module, PeftModel) else None
+    base = identify_base(run.model, run.tuning) if training.do_train else None
     clock.lap("model")
     return Parts(
         run,

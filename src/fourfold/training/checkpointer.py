@@ -32,6 +32,7 @@ from fourfold.parallel.shares import Shares
 from fourfold.parallel.whole import everyone, parts_of
 from fourfold.planning.layout import Layout
 from fourfold.training.background import Background
+from fourfold.training.resumed import base_as_json
 from fourfold.training.schedule import restore_schedule
 from fourfold.training.state import TrainState
 
@@ -68,7 +69,7 @@ class Checkpointer:
     Attributes:
         mesh: all ranks gather, the first one writes.
         shares: which of the module's parameters are parts of larger ones.
-        base: which model an adapter is trained on; written beside it.
+        base: which model the run began from; written beside an adapter, and into the state.
         facts: what a resumed run must find as it was (see TrainState.load).
         settings: what else trainer_state.json tells of the run (see TrainState.save).
         only_model: leave out what resuming needs (`save_only_model`).
@@ -142,7 +143,7 @@ class Checkpointer:
             assert isinstance(self.module, PreTrainedModel)
             save_frame(self.module, folder, self.tokenizer)
             write_value_head(values, folder)
-            state.save(folder, self.facts, self.settings)
+            state.save(folder, self.facts, self.settings, base_as_json(self.base))
             if not self.only_model:
                 (folder / _SCHEDULE).write_text(schedule, encoding="utf-8")
 
@@ -173,7 +174,7 @@ class Checkpointer:
         weights = self._gather()
         if self.mesh.rank == 0:
             save_model(self.module, self.output_dir, tokenizer=self.tokenizer, base=self.base, state=weights)
-            self.state.save(self.output_dir, self.facts, self.settings)
+            self.state.save(self.output_dir, self.facts, self.settings, base_as_json(self.base))
         self.mesh.wait()
 
     def _gather(self) -> dict[str, Tensor] | None:
@@ -182,7 +183,7 @@ class Checkpointer:
 
     def _write(self, weights: dict[str, Tensor] | None, optimizer: OptimizerState | None, folder: Path) -> None:
         save_model(self.module, folder, tokenizer=self.tokenizer, base=self.base, state=weights)
-        self.state.save(folder, self.facts, self.settings)
+        self.state.save(folder, self.facts, self.settings, base_as_json(self.base))
         if optimizer is None:
             return
         optimizer.write(folder)

@@ -32,6 +32,7 @@ from fourfold.training.loop import Loop, LoopSettings
 from fourfold.training.precision import LossScaler
 from fourfold.training.ranks import peak_memory_of_ranks
 from fourfold.training.reinforce import build_practice
+from fourfold.training.resumed import settings_of
 from fourfold.training.schedule import FOLLOW_METRIC, Budget, cadence, make_scheduler, plan_steps
 from fourfold.training.state import TrainState
 
@@ -109,19 +110,16 @@ def _token_figures(output: OutputConfig, state: TrainState) -> dict[str, float]:
 
 
 def run_facts(parts: Parts, num_samples: int, budget: Budget) -> dict[str, Any]:
-    """What a resumed run must find as it was, for its position in the data to mean the same.
+    """What a resumed run must find as it was, for its weights and its position in the data to mean the same.
 
     Args:
         num_samples: samples of the training set, 0 for a stream.
     """
-    training = parts.run.training
     return {
         "samples_per_step": budget.samples_per_step,
         "num_samples": num_samples,
         "data": parts.data.fingerprint,
-        "seed": training.seed,
-        "data_seed": training.data_seed,
-        "shuffle": not training.disable_shuffling,
+        **settings_of(parts.run),
     }
 
 

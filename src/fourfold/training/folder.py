@@ -19,6 +19,7 @@ from fourfold.base.log import get_logger
 from fourfold.checkpoint.folder import list_checkpoints, prune
 from fourfold.checkpoint.resume import check_named
 from fourfold.config.schema import Run
+from fourfold.training.resumed import check_settings
 from fourfold.version import FORMAT_VERSION, SCHEMA_VERSION, __version__
 
 log = get_logger(__name__)
@@ -49,7 +50,7 @@ def claim(run: Run) -> Path:
     Raises:
         ConfigError: another run is at work in it; or it already holds a run, and the config says neither to resume nor
             to overwrite it.
-        CheckpointError: the config names a checkpoint that is not there.
+        CheckpointError: the config names a checkpoint that is not there, or goes on from one with other settings.
     """
     output = run.output
     folder = Path(output.output_dir or "")
@@ -59,6 +60,7 @@ def claim(run: Run) -> Path:
             "by overwrite_output_dir=true, or name another folder."
         )
     check_named(output.resume_from_checkpoint, folder)
+    check_settings(run, folder)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -51,12 +51,19 @@ class TrainState:
     practice: dict[str, float] = field(default_factory=dict)
     log_history: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, folder: Path, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        base: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write trainer_state.json: the fields that Transformers' users read, and Fourfold's own beside them.
 
         Args:
             facts: constants of the run that a resume must find unchanged.
             settings: further fields that Transformers' users read, e.g. max_steps; a resume may change them.
+            base: which model the run began from (training/resumed.py); None where that cannot be told.
         """
         best = None if self.best_step is None else f"checkpoint-{self.best_step}"
         content = {
@@ -69,7 +76,11 @@ class TrainState:
             "total_flos": self.total_flos,
             "log_history": self.log_history,
             **settings,
-            "fourfold": {"state": {k: v for k, v in asdict(self).items() if k != "log_history"}, "facts": dict(facts)},
+            "fourfold": {
+                "state": {k: v for k, v in asdict(self).items() if k != "log_history"},
+                "facts": dict(facts),
+                "base": base,
+            },
         }
         (folder / FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -83,14 +94,22 @@ class TrainState:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         if "fourfold" not in content:
             raise CheckpointError(f"{folder / FILE}: was not written by Fourfold, so it cannot be resumed exactly.")
-        saved = content["fourfold"]["facts"]
-        changed = [_change(key, saved.get(key), new) for key, new in facts.items() if saved.get(key) != new]
-        if changed:
-            raise CheckpointError(
-                f"{folder}: cannot be resumed with another setting ({'; '.join(changed)}). Set it as it was, or start "
-                "a new run with adapter_name_or_path or model_name_or_path at this folder."
-            )
+        refuse_changes(folder, content["fourfold"]["facts"], facts)
         return cls(**content["fourfold"]["state"], log_history=content["log_history"])
+
+
+def refuse_changes(folder: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose facts differ; what only one side has is not compared.
+
+    Raises:
+        CheckpointError: names each that differs, with both values.
+    """
+    changed = [_change(key, saved[key], new) for key, new in facts.items() if key in saved and saved[key] != new]
+    if changed:
+        raise CheckpointError(
+            f"{folder}: cannot be resumed with another setting ({'; '.join(changed)}). Set it as it was, or start "
+            "a new run with adapter_name_or_path or model_name_or_path at this folder."
+        )
 
 
 def _change(key: str, then: object, now: object) -> str:
