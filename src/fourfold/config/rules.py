@@ -21,6 +21,7 @@ Rule = Callable[[Run], Iterator[str]]
 
 _CHAT_STAGES = ("sft", "kd")
 """Stages that train on the answers of chats."""
+_WITHOUT_GPU = "Use fp16: false to compute in fp32; bf16: true is fast only on CPUs with AVX512-BF16 or AMX."
 
 
 def check(run: Run, verb: Verb) -> None:
@@ -52,10 +53,7 @@ def _one_precision(run: Run) -> Iterator[str]:
     if training.fp16 and len(given) > 1:
         yield f"{given[1]}: true and fp16: true contradict each other. Keep one of them."
     if training.fp16 and training.use_cpu:
-        yield (
-            "fp16: true needs a GPU, but use_cpu is true. Use bf16: true, or fp16: false to compute in fp32, "
-            "or remove use_cpu."
-        )
+        yield f"fp16: true needs a GPU, but use_cpu is true. {_WITHOUT_GPU} Or remove use_cpu."
 
 
 def _float8(run: Run) -> Iterator[str]:
@@ -342,7 +340,7 @@ def _fp16_device(run: Run) -> Iterator[str]:
     if run.training.fp16 and not run.training.use_cpu and not gpu_visible():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None
         why = "CUDA_VISIBLE_DEVICES hides them all" if hidden else "this machine has none"
-        yield f"fp16: true needs a GPU, but {why}. Use bf16: true, or fp16: false to compute in fp32."
+        yield f"fp16: true needs a GPU, but {why}. {_WITHOUT_GPU}"
 
 
 def _stage_exists(run: Run) -> Iterator[str]:

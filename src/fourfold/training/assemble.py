@@ -45,7 +45,7 @@ from fourfold.training.fast import NOTHING_FAST, wished
 from fourfold.training.host_speed import with_this_host
 from fourfold.training.memory import fit_to_memory
 from fourfold.training.outlook import Outlook, cluster_of_job
-from fourfold.training.precision import Precision, resolve
+from fourfold.training.precision import Precision, resolve, warn_of_slow
 from fourfold.training.randomness import seed_everything, seed_micro_batch
 from fourfold.training.ranks import prepare_alike
 from fourfold.training.resumed import check_base
@@ -286,6 +286,8 @@ def load_parts(
     clock.lap("data")
     check_base(run, output_dir)
     precision = resolve(run)
+    if mesh.rank == 0:
+        warn_of_slow(run, precision, mesh.device)
     log.info("Device: %s, compute dtype: %s", mesh.device, str(precision.compute).removeprefix("torch."))
     module, stream = _load_module(run, precision, mesh, tokenizer)
     _check_context(module, data)

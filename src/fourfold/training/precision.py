@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
 from fourfold.parallel.sharded import local
 from fourfold.parallel.stacked_experts import find_experts
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,26 @@ def resolve(run: Run) -> Precision:
     compute = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
     load = torch.float32 if run.tuning.finetuning_type == "full" else compute
     return Precision(compute, load, torch.float32, loss_scaling=compute == torch.float16)
+
+
+def warn_of_slow(run: Run, precision: Precision, device: torch.device) -> None:
+    """Warn of bf16 on a CPU that has no instructions for it, and emulates each product."""
+    if precision.compute != torch.bfloat16 or device.type != "cpu" or multiplies_bf16():
+        return
+    key = "pure_bf16" if run.training.pure_bf16 else "bf16"
+    log.warning(
+        "%s: this CPU has no instructions for bf16 (AVX512-BF16, AMX), so that it is many times slower than fp32. "
+        "Use %s: false.",
+        key,
+        key,
+    )
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16; of others than x86 it is taken for granted."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class LossScaler(torch.amp.GradScaler):

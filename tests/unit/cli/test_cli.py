@@ -99,7 +99,7 @@ def test_train_when_fp16_on_cpu_names_the_ways_out() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "Use bf16: true, or fp16: false" in done.stderr
+    assert "Use fp16: false to compute in fp32" in done.stderr
 
 
 def test_train_when_given_nothing_says_what_to_write() -> None:

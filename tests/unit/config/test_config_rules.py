@@ -24,7 +24,7 @@ def problems_of(keys: dict[str, Any], verb: Verb | None = None) -> tuple[str, ..
     [
         ({"fp16": True, "bf16": True}, "bf16: true and fp16: true contradict"),
         ({"fp16": True, "pure_bf16": True}, "pure_bf16: true and fp16: true contradict"),
-        ({"fp16": True, "use_cpu": True}, "fp16: true needs a GPU, but use_cpu is true. Use bf16"),
+        ({"fp16": True, "use_cpu": True}, "fp16: true needs a GPU, but use_cpu is true. Use fp16: false"),
         ({"packing": True, "stage": "dpo"}, "packing: true works with stage pt, sft or kd only, but stage is dpo"),
         ({"neat_packing": True, "stage": "rm"}, "neat_packing: true works with stage pt, sft or kd only"),
         ({"neat_packing": True, "packing": False}, "neat_packing: true packs, but packing is false"),
@@ -165,7 +165,7 @@ def test_check_when_fp16_and_no_gpu_names_the_ways_out(monkeypatch: pytest.Monke
     found = problems_of({**TRAINABLE, "fp16": True}, "train")
     assert found == (
         "fp16: true needs a GPU, but CUDA_VISIBLE_DEVICES hides them all. "
-        "Use bf16: true, or fp16: false to compute in fp32.",
+        "Use fp16: false to compute in fp32; bf16: true is fast only on CPUs with AVX512-BF16 or AMX.",
     )
 
 
