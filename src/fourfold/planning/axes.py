@@ -54,20 +54,25 @@ def _any_size(size: int, facts: ModelFacts) -> Iterator[str]:
     yield from ()
 
 
-def _divides(key: str, size: int, what: str, total: int) -> Iterator[str]:
-    if total % size:
-        valid = [str(n) for n in range(1, total + 1) if total % n == 0]
-        yield f"parallel.{key}: {size} does not divide {what} ({total}). Use {', '.join(valid[:-1])} or {valid[-1]}."
-
-
 def _tensor_rule(size: int, facts: ModelFacts) -> Iterator[str]:
-    yield from _divides("tp", size, "num_attention_heads", facts.heads)
-    yield from _divides("tp", size, "intermediate_size", facts.intermediate)
+    """One message with all that keeps a size from being used, and the sizes that nothing keeps."""
+    reasons = list(_tensor_reasons(size, facts))
+    if reasons:
+        fitting = [str(n) for n in range(1, facts.heads + 1) if not any(_tensor_reasons(n, facts))]
+        yield f"parallel.tp: {size} {', and '.join(reasons)}. Use {_either(fitting)}."
+
+
+def _tensor_reasons(size: int, facts: ModelFacts) -> Iterator[str]:
+    shared = {"num_attention_heads": facts.heads, "intermediate_size": facts.intermediate}
+    undivided = [f"{name} ({total})" for name, total in shared.items() if total % size]
+    if undivided:
+        yield f"does not divide {_either(undivided)}"
     if facts.kv_heads % size and size % facts.kv_heads:
-        yield (
-            f"parallel.tp: {size} neither divides num_key_value_heads ({facts.kv_heads}) nor is a multiple of it. "
-            "Use a power of two."
-        )
+        yield f"neither divides num_key_value_heads ({facts.kv_heads}) nor is a multiple of it"
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _expert_rule(size: int, facts: ModelFacts) -> Iterator[str]:
@@ -88,7 +93,7 @@ def _expert_ranks_rule(layout: Layout, facts: ModelFacts) -> Iterator[str]:
     elif ranks % size or facts.experts % size:
         of = math.gcd(ranks, facts.experts)
         valid = [str(n) for n in range(1, of + 1) if of % n == 0]
-        sizes = f"{', '.join(valid[:-1])} or {valid[-1]}" if len(valid) > 1 else f"1, or other sizes than {ranks}"
+        sizes = _either(valid) if len(valid) > 1 else f"1, or other sizes than {ranks}"
         yield (
             f"parallel.ep: {size} does not divide both the {facts.experts} experts and the {ranks} ranks of "
             f"dp_shard x cp. Use {sizes}."
