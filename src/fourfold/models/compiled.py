@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from fourfold.base.inductor import teach_inductor
 from fourfold.base.log import get_logger
 from fourfold.models.attention import keep_from_compiler
+from fourfold.models.document_rows import MixerForward
 from fourfold.parallel.recompute import Remember
 
 log = get_logger(__name__)
@@ -84,11 +85,21 @@ class CompiledForward:
 
     Args:
         shared: the same for all layers of a model.
+        own: what is compiled, if it is not the layer's `forward`.
         whole: nothing is left out, and it is an error if something would be.
     """
 
-    def __init__(self, layer: nn.Module, shared: Compiled, backend: Backend, *, whole: bool = True) -> None:
-        self._layer, self._own, self._shared, self._backend = layer, layer.forward, shared, backend
+    def __init__(
+        self,
+        layer: nn.Module,
+        shared: Compiled,
+        backend: Backend,
+        *,
+        own: Callable[..., Any] | None = None,
+        whole: bool = True,
+    ) -> None:
+        self._layer, self._shared, self._backend = layer, shared, backend
+        self._own: Callable[..., Any] = layer.forward if own is None else own
         self._whole = whole
         # they take a second to import, and few runs on a CPU need them
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -236,6 +247,9 @@ def compile_layers(
     _leave_out(around, shared, backend)
     if in_context:
         keep_from_compiler()
+    for mixer in around:
+        if isinstance(mixer.forward, MixerForward) and not mixer.forward.has_shortcut:
+            mixer.forward.run = CompiledForward(mixer, shared, backend, own=mixer.forward.run, whole=False)
     for layer in layers:
         whole = not in_context and left_out.isdisjoint(layer.modules())
         layer.forward = CompiledForward(layer, shared, backend, whole=whole)

@@ -116,7 +116,7 @@ def settle_adapter(name: str, folder: str | None, config: ModelConfig) -> PeftCo
     left_out = [key for key in names if name_alone(key) is None]
     if left_out:
         log.warning(
-            "adapter_name_or_path: %d tensors of %s are for other parts than the language model, and not used, e.g. %s.",
+            "adapter_name_or_path: %d tensors of %s are of other parts than the language model, and not used, e.g. %s.",
             len(left_out),
             name,
             left_out[0],

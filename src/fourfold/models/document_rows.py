@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fourfold.base import delta_rule
 from fourfold.dataset.batch import to_device
 from fourfold.families.recurrent import MIXERS
 from fourfold.models.noise import NoiseKeys
@@ -29,6 +30,8 @@ from fourfold.parallel.recompute import Remember, all_of
 _FEW = 64
 """So many positions of padding cost less than a further batch."""
 _MARK = "_fourfold_document_rows"
+_STATE_SPACE = "ssm_state_size"
+"""Attribute that Transformers' state spaces have, and other mixers do not."""
 _DOCUMENTS = "documents_of_rows"
 """Keyword argument by which decoder layers are told documents' lengths, beside what attention is told of them."""
 
@@ -187,25 +190,43 @@ def keep_documents_apart(model: PreTrainedModel, noise: NoiseKeys | None) -> Non
     if rows is not None:
         rows.set_noise(noise)
         return
+    delta_rule.install(model, model.device)
     rows = DocumentRows(noise)
     setattr(model, _MARK, rows)
     for layer in decoder_blocks(model)[1]:
         layer.register_forward_pre_hook(rows.note, with_kwargs=True)
     for mixer in find_mixers(model):
-        mixer.forward = functools.partial(rows.run, functools.partial(_call, mixer, mixer.forward))
+        mixer.forward = MixerForward(mixer, rows)
 
 
-def _call(mixer: nn.Module, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """The mixer's own forward pass, [B, S, H] -> [B, S, H].
+class MixerForward:
+    """Stands in for the `forward` of what carries a state: it is called with rows of documents.
 
-    Transformers' state spaces have a kernel for training that reads their last matrix, and so passes by what it is
-    wrapped with: an adapter, or 4 bits. (Read in Transformers 5.17 and 5.24.)
+    Attributes:
+        run: what is called with each batch of documents: the mixer's own forward pass, or the same compiled.
+        has_shortcut: while it trains, kernels may read its last matrix.
     """
-    last = getattr(mixer, "out_proj", None)
-    if last is None or type(last) is nn.Linear or not mixer.training:
-        return own(*args, **kwargs)
-    mixer.training = False  # of the mixer alone: what it consists of trains on
-    try:
-        return own(*args, **kwargs)
-    finally:
-        mixer.training = True
+
+    def __init__(self, mixer: nn.Module, rows: DocumentRows) -> None:
+        self._mixer, self._rows = mixer, rows
+        self.run: Callable[..., Tensor] = mixer.forward
+        self.has_shortcut = hasattr(mixer, _STATE_SPACE)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        return self._rows.run(self._call, hidden_states, *args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The mixer itself.
+
+        Transformers' state spaces have a kernel for training that reads their last matrix, and so passes by what it is
+        wrapped with: an adapter, or 4 bits. (Read in Transformers 5.17 and 5.24.)
+        """
+        mixer = self._mixer
+        if not (self.has_shortcut and mixer.training) or type(mixer.out_proj) is nn.Linear:
+            return self.run(*args, **kwargs)
+        mixer.training = False  # of the mixer alone: what it consists of trains on
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            mixer.training = True

@@ -51,6 +51,7 @@ _KEPT = frozenset(
         "transformers::grouped_mm_fallback",
         "fourfold::documents",
         "fourfold::equal_documents",
+        "fourfold::gated_delta_rule",
         "fourfold::low_rank",
     }
 )

@@ -31,6 +31,8 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +49,13 @@ log = get_logger(__name__)
 _NAME = "torch_chunk_gated_delta_rule"
 """What modules of Transformers that have gated delta nets call the rule."""
 _CHUNK = 64
-"""Positions of a chunk: results do not depend on it. Of 32, 64 and 128 it takes the fewest operations with heads that
-are 128 wide."""
+"""Positions of a chunk: results do not depend on it. Of 32, 64 and 128 the fastest on a CPU with heads that are 128
+wide."""
 _BLOCK = 16
 """Positions of the diagonal blocks of a chunk that are inverted as a whole; a power of two, as `_CHUNK` is."""
 _SEGMENT = 2**17
 """Positions times value heads of a segment, so that a tensor of it is 64 MiB with heads that are 128 wide."""
+_ROUNDS = os.environ.get("RULE_TF32", "1") == "1"
 _EPS = 1e-6
 """Added to the square of a query's or a key's norm, as Transformers does."""
 
@@ -93,7 +96,85 @@ def chunk_gated_delta_rule(
             raise ValueError(
                 f"{name}: a row of a gated delta net must be one document here. Give documents as rows of their own."
             )
-    return _GatedDeltaRule.apply(query, key, value, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel)  # pyright: ignore[reportReturnType]
+    found: Any = _GatedDeltaRule.apply(query, key, value, g, beta, initial_state, use_qk_l2norm_in_kernel)
+    return found[0], found[1] if output_final_state else None
+
+
+_OPERATORS = torch.library.Library("fourfold", "FRAGMENT")
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor g, Tensor beta, Tensor? initial_state"
+_OPERATORS.define(f"gated_delta_rule({_INPUTS}, bool normalizes) -> (Tensor, Tensor, Tensor)")
+_OPERATORS.define(
+    f"gated_delta_rule_back(Tensor grad_out, Tensor grad_state, {_INPUTS}, Tensor between, bool normalizes)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_OPERATORS, "gated_delta_rule", "CompositeExplicitAutograd")
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    normalizes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, last state, and the states between segments [segments-1 B Hv Dk Dv]; of inputs as the function's."""
+    inputs = (query, key, value, g, beta)
+    state = _first_state(initial_state, key, value)
+    between = state.new_empty((_num_segments(value) - 1, *state.shape))
+    out = torch.empty_like(value, dtype=query.dtype, memory_format=torch.contiguous_format)
+    with _products(query):
+        for number, part in enumerate(_segments(value)):
+            if number:
+                between[number - 1] = state
+            segment = _Segment.of(*(tensor[:, part] for tensor in inputs), normalizes=normalizes)
+            chain = _Chain.of(segment, state)
+            _put(chain.outputs(segment), out[:, part])
+            state = chain.states[-1].clone()  # the others are let go
+    return out, state, between
+
+
+@torch.library.register_fake("fourfold::gated_delta_rule", lib=_OPERATORS)
+def _forward_of_fakes(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    state = _first_state(None, key, value)
+    out = torch.empty_like(value, dtype=query.dtype, memory_format=torch.contiguous_format)
+    return out, state, state.new_empty((_num_segments(value) - 1, *state.shape))
+
+
+@torch.library.impl(_OPERATORS, "gated_delta_rule_back", "CompositeExplicitAutograd")
+def _backward_pass(
+    grad_out: Tensor,
+    grad_state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    between: Tensor,
+    normalizes: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs, in their dtypes, and that of the first state in fp32."""
+    inputs = (query, key, value, g, beta)
+    found = _like(inputs)
+    states = [_first_state(initial_state, key, value), *between.unbind()]
+    with _products(query):
+        for part in reversed(_segments(value)):
+            segment = _Segment.of(*(x[:, part] for x in inputs), normalizes=normalizes)
+            *made, grad_state = _backward(segment, states.pop(), _chunks(grad_out[:, part]), grad_state)
+            for grad, whole in zip(made, found, strict=True):
+                _put(grad, whole[:, part])
+    return *found, grad_state
+
+
+@torch.library.register_fake("fourfold::gated_delta_rule_back", lib=_OPERATORS)
+def _backward_of_fakes(grad_out: Tensor, grad_state: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return *_like(inputs[:5]), torch.empty_like(grad_state, memory_format=torch.contiguous_format)
+
+
+def _like(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -108,58 +189,57 @@ class _GatedDeltaRule(torch.autograd.Function):
         g: Tensor,
         beta: Tensor,
         initial_state: Tensor | None,
-        returns_state: bool,
         normalizes: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         """As `chunk_gated_delta_rule`."""
-        inputs = (query, key, value, g, beta)
+        inputs = (query, key, value, g, beta, initial_state)
+        out, state, between = torch.ops.fourfold.gated_delta_rule(*inputs, normalizes)
         ctx.normalizes = normalizes
-        ctx.set_materialize_grads(False)
-        state, between = _first_state(initial_state, key, value), []
-        out = query.new_empty(value.shape)
-        with torch.autocast(query.device.type, enabled=False):
-            for part in _segments(value):
-                if part.start:
-                    between.append(state)
-                segment = _Segment.of(*(tensor[:, part] for tensor in inputs), normalizes=normalizes)
-                chain = _Chain.of(segment, state)
-                _put(chain.outputs(segment), out[:, part])
-                state = chain.states[-1].clone()  # the others are let go
-        ctx.save_for_backward(*inputs, initial_state, *between)
-        return out, state if returns_state else None
+        ctx.save_for_backward(*inputs, between)
+        return out, state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_out: Tensor, grad_state: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of the inputs, in their dtypes."""
-        grad_out, grad_state = grads
-        saved = ctx.saved_tensors
-        inputs, initial_state, between = saved[:5], saved[5], saved[6:]
-        value = inputs[2]
-        found = [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        states = [_first_state(initial_state, inputs[1], value), *between]
-        grad_out = torch.zeros_like(value) if grad_out is None else grad_out
-        grad_state = torch.zeros_like(states[0]) if grad_state is None else grad_state
-        with torch.autocast(value.device.type, enabled=False):
-            for part in reversed(_segments(value)):
-                segment = _Segment.of(*(x[:, part] for x in inputs), normalizes=ctx.normalizes)
-                chain = _Chain.of(segment, states.pop())
-                *made, grad_state = _backward(segment, chain, _chunks(grad_out[:, part]), grad_state)
-                for grad, whole in zip(made, found, strict=True):
-                    if whole is not None:
-                        _put(grad, whole[:, part])
-        grad_initial = grad_state.to(initial_state.dtype) if ctx.needs_input_grad[5] else None
-        return *found, grad_initial, None, None
+        *inputs, initial_state, between = ctx.saved_tensors
+        found = torch.ops.fourfold.gated_delta_rule_back(
+            grad_out, grad_state, *inputs, initial_state, between, ctx.normalizes
+        )
+        *grads, grad_initial = found
+        return *grads, None if initial_state is None else grad_initial.to(initial_state.dtype), None
+
+
+@contextmanager
+def _products(inputs: Tensor) -> Iterator[None]:
+    """In fp32 whatever autocast says; of inputs of 16 bits, on GPUs, with factors rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(inputs.device.type, enabled=False):
+        if inputs.is_cuda and inputs.itemsize == 2 and _ROUNDS:
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def _num_segments(value: Tensor) -> int:
+    """Of [B S Hv Dv]."""
+    return -(-value.shape[1] // _segment_size(value))
+
+
+def _segment_size(value: Tensor) -> int:
+    """Positions of a segment, a whole number of chunks."""
+    rows, _, heads, _ = value.shape
+    return max(_SEGMENT // (rows * heads) // _CHUNK, 1) * _CHUNK
 
 
 def _segments(value: Tensor) -> list[slice]:
     """Positions of each segment of [B S Hv Dv]."""
-    rows, positions, heads, _ = value.shape
-    most = max(_SEGMENT // (rows * heads) // _CHUNK, 1) * _CHUNK
-    return [slice(start, min(start + most, positions)) for start in range(0, positions, most)]
+    positions, size = value.shape[1], _segment_size(value)
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
 def _first_state(initial_state: Tensor | None, key: Tensor, value: Tensor) -> Tensor:
@@ -347,37 +427,40 @@ def _blocks(square: Tensor, size: int) -> Tensor:
     return cut.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
 
 
-def _backward(segment: _Segment, chain: _Chain, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+def _backward(segment: _Segment, state: Tensor, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
     """Gradients of what a segment is computed from. All fp32.
 
     Args:
+        segment: what is no longer needed of it is taken out of it, to be freed.
+        state: [B Hv Dk Dv], before the segment.
         grad_out: [M C Dv]; overwritten.
         grad_state: [B Hv Dk Dv], of the state behind the segment.
 
     Returns:
         Those of query and key [R C Dk], value [M C Dv], g and beta [M C], and of the state before it [B Hv Dk Dv].
     """
+    chain = _Chain.of(segment, state)
     few, width = len(segment.key), segment.value.shape[-1]
     beta, grown, left = segment.beta, segment.grown, segment.left
     grad_out.mul_(segment.scale)
     grad_news = segment.scores.mT @ grad_out
-
-    of_states = torch.empty_like(chain.states)
-    of_states[-1] = grad_state
-    flat = of_states.flatten(1, 2)
-    direct = flat[:-1].flatten(0, 1)
-    torch.bmm(chain.queries.mT, grad_out, out=direct)
-    direct.baddbmm_(segment.reading.mT, grad_news, alpha=-1)
-    for chunk in reversed(range(len(chain.steps))):
-        flat[chunk].baddbmm_(chain.steps[chunk].mT, flat[chunk + 1])
-    before, behind = chain.states[:-1].flatten(0, 2), flat[1:].flatten(0, 1)
+    of_states = _grad_states(segment, chain, grad_out, grad_news, grad_state)
+    before, behind = chain.states[:-1].flatten(0, 2), of_states[1:].flatten(0, 2)
+    grad_state = of_states[0].clone()
+    del chain.steps, chain.queries, of_states
 
     grad_news.baddbmm_(chain.keys, behind)
-    grad_told = segment.inverse.mT @ torch.cat((grad_news, (grad_news @ before.mT).neg_()), -1)
+    del chain.keys
+    grad_told = torch.cat((grad_news, (grad_news @ before.mT).neg_()), -1)
+    del grad_news
+    grad_told = segment.inverse.mT @ grad_told
     grad_lower = (grad_told @ segment.solved.mT).neg_().tril_(-1)
+    del segment.inverse, segment.solved
     of_values, of_keys = grad_told[..., :width], grad_told[..., width:]
     grad_scores = grad_out @ chain.news.mT
     grad_queries, grad_keys = grad_out @ before.mT, chain.news @ behind.mT
+    last = (behind.flatten(1).unsqueeze(1) @ before.flatten(1).unsqueeze(2)).flatten()  # of exp(c_C)
+    del chain, before, behind, grad_out
 
     read = _each(segment.key, of_keys).sum(-1, keepdim=True) * grown
     grad_beta = (of_values * segment.value).sum(-1, keepdim=True) + read
@@ -389,13 +472,13 @@ def _backward(segment: _Segment, chain: _Chain, grad_out: Tensor, grad_state: Te
     of_left = _each(segment.key, grad_keys).sum(-1) * left.squeeze(-1)
     of_total = of_decay.sum(-1) - of_decay.sum(-2) + (read * beta).squeeze(-1) - of_left
     of_total += _each(segment.query, grad_queries).sum(-1) * grown.squeeze(-1)
-    last = (behind.flatten(1).unsqueeze(1) @ before.flatten(1).unsqueeze(2)).flatten()
     of_total[:, -1] += of_left.sum(-1) + last * grown[:, -1, 0]
     grad_g = of_total.flip(-1).cumsum(-1).flip(-1)
 
     of_scores, of_overlap = _gathered(grad_scores * segment.decay, few), _gathered(grad_lower * segment.decay, few)
-    grad_query = _gathered(grad_queries * grown, few).baddbmm_(of_scores, segment.key)
-    grad_key = _gathered(of_keys * (beta * grown) + grad_keys * left, few).baddbmm_(of_scores.mT, segment.query)
+    grad_query = _gathered(grad_queries.mul_(grown), few).baddbmm_(of_scores, segment.key)
+    grad_keys = grad_keys.mul_(left).addcmul_(of_keys, beta * grown)
+    grad_key = _gathered(grad_keys, few).baddbmm_(of_scores.mT, segment.query)
     grad_key.baddbmm_(of_overlap + of_overlap.mT, segment.key)
     return (
         _through_norm(grad_query, segment.query, segment.query_norms),
@@ -403,8 +486,27 @@ def _backward(segment: _Segment, chain: _Chain, grad_out: Tensor, grad_state: Te
         of_values * beta,
         grad_g,
         grad_beta.squeeze(-1),
-        of_states[0],
+        grad_state,
     )
+
+
+def _grad_states(segment: _Segment, chain: _Chain, grad_out: Tensor, grad_news: Tensor, grad_state: Tensor) -> Tensor:
+    """Gradients of all states of a segment, [N+1 B Hv Dk Dv].
+
+    Args:
+        grad_out: [M C Dv], over sqrt(Dk).
+        grad_news: [M C Dv], what reaches N from it: P^T dO.
+        grad_state: [B Hv Dk Dv], of the state behind the segment.
+    """
+    found = torch.empty_like(chain.states)
+    found[-1] = grad_state
+    direct = found[:-1].flatten(0, 2)
+    torch.bmm(chain.queries.mT, grad_out, out=direct)
+    direct.baddbmm_(segment.reading.mT, grad_news, alpha=-1)
+    flat = found.flatten(1, 2)
+    for chunk in reversed(range(len(chain.steps))):
+        flat[chunk].baddbmm_(chain.steps[chunk].mT, flat[chunk + 1])
+    return found
 
 
 def _through_norm(grad: Tensor, unit: Tensor, inverse: Tensor | None) -> Tensor:
@@ -464,7 +566,7 @@ def install(model: nn.Module, device: torch.device) -> bool:
         Whether they compute it as here now.
     """
     names = {kind.__module__ for part in model.modules() for kind in type(part).__mro__}
-    places = [place for name in sorted(names) if hasattr(place := sys.modules[name], _NAME)]
+    places = [place for name in sorted(names) if hasattr(place := sys.modules.get(name), _NAME)]
     if not places or not is_wanted(device):
         return False
     others = [place for place in places if getattr(place, _NAME) is not chunk_gated_delta_rule]
