@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,18 @@ def test_resume_when_rate_and_length_are_changed_follows_the_new_schedule(train:
         "resume_from_checkpoint=true",
     )
     assert [rate for _, rate in log_rows(out, "lr")] == pytest.approx([1e-3, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_train_when_done_lets_others_read_what_is_saved(train: Train, out: Path, tuning: str) -> None:
+    before = os.umask(0o022)
+    try:
+        train(f"finetuning_type={tuning}", "max_steps=1")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*") if path.is_file()}
+    assert len([name for name in modes if name.endswith("model.safetensors")]) == 1
+    assert set(modes.values()) == {0o644}, modes
 
 
 # --- streams and packs -----------------------------------------------------------------------------------------------

@@ -107,7 +107,6 @@ def export(run: Run) -> Exported:
         save_model(source.model, temporary, tokenizer=tokenizer, max_shard_size=size)
         if value_head is not None:
             shutil.copyfile(value_head, temporary / value_head.name)
-        _let_others_read(temporary)
         torch.nn.Module.to(source.model, "meta")  # its memory is needed for the copy that is read back
         compared.append(_read_back(run, temporary, source, device))
 
@@ -246,13 +245,6 @@ def _check_space(folder: Path, num_bytes: int) -> None:
             f"export_dir: the model has {format_bytes(num_bytes)}, but {existing} has only {format_bytes(disk.free)} "
             f"free. {_WHEN_FULL}"
         )
-
-
-def _let_others_read(folder: Path) -> None:
-    """Give every file the permissions that the system gives a new one; safetensors makes its own private."""
-    usual = (folder / "config.json").stat().st_mode
-    for path in folder.iterdir():
-        path.chmod(usual)
 
 
 def _read_back(run: Run, folder: Path, source: _Source, device: torch.device) -> Comparison:

@@ -69,6 +69,7 @@ def write_folder(
         known = write(temporary)
         if manifest:
             _write_manifest(temporary, known or {})
+        let_others_read(temporary)
         _flush(temporary)
         if target.exists():
             shutil.rmtree(target)
@@ -82,6 +83,16 @@ def write_folder(
         if message is None:
             raise
         raise CheckpointError(message) from error
+
+
+def let_others_read(folder: Path) -> None:
+    """Give the weights in a folder the permissions that the system gives a new file; safetensors makes them private."""
+    probe = folder / ".mode"
+    probe.touch()
+    usual = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(usual)
 
 
 def incomplete(target: Path) -> Path:

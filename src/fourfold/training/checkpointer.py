@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
-from fourfold.checkpoint.folder import full_disk_told, prune, write_folder
+from fourfold.checkpoint.folder import full_disk_told, let_others_read, prune, write_folder
 from fourfold.checkpoint.optimizer import NUMBERS, OptimizerState, gather_optimizer, load_optimizer
 from fourfold.checkpoint.resume import load_weights
 from fourfold.checkpoint.sharded import take_snapshot
@@ -174,6 +174,7 @@ class Checkpointer:
         weights = self._gather()
         if self.mesh.rank == 0:
             save_model(self.module, self.output_dir, tokenizer=self.tokenizer, base=self.base, state=weights)
+            let_others_read(self.output_dir)
             self.state.save(self.output_dir, self.facts, self.settings, base_as_json(self.base))
         self.mesh.wait()
 

@@ -67,8 +67,8 @@ def test_check_layout_when_ep_does_not_fit_tells_what_does(layout: Layout, facts
         (
             2,
             ModelFacts(layers=30, heads=9, kv_heads=3, intermediate=1536),
-            "parallel.tp: 2 does not divide num_attention_heads (9), and neither divides num_key_value_heads (3) nor is "
-            "a multiple of it. Use 1 or 3.",
+            "parallel.tp: 2 does not divide num_attention_heads (9), and neither divides num_key_value_heads (3) nor "
+            "is a multiple of it. Use 1 or 3.",
         ),
         (
             3,
