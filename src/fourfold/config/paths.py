@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.base.errors import ConfigError
@@ -14,6 +15,13 @@ MODEL = "model_name_or_path"
 ADAPTER = "adapter_name_or_path"
 TEACHER = "teacher_model"
 TEACHER_ADAPTER = "teacher_model_adapters"
+REFERENCE = "ref_model"
+REFERENCE_ADAPTER = "ref_model_adapters"
+REWARD = "reward_model"
+REWARD_ADAPTER = "reward_model_adapters"
+
+_WITH_REFERENCE = ("dpo", "kto", "ppo", "grpo")
+_WITH_REWARD = ("ppo", "grpo")
 
 _MODEL_FILE, _ADAPTER_FILE = "config.json", "adapter_config.json"
 
@@ -23,32 +31,65 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(".gguf")
 
 
+@dataclass(frozen=True, slots=True)
+class NamedModel:
+    """What a key names that is read as a model or as adapters.
+
+    Attributes:
+        key: the key.
+        names: hub ids, folders or files; of a model one.
+        adapter_key: where an adapter belongs that is given as the model; "" if these are adapters themselves.
+        folder: within an adapter's folder, where it lies.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    adapter_key: str = ""
+    folder: str = ""
+
+
+def named_models(run: Run, verb: Verb) -> Iterator[NamedModel]:
+    """Every model and adapter that a verb reads of a run."""
+    model, preference, stage = run.model, run.preference, run.training.stage
+    yield from _named(MODEL, model.model_name_or_path, ADAPTER)
+    yield NamedModel(ADAPTER, model.adapter_name_or_path, folder=model.adapter_folder or "")
+    if verb in ("data", "chat", "export"):
+        return
+    yield from _named(TEACHER, preference.teacher_model, TEACHER_ADAPTER)
+    yield NamedModel(TEACHER_ADAPTER, preference.teacher_model_adapters)
+    if stage in _WITH_REFERENCE and preference.ref_model:
+        yield from _named(REFERENCE, preference.ref_model, REFERENCE_ADAPTER)
+        yield NamedModel(REFERENCE_ADAPTER, preference.ref_model_adapters)
+    if stage in _WITH_REWARD and preference.reward_model:
+        if preference.reward_model_type == "lora":
+            yield NamedModel(REWARD, (preference.reward_model,))
+        elif preference.reward_model_type == "full":
+            yield from _named(REWARD, preference.reward_model, REWARD_ADAPTER)
+            yield NamedModel(REWARD_ADAPTER, preference.reward_model_adapters)
+
+
+def _named(key: str, name: str | None, adapter_key: str) -> Iterator[NamedModel]:
+    if name:
+        yield NamedModel(key, (name,), adapter_key)
+
+
 def check_paths(run: Run, verb: Verb) -> None:
     """Refuse local models and adapters that are not there or are something else.
 
     Raises:
         ConfigError: with every problem.
     """
-    model, preference = run.model, run.preference
-    problems = [
-        *_model_problems(model.model_name_or_path, MODEL, ADAPTER, verb),
-        *_adapter_problems(model.adapter_name_or_path, ADAPTER, model.adapter_folder or ""),
-    ]
-    if verb not in ("data", "chat", "export"):
-        problems += _model_problems(preference.teacher_model, TEACHER, TEACHER_ADAPTER, verb)
-        problems += _adapter_problems(preference.teacher_model_adapters, TEACHER_ADAPTER, "")
+    problems: list[str] = []
+    for named in named_models(run, verb):
+        problems += _model_problems(named, verb) if named.adapter_key else _adapter_problems(named)
     if problems:
         raise ConfigError(problems)
 
 
 def names_hub(run: Run) -> bool:
-    """Whether the model, the teacher or an adapter is to come from a hub."""
-    preference = run.preference
-    named = (
-        *(run.model.model_name_or_path, *run.model.adapter_name_or_path),
-        *(preference.teacher_model, *preference.teacher_model_adapters),
-    )
-    return any(name and not Path(name).expanduser().exists() for name in named)
+    """Whether one of the models or adapters is to come from a hub."""
+    names = (name for named in named_models(run, "train") for name in named.names)
+    return any(not Path(name).expanduser().exists() for name in names)
 
 
 def missing(name: str, key: str) -> str | None:
@@ -65,9 +106,8 @@ def missing(name: str, key: str) -> str | None:
     return f"{key}: there is no {kind} {name}{where}. Give a path that exists{hint}."
 
 
-def _model_problems(name: str | None, key: str, adapter_key: str, verb: Verb) -> Iterator[str]:
-    if not name:
-        return
+def _model_problems(named: NamedModel, verb: Verb) -> Iterator[str]:
+    key, (name,) = named.key, named.names
     path = Path(name).expanduser()
     if problem := missing(name, key):
         yield problem
@@ -75,18 +115,18 @@ def _model_problems(name: str | None, key: str, adapter_key: str, verb: Verb) ->
         yield f"{key}: {name} is a file, but not a .gguf file. Give the folder that holds the model's {_MODEL_FILE}."
     elif path.is_dir() and (path / _ADAPTER_FILE).exists() and not (path / _MODEL_FILE).exists():
         yield (
-            f"{key}: {name} holds an adapter, not a model. Give it as {adapter_key}, and the model that it was trained "
-            f"on as {key}."
+            f"{key}: {name} holds an adapter, not a model. Give it as {named.adapter_key}, and the model that it was "
+            f"trained on as {key}."
         )
     elif path.is_dir() and verb != "data" and not (path / _MODEL_FILE).exists():
         yield f"{key}: {name} holds no {_MODEL_FILE}. Give the folder that does, or a .gguf file."
 
 
-def _adapter_problems(names: Sequence[str], key: str, within: str) -> Iterator[str]:
-    for name in names:
+def _adapter_problems(named: NamedModel) -> Iterator[str]:
+    for name in named.names:
         folder = Path(name).expanduser()
-        if problem := missing(name, key):
+        if problem := missing(name, named.key):
             yield problem
-        elif folder.exists() and not (folder / within / _ADAPTER_FILE).exists():
-            where = f" in {within}" if within else ""
-            yield f"{key}: {name} holds no {_ADAPTER_FILE}{where}. Give the folder that an adapter was saved to."
+        elif folder.exists() and not (folder / named.folder / _ADAPTER_FILE).exists():
+            where = f" in {named.folder}" if named.folder else ""
+            yield f"{named.key}: {name} holds no {_ADAPTER_FILE}{where}. Give the folder that an adapter was saved to."

@@ -29,13 +29,13 @@ class PreferenceConfig(Section):
     precompute_ref_log_probs: bool = key(
         False, "Compute the reference's log-probabilities once, before the training (always so without new adapters)."
     )
-    ref_model: str | None = key(None, "Reference model; default: the base model.")
-    ref_model_adapters: str | None = key(None, "Adapters of the reference model.")
+    ref_model: LocalPath | None = key(None, "Reference model; default: the base model.")
+    ref_model_adapters: PathList = key((), "Adapters of the reference model, comma-separated.")
     ref_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the reference model.")
-    reward_model: str | None = key(
+    reward_model: LocalPath | None = key(
         None, "What rewards completions besides reward_funcs: folder, adapter or http address, see reward_model_type."
     )
-    reward_model_adapters: str | None = key(None, "Adapters of the reward model.")
+    reward_model_adapters: PathList = key((), "Adapters of the reward model, comma-separated.")
     reward_model_quantization_bit: Literal[4, 8] | None = key(None, "Quantise the reward model.")
     reward_model_type: Literal["lora", "full", "api"] = key("lora", "What reward_model names.")
 

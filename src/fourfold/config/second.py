@@ -11,11 +11,28 @@ from typing import Any
 
 from fourfold.config.schema import Run
 
+REFERENCE_KEYS = {
+    "model_name_or_path": "ref_model",
+    "adapter_name_or_path": "ref_model_adapters",
+    "quantization_bit": "ref_model_quantization_bit",
+}
+"""Keys of the run that `reference_run` returns, and those that are meant."""
 
-def frozen_run(run: Run, model: str, adapters: str | Sequence[str] | None, bits: int | None) -> Run:
+
+def reward_keys(run: Run) -> dict[str, str]:
+    """Keys of the run that `reward_run` returns, and those that are meant."""
+    if run.preference.reward_model_type == "lora":
+        return {"adapter_name_or_path": "reward_model"}
+    return {
+        "model_name_or_path": "reward_model",
+        "adapter_name_or_path": "reward_model_adapters",
+        "quantization_bit": "reward_model_quantization_bit",
+    }
+
+
+def frozen_run(run: Run, model: str, adapters: Sequence[str], bits: int | None) -> Run:
     """The run as if another model were the one that it loads."""
-    parts = adapters.split(",") if isinstance(adapters, str) else adapters or ()
-    names = tuple(name.strip() for name in parts if name.strip())
+    names = tuple(adapters)
     keys = {"model_name_or_path": model, "adapter_name_or_path": names, "quantization_bit": bits, "resize_vocab": False}
     tuning = run.tuning.model_copy(update={"finetuning_type": "lora" if names else "full"})
     return replace(run, model=run.model.model_copy(update=keys), tuning=tuning)
@@ -25,7 +42,7 @@ def reference_run(run: Run) -> Run:
     """The run as if its reference were the model that it loads: `ref_model`, or what the training starts from."""
     keys = run.preference
     if keys.ref_model is None:
-        return frozen_run(run, run.model.model_name_or_path or "", None, run.model.quantization_bit)
+        return frozen_run(run, run.model.model_name_or_path or "", (), run.model.quantization_bit)
     return frozen_run(run, keys.ref_model, keys.ref_model_adapters, keys.ref_model_quantization_bit)
 
 
@@ -34,7 +51,7 @@ def reward_run(run: Run) -> Run:
     keys = run.preference
     name, bits = keys.reward_model or "", keys.reward_model_quantization_bit
     if keys.reward_model_type == "lora":
-        return frozen_run(run, run.model.model_name_or_path or "", name, bits or run.model.quantization_bit)
+        return frozen_run(run, run.model.model_name_or_path or "", (name,), bits or run.model.quantization_bit)
     return frozen_run(run, name, keys.reward_model_adapters, bits)
 
 

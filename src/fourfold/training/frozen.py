@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fourfold.base.errors import ConfigError, ModelError, PlanError
 from fourfold.base.log import told_elsewhere
 from fourfold.config.schema import Run
 from fourfold.models.adapters import attach
@@ -22,6 +25,24 @@ from fourfold.parallel.stacked_experts import has_experts
 from fourfold.planning.layout import Layout
 from fourfold.training.build import Built, build
 from fourfold.training.precision import Precision, resolve
+
+
+@contextmanager
+def named_as(keys: Mapping[str, str]) -> Iterator[None]:
+    """Within it, errors of loading and splitting name the keys of a second model.
+
+    Args:
+        keys: by key of the first model; that of its name comes first.
+    """
+    try:
+        yield
+    except (ConfigError, ModelError, PlanError) as error:
+        text = str(error)
+        for key, own in keys.items():
+            text = re.sub(rf"\b{key}\b", own, text)
+        if not any(own in text for own in keys.values()):
+            text = f"{next(iter(keys.values()))}: {text}"
+        raise type(error)(text) from error
 
 
 def build_frozen(run: Run, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, *, beside: Built | None = None) -> Built:

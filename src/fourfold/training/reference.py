@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
-from fourfold.config.second import reference_run
+from fourfold.config.second import REFERENCE_KEYS, reference_run
 from fourfold.dataset.collate import cut, filler, pairs_of
 from fourfold.dataset.encoded import ROLES
 from fourfold.dataset.prepare import name_eval
@@ -31,7 +31,7 @@ from fourfold.losses.documents import begins_as_base, reference_name
 from fourfold.losses.token import TokenLoss
 from fourfold.parallel.step import Step
 from fourfold.training.assemble import Parts
-from fourfold.training.frozen import build_frozen
+from fourfold.training.frozen import build_frozen, named_as
 
 log = get_logger(__name__)
 
@@ -111,7 +111,8 @@ def _asking(parts: Parts) -> Iterator[Step]:
         yield parts.step()
         return
     log.info("Reference model: %s", preference.ref_model)
-    built = build_frozen(reference_run(parts.run), parts.mesh, parts.tokenizer)
+    with named_as(REFERENCE_KEYS):
+        built = build_frozen(reference_run(parts.run), parts.mesh, parts.tokenizer)
     try:
         yield built.step(TokenLoss(), lambda: filler(parts.policy))
     finally:

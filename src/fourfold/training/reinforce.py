@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from fourfold.base.log import get_logger
-from fourfold.config.second import reference_run, reward_run
+from fourfold.config.second import REFERENCE_KEYS, reference_run, reward_keys, reward_run
 from fourfold.dataset.collate import filler
 from fourfold.generate.interface import policy_temperature
 from fourfold.losses.advantages import KlController
@@ -17,7 +18,7 @@ from fourfold.parallel.step import Step
 from fourfold.rewards.build import build_rewards
 from fourfold.rewards.table import RewardTable
 from fourfold.training.assemble import Parts
-from fourfold.training.frozen import build_frozen
+from fourfold.training.frozen import build_frozen, named_as
 from fourfold.training.practice import GroupPractice, PpoPractice, Practice
 from fourfold.training.rollouts import RolloutMaker
 
@@ -86,7 +87,8 @@ class _LateScorer:
         if self._found is None:
             run, parts = reward_run(self._parts.run), self._parts
             dtype = parts.built.precision.compute
-            self._found = RewardScorer.load(run, parts.mesh.device, tokenizer=parts.tokenizer, dtype=dtype)
+            with named_as(reward_keys(parts.run)):
+                self._found = RewardScorer.load(run, parts.mesh.device, tokenizer=parts.tokenizer, dtype=dtype)
         return self._found.score(token_ids)
 
 
@@ -107,5 +109,6 @@ def reference_of(parts: Parts, step: Step) -> tuple[Step, bool]:
         return step, True
     frozen = reference_run(parts.run)
     log.info("Reference model: %s, held beside the one that is trained", frozen.model.model_name_or_path)
-    built = build_frozen(frozen, parts.mesh, parts.tokenizer)
+    with named_as(REFERENCE_KEYS) if parts.run.preference.ref_model else nullcontext():
+        built = build_frozen(frozen, parts.mesh, parts.tokenizer)
     return built.step(TokenLoss(), lambda: filler(parts.policy)), False

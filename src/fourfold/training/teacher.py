@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fourfold.base.errors import ConfigError, ModelError, PlanError
+from fourfold.base.errors import ConfigError, ModelError
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_bytes
 from fourfold.config.schema import Run
@@ -23,7 +22,7 @@ from fourfold.parallel.sharded import local
 from fourfold.parallel.step import Step
 from fourfold.parallel.teacher import TeacherStates
 from fourfold.training.build import Built
-from fourfold.training.frozen import build_frozen
+from fourfold.training.frozen import build_frozen, named_as
 
 log = get_logger(__name__)
 
@@ -53,18 +52,9 @@ class LoadedTeacher:
         return found
 
 
-@contextmanager
-def named_as_teacher() -> Iterator[None]:
+def named_as_teacher() -> AbstractContextManager[None]:
     """Within it, errors of loading and splitting name the teacher's keys."""
-    try:
-        yield
-    except (ConfigError, ModelError, PlanError) as error:
-        text = str(error)
-        for key, own in _KEYS.items():
-            text = re.sub(rf"\b{key}\b", own, text)
-        if not any(own in text for own in _KEYS.values()):
-            text = f"teacher_model: {text}"
-        raise type(error)(text) from error
+    return named_as(_KEYS)
 
 
 def check_teacher(run: Run, teacher: Run, tokenizer: PreTrainedTokenizerBase) -> bool:

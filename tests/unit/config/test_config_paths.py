@@ -92,3 +92,42 @@ def test_check_paths_when_the_folder_has_no_config_names_it_unless_only_the_toke
 def test_check_paths_when_the_adapter_is_not_in_its_folder_says_so(model: Path, adapter: Path) -> None:
     (problem,) = problems_of(model_name_or_path=str(model), adapter_name_or_path=str(adapter), adapter_folder="best")
     assert problem.startswith(f"adapter_name_or_path: {adapter} holds no adapter_config.json in best.")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (
+            {"ref_model": "/nope/ref", "ref_model_adapters": "/nope/a,/nope/b"},
+            ["ref_model", *["ref_model_adapters"] * 2],
+        ),
+        ({"stage": "ppo", "reward_model": "/nope/r"}, ["reward_model"]),
+        (
+            {
+                "stage": "grpo",
+                "reward_model": "/nope/r",
+                "reward_model_type": "full",
+                "reward_model_adapters": "/nope/a",
+            },
+            ["reward_model", "reward_model_adapters"],
+        ),
+        ({"stage": "kd", "teacher_model": "/nope/t"}, ["teacher_model"]),
+    ],
+)
+def test_check_paths_when_a_second_model_is_not_there_names_its_key(
+    model: Path, keys: dict[str, str], named: list[str]
+) -> None:
+    problems = problems_of(**{"stage": "dpo", "model_name_or_path": str(model), **keys})
+    assert [problem.partition(":")[0] for problem in problems] == named
+    assert all("there is no folder /no" in problem for problem in problems)
+
+
+def test_check_paths_when_second_models_are_of_another_kind_says_so(model: Path, adapter: Path) -> None:
+    keys = {"model_name_or_path": str(model), "ref_model": str(adapter), "reward_model": str(model)}
+    reference, reward = problems_of(stage="ppo", **keys)
+    assert reference.startswith(f"ref_model: {adapter} holds an adapter, not a model. Give it as ref_model_adapters")
+    assert reward.startswith(f"reward_model: {model} holds no adapter_config.json.")
+    check_paths(load({**keys, "stage": "sft"}), "train")  # which reads neither
+    check_paths(load({**keys, "stage": "ppo"}), "chat")
+    address = {"reward_model": "http://localhost:1", "reward_model_type": "api", "model_name_or_path": str(model)}
+    check_paths(load({**address, "stage": "ppo"}), "train")
