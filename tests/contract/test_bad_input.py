@@ -128,7 +128,7 @@ def test_train_when_a_name_is_unknown_lists_the_valid_ones(refuse: Refuse, added
         (["resume_from_checkpoint=true", "overwrite_output_dir=true"], "overwrite_output_dir: true deletes what"),
         (["streaming=true", "max_samples=3"], "max_samples: 3 does not work with streaming: true. Remove one"),
         (["early_stopping_steps=2"], "early_stopping_steps: needs evaluation while training, but eval_strategy is no."),
-        (["fp16=true", "use_cpu=true"], "fp16: true needs a GPU, but use_cpu is true. Use fp16: false to compute in fp32;"),
+        (["fp16=true", "use_cpu=true"], "fp16: true needs a GPU, but use_cpu is true. Use fp16: false to compute in"),
         (["do_train=false"], "do_train: is false, and neither do_eval nor do_predict is true. Set the one that is"),
         (["do_predict=true"], "do_predict: true needs data to evaluate on. Give eval_dataset, or val_size"),
     ],

@@ -28,7 +28,9 @@ Entry = dict[str, Any]
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _READ_BYTES = 1 << 22
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRAPPED = re.compile(r"\(os error (\d+)\)")
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only writing has."""
 
 
 def digest(path: Path) -> str:
@@ -101,8 +103,8 @@ def incomplete(target: Path) -> Path:
 
 
 @contextmanager
-def full_disk_told(folder: Path, *, key: str = "output_dir", when_full: str = RESUME_ADVICE) -> Iterator[None]:
-    """Tell a full disk in one line, whatever was being written to `folder`.
+def failed_writes_told(folder: Path, *, key: str = "output_dir", when_full: str = RESUME_ADVICE) -> Iterator[None]:
+    """Tell in one line that `folder` cannot be written, whatever was being written: the disk is full, and the like.
 
     Args:
         key, when_full: as `write_folder` has them.
@@ -115,7 +117,7 @@ def full_disk_told(folder: Path, *, key: str = "output_dir", when_full: str = RE
         raise
     except Exception as error:
         problem = _problem_of_disk(error)
-        if problem is None or problem.errno not in _FULL:
+        if problem is None or not (problem.errno in _OF_WRITING or _is_barred(problem, folder)):
             raise
         raise CheckpointError(_cannot_write(folder, problem, key, when_full)) from error
 
@@ -123,15 +125,31 @@ def full_disk_told(folder: Path, *, key: str = "output_dir", when_full: str = RE
 def _problem_of_disk(error: BaseException) -> OSError | None:
     if isinstance(error, OSError):
         return error
-    # safetensors and tokenizers wrap the system's error in one of their own, with the text only
-    return OSError(errno.ENOSPC, "No space left on device") if "No space left" in str(error) else None
+    # safetensors and tokenizers wrap the system's error in one of their own, with Rust's text only
+    wrapped = _WRAPPED.search(str(error))
+    if wrapped is None:
+        return None
+    number = int(wrapped.group(1))
+    return OSError(number, os.strerror(number))
+
+
+def _is_barred(problem: OSError, folder: Path) -> bool:
+    """Whether a file within a folder may not be written."""
+    path = problem.filename
+    return isinstance(problem, PermissionError) and isinstance(path, str) and Path(path).is_relative_to(folder)
 
 
 def _cannot_write(target: Path, error: OSError, key: str, when_full: str) -> str:
-    if error.errno in _FULL:
+    if error.errno == errno.ENOSPC:
         existing = next((p for p in (target.parent, *target.parents) if p.exists()), Path("/"))
         free = format_bytes(shutil.disk_usage(existing).free)
         return f"{target}: the disk is full while saving ({free} free). {when_full}"
+    if error.errno == errno.EDQUOT:
+        return f"{target}: your quota of the disk is used up while saving. {when_full}"
+    if error.errno == errno.EFBIG:
+        return (
+            f"{target}: a file is larger than allowed (ulimit -f tells the limit). Raise it, or choose another {key}."
+        )
     return f"{target}: cannot be written ({error.strerror or error}). Choose another {key}."
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.errors import CheckpointError
 from fourfold.base.log import get_logger
-from fourfold.checkpoint.folder import full_disk_told, let_others_read, prune, write_folder
+from fourfold.checkpoint.folder import failed_writes_told, let_others_read, prune, write_folder
 from fourfold.checkpoint.optimizer import NUMBERS, OptimizerState, gather_optimizer, load_optimizer
 from fourfold.checkpoint.resume import load_weights
 from fourfold.checkpoint.sharded import take_snapshot
@@ -148,7 +148,7 @@ class Checkpointer:
                 (folder / _SCHEDULE).write_text(schedule, encoding="utf-8")
 
         def job() -> None:
-            with full_disk_told(target):
+            with failed_writes_told(target):
                 snapshot.write(target, write_rest, self.mesh.rank, group)
             if self.mesh.rank == 0:
                 self._prune(state.best_step)

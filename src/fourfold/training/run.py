@@ -13,7 +13,7 @@ import fourfold.base.light_imports  # noqa: F401 - before anything imports Trans
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.base.start_clock import StartClock
-from fourfold.checkpoint.folder import full_disk_told, list_checkpoints
+from fourfold.checkpoint.folder import failed_writes_told, list_checkpoints
 from fourfold.config.begin import begin_logging
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
@@ -139,7 +139,7 @@ def _work(
     with exhaustion_told(run, mesh, partial(_place_of_reference, parts)):
         add_reference(parts)
     clock.lap("reference")
-    with full_disk_told(output_dir):
+    with failed_writes_told(output_dir):
         return _verbs(parts)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fourfold.base.errors import CheckpointError
-from fourfold.checkpoint.folder import MANIFEST, list_checkpoints, prune, verify, write_folder
+from fourfold.checkpoint.folder import MANIFEST, failed_writes_told, list_checkpoints, prune, verify, write_folder
 from fourfold.checkpoint.resume import find_checkpoint
 
 
@@ -48,6 +53,49 @@ def test_write_folder_when_disk_is_full_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="disk is full"):
         write_folder(tmp_path / "checkpoint-1", fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def _write_in_place(target: Path, write: Callable[[Path], None]) -> None:
+    target.mkdir()
+    with failed_writes_told(target):
+        write(target)
+
+
+@pytest.mark.parametrize("writes", ["a library", "the system"])
+@pytest.mark.parametrize("way", [write_folder, _write_in_place])
+def test_folder_when_a_file_is_larger_than_allowed_says_so(tmp_path: Path, writes: str, way: Any) -> None:
+    def write(folder: Path) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            if writes == "a library":
+                save_file({"a": torch.zeros(1000)}, folder / "a.safetensors")
+            (folder / "a.bin").write_bytes(bytes(4000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.raises(CheckpointError, match=r"out: a file is larger than allowed .*choose another output_dir\."):
+        way(tmp_path / "out", write)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), "your quota of the disk is used up"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full while saving"),
+        (RuntimeError("I/O error: Read-only file system (os error 30)"), "cannot be written .Read-only file system"),
+        (PermissionError(13, "Permission denied", "/out/x"), "cannot be written .Permission denied"),
+    ],
+)
+def test_failed_writes_when_a_library_wraps_them_are_told(error: Exception, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^/out: {message}"), failed_writes_told(Path("/out")):
+        raise error
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "/in/x"), ConnectionError("x")])
+def test_failed_writes_when_it_is_something_else_let_it_pass(error: Exception) -> None:
+    with pytest.raises(type(error)), failed_writes_told(Path("/out")):
+        raise error
 
 
 def test_verify_when_a_file_is_cut_short_names_it(run: Path) -> None:
