@@ -7,6 +7,7 @@ import importlib
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.extras import install_extra
 from fourfold.base.log import get_logger
 
 log = get_logger(__name__)
@@ -27,7 +28,7 @@ def apply_liger(model: PreTrainedModel) -> None:
         liger = importlib.import_module("liger_kernel.transformers")
     except ImportError as error:
         raise ConfigError(
-            "enable_liger_kernel: liger-kernel is not installed. pip install 'fourfold[kernels]', or leave the key out."
+            f"enable_liger_kernel: liger-kernel is not installed. Run {install_extra('kernels')}, or leave the key out."
         ) from error
     liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     log.info("Liger kernels are used for %s", model.config.model_type)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from fourfold.base.errors import ConfigError, ModelError
+from fourfold.base.extras import install_extra
 from fourfold.base.log import get_logger
 from fourfold.base.units import format_bytes
 from fourfold.config.model import ModelConfig
@@ -87,7 +88,7 @@ def _from_checkpoint(own: dict[str, Any], config: ModelConfig, dtype: torch.dtyp
 
 def _require_bitsandbytes(key: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"{key}: bitsandbytes is not installed. Run `pip install fourfold[quant]`.")
+        raise ModelError(f"{key}: bitsandbytes is not installed. Run {install_extra('quant')}.")
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

@@ -129,7 +129,7 @@ def import_service(package: str, install: str) -> ModuleType:
     """Import a tracker's own package.
 
     Args:
-        install: what to give to `pip install`.
+        install: the command that installs it, in backquotes.
     Raises:
         ConfigError: it is not installed; the message says how to install it.
     """
@@ -138,7 +138,7 @@ def import_service(package: str, install: str) -> ModuleType:
     except ImportError as error:
         raise ConfigError(
             f"report_to: {package} cannot be imported ({error}). "
-            f"Install it with `pip install '{install}'`, or leave it out of report_to."
+            f"Install it with {install}, or leave it out of report_to."
         ) from error
 
 

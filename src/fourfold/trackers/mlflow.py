@@ -36,7 +36,7 @@ def build(info: RunInfo) -> MLflow:
     Raises:
         ConfigError: mlflow is not installed, or its server does not answer.
     """
-    mlflow = import_service("mlflow", "mlflow")
+    mlflow = import_service("mlflow", "`pip install mlflow`")
     try:
         mlflow.start_run(run_name=info.run_name)
         params = {key: str(value)[:_MAX_PARAM_LENGTH] for key, value in public_config(info).items()}

@@ -35,7 +35,7 @@ def build(info: RunInfo) -> SwanLab:
     Raises:
         ConfigError: swanlab is not installed, or refuses to start (for example without a login).
     """
-    swanlab = import_service("swanlab", "swanlab")
+    swanlab = import_service("swanlab", "`pip install swanlab`")
     given = {name: info.config.get(key) for key, name in _OPTIONS.items()}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.extras import install_extra
 from fourfold.trackers.interface import RunInfo, Tracker, grouped_name, import_service, public_config
 
 PACKAGE = "wandb"
@@ -46,7 +47,7 @@ def build(info: RunInfo) -> Wandb:
     Raises:
         ConfigError: wandb is not installed, or refuses to start (for example without a login).
     """
-    wandb = import_service("wandb", "fourfold[wandb]")
+    wandb = import_service("wandb", install_extra("wandb"))
     id_file = info.output_dir / _RUN_ID_FILE
     resumed = id_file.read_text(encoding="utf-8").strip() if info.start_step and id_file.exists() else None
     info.output_dir.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.extras import install_extra
 from fourfold.config.schema import Run
 
 
@@ -21,7 +22,7 @@ def build(groups: list[dict[str, Any]], model: nn.Module, run: Run) -> torch.opt
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            "optim: adamw_8bit needs bitsandbytes, which is not installed. pip install 'fourfold[quant]'."
+            f"optim: adamw_8bit needs bitsandbytes, which is not installed. Run {install_extra('quant')}."
         ) from error
     training = run.training
     settings: dict[str, Any] = {
