@@ -163,7 +163,7 @@ def _load_config(run: Run) -> PreTrainedConfig:
     from fourfold.families.composite import language_model_of
     from fourfold.models.source import explained, gguf_path, hub_options, model_name
 
-    name = model_name(run.model)
+    name = model_name(run.model, weights=False)
     path = gguf_path(name)
     if path is not None:
         from fourfold.models.gguf_model import load_gguf_config

@@ -21,6 +21,7 @@ class ModelConfig(Section):
     cache_dir: LocalPath | None = key(None, "Where models and data sets from a hub are stored.")
     model_revision: str = key("main", "Branch, tag or commit of the model on its hub.")
     hf_hub_token: str | None = key(None, "Token for the Hugging Face hub.", secret=True)
+    ms_hub_token: str | None = key(None, "Token for ModelScope's hub (USE_MODELSCOPE_HUB=1).", secret=True)
     trust_remote_code: bool = key(False, "Run Python code that comes with the model. Only for authors that you trust.")
     train_from_scratch: bool = key(False, "Initialise the weights at random instead of loading them.")
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = key(

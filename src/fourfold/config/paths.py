@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourfold.base.errors import ConfigError
+from fourfold.base.modelscope import use_modelscope
 from fourfold.config.rules import Verb
 from fourfold.config.schema import Run
 
@@ -37,15 +38,17 @@ class NamedModel:
 
     Attributes:
         key: the key.
-        names: hub ids, folders or files; of a model one.
+        names: hub ids, folders or files; one where the key takes no more.
         adapter_key: where an adapter belongs that is given as the model; "" if these are adapters themselves.
         folder: within an adapter's folder, where it lies.
+        is_single: the key takes one name.
     """
 
     key: str
     names: tuple[str, ...]
     adapter_key: str = ""
     folder: str = ""
+    is_single: bool = False
 
 
 def named_models(run: Run, verb: Verb) -> Iterator[NamedModel]:
@@ -62,7 +65,7 @@ def named_models(run: Run, verb: Verb) -> Iterator[NamedModel]:
         yield NamedModel(REFERENCE_ADAPTER, preference.ref_model_adapters)
     if stage in _WITH_REWARD and preference.reward_model:
         if preference.reward_model_type == "lora":
-            yield NamedModel(REWARD, (preference.reward_model,))
+            yield NamedModel(REWARD, (preference.reward_model,), is_single=True)
         elif preference.reward_model_type == "full":
             yield from _named(REWARD, preference.reward_model, REWARD_ADAPTER)
             yield NamedModel(REWARD_ADAPTER, preference.reward_model_adapters)
@@ -70,7 +73,7 @@ def named_models(run: Run, verb: Verb) -> Iterator[NamedModel]:
 
 def _named(key: str, name: str | None, adapter_key: str) -> Iterator[NamedModel]:
     if name:
-        yield NamedModel(key, (name,), adapter_key)
+        yield NamedModel(key, (name,), adapter_key, is_single=True)
 
 
 def check_paths(run: Run, verb: Verb) -> None:
@@ -87,7 +90,9 @@ def check_paths(run: Run, verb: Verb) -> None:
 
 
 def names_hub(run: Run) -> bool:
-    """Whether one of the models or adapters is to come from a hub."""
+    """Whether one of the models or adapters is to come from Hugging Face's hub."""
+    if use_modelscope():
+        return False
     names = (name for named in named_models(run, "train") for name in named.names)
     return any(not Path(name).expanduser().exists() for name in names)
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through the `datasets` library."""
+"""Data sets of Hugging Face's hub and of ModelScope's, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from fourfold.base.errors import DataError
+from fourfold.base.modelscope import load_data_set
 from fourfold.dataset.info import DatasetEntry
 
 _FAILURES = (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, FileNotFoundError, ValueError)
@@ -45,11 +46,14 @@ class HubReader:
 
     @property
     def digest(self) -> str:
-        """Hash of the Arrow files that hold the rows."""
+        """Hash of the Arrow files or of the memory that holds the rows."""
         digest = hashlib.sha256(str(self._dataset.split).encode())
         for file in self._dataset.cache_files:
             with Path(file["filename"]).open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
+        if not self._dataset.cache_files:  # held in memory
+            for batch in self._dataset.data.table.to_batches():
+                digest.update(batch.serialize())
         return digest.hexdigest()
 
 
@@ -65,6 +69,16 @@ def stream_hub(entry: DatasetEntry, *, cache_dir: str | None, token: str | None)
 def _load(
     entry: DatasetEntry, *, cache_dir: str | None, token: str | None, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
+    if entry.source == "ms_hub":
+        return load_data_set(
+            entry.location,
+            subset=entry.subset,
+            folder=entry.folder,
+            split=entry.split,
+            cache_dir=cache_dir,
+            token=token,
+            streaming=streaming,
+        )
     try:
         return datasets.load_dataset(  # pyright: ignore[reportReturnType] - a split is named, so it is no dict
             path=entry.location,

@@ -12,6 +12,7 @@ from fourfold.base import registry
 from fourfold.base.errors import ConfigError, DataError, first_line
 from fourfold.base.hub import WAYS_OUT, settle_hub
 from fourfold.base.log import get_logger
+from fourfold.base.modelscope import use_modelscope
 
 log = get_logger(__name__)
 
@@ -23,11 +24,13 @@ REMOTE = "REMOTE:"
 _SETTINGS = ("formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags", "placeholders")
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _REFUSED = {
-    "ms_hub_url": "ModelScope's hub is not supported",
     "om_hub_url": "the Modelers hub is not supported",
     "script_url": "loading scripts run code of the data set's author and are not supported",
     "cloud_file_name": "cloud storage is not read directly",
 }
+
+
+Source = Literal["file", "hf_hub", "ms_hub"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class DatasetEntry:
 
     Attributes:
         name: its name there.
-        source: "file" or "hf_hub".
+        source: "file", "hf_hub", or "ms_hub" of ModelScope.
         location: path of the file or folder, or the hub id.
         formatting: name of a file in formats/.
         ranking: rows are preference pairs.
@@ -87,7 +90,7 @@ class DatasetEntry:
     """
 
     name: str
-    source: Literal["file", "hf_hub"]
+    source: Source
     location: str
     formatting: str = "alpaca"
     ranking: bool = False
@@ -157,7 +160,8 @@ def find_entries(names: Sequence[str], dataset_dir: str | Path | Mapping[str, An
     if not names:
         return []
     if dataset_dir == ONLINE:
-        return [DatasetEntry(name=name, source="hf_hub", location=name) for name in names]
+        hub: Source = "ms_hub" if use_modelscope() else "hf_hub"
+        return [DatasetEntry(name=name, source=hub, location=name) for name in names]
     info, base = load_info(dataset_dir)
     if problems := [registry.unknown(key, name, info) for name in names if name not in info]:
         raise ConfigError(problems)
@@ -200,14 +204,17 @@ def parse_entry(name: str, raw: Any, base: Path) -> DatasetEntry:
     )
 
 
-def _source(where: str, raw: Mapping[str, Any], base: Path) -> tuple[Literal["file", "hf_hub"], str]:
+def _source(where: str, raw: Mapping[str, Any], base: Path) -> tuple[Source, str]:
+    # As in LLaMA-Factory: ModelScope where it is in use, or where nothing else is named.
+    if raw.get("ms_hub_url") and (use_modelscope() or not raw.get("hf_hub_url")):
+        return "ms_hub", str(raw["ms_hub_url"])
     if raw.get("hf_hub_url"):
         return "hf_hub", str(raw["hf_hub_url"])
     for key, reason in _REFUSED.items():
         if raw.get(key):
             raise ConfigError(f"{where}: {key}: {reason}. Download the data and name it with file_name.")
     if not isinstance(file_name := raw.get("file_name"), str) or not file_name:
-        raise ConfigError(f"{where}: names no source. Add file_name (a file or folder) or hf_hub_url.")
+        raise ConfigError(f"{where}: names no source. Add file_name (a file or folder), hf_hub_url or ms_hub_url.")
     return "file", str(base / file_name)
 
 

@@ -133,7 +133,14 @@ def load_rows(run: Run, names: Sequence[str], stage: str) -> Iterator[Row]:
 def open_options(run: Run) -> OpenOptions:
     """How the run's data sets are opened."""
     data, model = run.data, run.model
-    return OpenOptions(data.dataset_vars, data.max_samples, run.training.seed, model.cache_dir, model.hf_hub_token)
+    return OpenOptions(
+        data.dataset_vars,
+        data.max_samples,
+        run.training.seed,
+        model.cache_dir,
+        token=model.hf_hub_token,
+        ms_token=model.ms_hub_token,
+    )
 
 
 def open_entries(run: Run, names: Sequence[str], stage: str, *, key: str) -> list[DatasetEntry]:

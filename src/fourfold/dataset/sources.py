@@ -29,7 +29,8 @@ class OpenOptions:
         max_samples: use at most this many rows of each data set.
         seed: of the choice of rows for `num_samples`.
         cache_dir: where hub data sets are stored; None for the library's default.
-        token: for hub data sets that need one.
+        token: for data sets of Hugging Face's hub that need one.
+        ms_token: for those of ModelScope's.
     """
 
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -37,6 +38,11 @@ class OpenOptions:
     seed: int = 42
     cache_dir: str | None = None
     token: str | None = None
+    ms_token: str | None = None
+
+    def token_of(self, entry: DatasetEntry) -> str | None:
+        """The token for the hub that a data set lies on."""
+        return self.ms_token if entry.source == "ms_hub" else self.token
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,7 @@ def open_source(entry: DatasetEntry, options: OpenOptions) -> SourceRows:
     else:
         from fourfold.dataset.hub import HubReader
 
-        hub = HubReader.open(entry, cache_dir=options.cache_dir, token=options.token)
+        hub = HubReader.open(entry, cache_dir=options.cache_dir, token=options.token_of(entry))
         readers, digest = [(entry.location, hub)], hub.digest
     firsts = np.cumsum([0, *(len(reader) for _, reader in readers)])
     parts = tuple(
@@ -212,5 +218,5 @@ def _stream_parts(entry: DatasetEntry, options: OpenOptions) -> Iterator[tuple[A
         return
     from fourfold.dataset.hub import stream_hub
 
-    for index, raw in enumerate(stream_hub(entry, cache_dir=options.cache_dir, token=options.token)):
+    for index, raw in enumerate(stream_hub(entry, cache_dir=options.cache_dir, token=options.token_of(entry))):
         yield raw, entry.location, index

@@ -14,23 +14,30 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from fourfold.base.errors import ConfigError, ModelError, first_line
 from fourfold.base.hub import WAYS_OUT, endpoint, is_offline
+from fourfold.base.modelscope import fetch_model, use_modelscope
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import MODEL, is_gguf, missing
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def model_name(config: ModelConfig) -> str:
-    """The hub id, folder or file of the base model; a local one exists.
+def model_name(config: ModelConfig, *, weights: bool = True) -> str:
+    """The hub id, folder or file of the base model; a local one exists. What ModelScope's hub has is one.
 
+    Args:
+        weights: of a model of ModelScope's hub, fetch them too.
     Raises:
-        ConfigError: the config names none.
+        ConfigError: the config names none, or ModelScope's hub does not give it.
         ModelError: a local path does not exist.
     """
     if not config.model_name_or_path:
         raise ConfigError("model_name_or_path: no model is given. Name a hub id, a local folder or a .gguf file.")
-    check_source(config.model_name_or_path)
-    return config.model_name_or_path
+    name = config.model_name_or_path
+    check_source(name)
+    if not use_modelscope():
+        return name
+    options = {"cache_dir": config.cache_dir, "token": config.ms_hub_token, "weights": weights}
+    return fetch_model(name, MODEL, revision=config.model_revision, **options)
 
 
 def check_source(name: str, key: str = MODEL) -> None:

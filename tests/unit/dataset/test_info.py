@@ -45,10 +45,29 @@ def test_parse_entry_when_hub_and_other_sources_are_named_takes_the_hub() -> Non
 
 
 @pytest.mark.parametrize(
+    ("on", "raw", "found"),
+    [
+        ("1", {"hf_hub_url": "h/f", "ms_hub_url": "m/s"}, ("ms_hub", "m/s")),
+        ("0", {"hf_hub_url": "h/f", "ms_hub_url": "m/s"}, ("hf_hub", "h/f")),
+        ("0", {"ms_hub_url": "m/s", "file_name": "a.json"}, ("ms_hub", "m/s")),
+        ("true", {"hf_hub_url": "h/f"}, ("hf_hub", "h/f")),
+    ],
+)
+def test_parse_entry_when_modelscope_is_named_takes_it_if_in_use_or_alone(
+    monkeypatch: pytest.MonkeyPatch, on: str, raw: dict[str, str], found: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", on)
+    parsed = parse_entry("a", raw, Path())
+    assert (parsed.source, parsed.location) == found
+    (online,) = find_entries(("some/set",), "ONLINE", key="dataset")
+    assert online.source == ("hf_hub" if on == "0" else "ms_hub")
+
+
+@pytest.mark.parametrize(
     ("raw", "message"),
     [
         ({}, "names no source. Add file_name"),
-        ({"ms_hub_url": "x/y"}, "ms_hub_url: ModelScope's hub is not supported. Download"),
+        ({"om_hub_url": "x/y"}, "om_hub_url: the Modelers hub is not supported. Download"),
         ({"script_url": "x.py"}, "script_url: loading scripts"),
         ({"cloud_file_name": "s3://x"}, "cloud_file_name: cloud storage"),
         ({"file_name": "a", "formatting": "alpacca"}, "formatting: 'alpacca' is not known. Did you mean alpaca?"),

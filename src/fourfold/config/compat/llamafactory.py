@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from fourfold.config.compat.translation import settled, switch
 from fourfold.config.key import Section, later
 
-_OTHER_HUB = "models and data sets come from the Hugging Face hub or from a folder"
+_OTHER_HUB = "models and data sets come from Hugging Face's hub, ModelScope's or a folder"
 _BENCHMARK = "Fourfold runs no benchmarks; export the model and give it to lm-eval"
 _PROFILER = "profiling"
 _TOKEN_LOSS = "the token-weighted losses of stage sft"
@@ -36,7 +36,6 @@ class LlamaFactoryKeys(Section):
     quantization_device_map: Literal["auto"] | None = settled(
         None, "Where quantised weights are put.", "the layout decides, see strategy"
     )
-    ms_hub_token: str | None = settled(None, "Token for ModelScope.", _OTHER_HUB, secret=True)
     om_hub_token: str | None = settled(None, "Token for Openmind.", _OTHER_HUB, secret=True)
     export_legacy_format: bool = settled(False, "Write .bin files.", "only safetensors files are written")
 
