@@ -135,7 +135,7 @@ def test_adamw_when_the_folder_cannot_hold_the_state_says_so(tmp_path: Path) -> 
     [
         ({"parallel": {"offload": "params"}}, "parallel.offload: params works on shards only"),
         ({"strategy": "zero2", "parallel": {"reshard_after_forward": True}}, "frees the weights that strategy: zero2"),
-        ({"parallel": {"tp": 2}}, "tp 2 make 2 ranks, but there are 1 processes"),
+        ({"parallel": {"tp": 2}}, "tp 2 make 2 ranks, but there is 1 process."),
     ],
 )
 def test_layout_when_one_process_cannot_have_it_says_so(keys: dict[str, Any], message: str) -> None:

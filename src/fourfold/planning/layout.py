@@ -136,7 +136,8 @@ def _of_a_layer(layout: Layout) -> Layout:
 
 
 _ZERO = {"zero1": 1, "zero2": 2}
-_SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+SHARDED = ("zero1", "zero2", "zero3", "fsdp")
+"""Strategies that shard over all ranks that no size claims."""
 
 
 def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
@@ -177,7 +178,7 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
         sequence_parallel=config.sequence_parallel is not False,
         loss_parallel=config.loss_parallel is not False,
         cp_method=config.cp_method,
-        cp_shards=strategy in (*_SHARDED, "hsdp") and sizes["cp"] > 1,
+        cp_shards=strategy in (*SHARDED, "hsdp") and sizes["cp"] > 1,
         pp_schedule=config.pp_schedule,
         pp_microbatches=config.pp_microbatches or 0,
         pp_layers=config.pp_layers_per_stage or (),
@@ -188,7 +189,7 @@ def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
 def _free_axis(strategy: str, given: dict[str, int | None]) -> str | None:
     """The axis that takes the ranks which no size claims; None if all are given."""
     wanted = {"tp": "tp", "pp": "pp", "hsdp": "dp_shard", "ddp": "dp_replicate", "auto": "dp_replicate"}
-    axis = "dp_shard" if strategy in _SHARDED else wanted.get(strategy)
+    axis = "dp_shard" if strategy in SHARDED else wanted.get(strategy)
     if axis is not None and given[axis] is None:
         return axis
     free = [name for name in ("dp_replicate", "dp_shard") if given[name] is None]
@@ -196,6 +197,7 @@ def _free_axis(strategy: str, given: dict[str, int | None]) -> str | None:
 
 
 def _mismatch(given: dict[str, int | None], product: int, world_size: int) -> str:
+    processes = "there is 1 process" if world_size == 1 else f"there are {world_size} processes"
     named = " x ".join(f"{name} {size}" for name, size in given.items() if size)
     if not named:
         return (
@@ -203,6 +205,6 @@ def _mismatch(given: dict[str, int | None], product: int, world_size: int) -> st
             "the sizes of the axes under parallel."
         )
     return (
-        f"parallel: {named} make {product} ranks, but there are {world_size} processes. Start {product} "
+        f"parallel: {named} make {product} ranks, but {processes}. Start {product} "
         f"(--nproc {product}), or choose sizes whose product divides {world_size}; strategy fsdp or ddp takes the rest."
     )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fourfold.base.errors import FourfoldError, PlanError
+from fourfold.base.log import get_logger
 from fourfold.config.schema import Run
 from fourfold.config.second import teacher_run
 from fourfold.generate.rollout import can_roll_out
@@ -19,11 +20,13 @@ from fourfold.parallel.launch import Machines
 from fourfold.parallel.tensor import FAMILIES, not_shared
 from fourfold.parallel.whole import everyone
 from fourfold.planning.axes import ModelFacts, check_layout
-from fourfold.planning.layout import Layout, resolve_layout
+from fourfold.planning.layout import SHARDED, Layout, resolve_layout
 from fourfold.planning.predictor import Form
 from fourfold.training.auto import plan_auto
 from fourfold.training.frozen import layout_of_frozen
 from fourfold.training.teacher import named_as_teacher
+
+log = get_logger(__name__)
 
 _SHARE = 0.6
 """Of a device's memory, what weights, gradients and optimizer state of a replica may take; the rest is activations'."""
@@ -78,7 +81,21 @@ def choose(run: Run, world_size: int) -> Choice:
     problems = _problems(run, layout)
     if problems:
         raise PlanError("\n".join(problems))
+    if layout.world_size > 1 and not _is_used(run.parallel.strategy, layout):
+        log.info(
+            "strategy: %s has nothing left to split: the sizes under parallel take all %d processes (%s).",
+            run.parallel.strategy,
+            layout.world_size,
+            layout.describe(),
+        )
     return Choice(layout, planned)
+
+
+def _is_used(strategy: str, layout: Layout) -> bool:
+    """Whether a layout has what its strategy is named after."""
+    ranks = {"ddp": layout.dp_replicate, "hsdp": layout.dp_shard, "tp": layout.tp, "pp": layout.pp}
+    sharded = dict.fromkeys(SHARDED, layout.shards)
+    return (ranks | sharded).get(strategy, layout.world_size) > 1
 
 
 def choose_layout(run: Run, world_size: int) -> Layout:

@@ -1,4 +1,4 @@
-"""How to install what is missing is told as the README tells it: the package indexes' `fourfold` is not this project."""
+"""How to install what is missing is told as the README tells it: an index's `fourfold` is another project's."""
 
 from __future__ import annotations
 
