@@ -43,3 +43,14 @@ def test_smooth_by_hand():
 
 def test_smooth_of_few_points_changes_nothing():
     assert smooth([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]
+
+
+def test_plot_when_names_have_no_glyphs_draws_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    folder = tmp_path / "训练输出"
+    folder.mkdir()
+    tracker = jsonl.build(RunInfo(folder, "run", 2))
+    for step in (1, 2):
+        tracker.log(step, {"loss": 3.0 / step, "eval_对话_loss": 1.0})
+    tracker.finish()
+    assert len(plot_losses(folder)) == 2
+    assert [str(warning.message) for warning in recwarn] == []

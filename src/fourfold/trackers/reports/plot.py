@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def _draw(path: Path, key: str, steps: Sequence[int], values: Sequence[float]) -
     axes.plot(steps, smooth(values), color="tab:blue", label="smoothed")
     axes.set_xlabel("step")
     axes.set_ylabel(key)
-    axes.set_title(f"{key} of {path.resolve().parent.name}")
+    run = path.resolve().parent.name
+    axes.set_title(f"{key} of {run}" if run.isascii() else key)  # the font has no glyphs of many scripts
     axes.grid(alpha=0.3)
     axes.legend()
     unfinished = path.with_name(f".{path.name}.tmp")
-    figure.savefig(unfinished, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an evaluation set may have such a name
+        figure.savefig(unfinished, format="png", dpi=120)
     unfinished.replace(path)
