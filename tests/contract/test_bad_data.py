@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("own_cache")
         ("a.parquet", "none", ": is not a valid parquet file"),
         ("a.csv", "instruction,output\na\n", ": is not a valid csv file"),
         ("a.doc", "none", ": files of kind '.doc' are not read. Use one of: "),
-        ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', ", row 1: 'output' is missing"),
-        ("a.json", '[{"instruction": "a", "output": 7}]', ", row 0: 'output' must be a text, not 7"),
-        ("a.json", "[1]", ", row 0: must be an object, not 1"),
+        ("a.json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', ", row 2: 'output' is missing"),
+        ("a.json", '[{"instruction": "a", "output": 7}]', ", row 1: 'output' must be a text, not 7"),
+        ("a.json", "[1]", ", row 1: must be an object, not 1"),
     ],
 )
 def test_train_when_a_data_file_is_bad_names_file_and_place(
@@ -81,7 +81,7 @@ def test_train_when_bad_rows_may_be_skipped_counts_them(
     assert done.code == 0, done.err
     assert "dataset a (train): 1 of 3 rows" in done.err
     assert "warning: dataset a: 2 rows dropped (bad row)" in done.err
-    assert f"{folder / 'a.json'}, row 1: 'output' is missing" in done.err
+    assert f"{folder / 'a.json'}, row 2: 'output' is missing" in done.err
     again = run_here(capsys, "train", *words, *asked, "overwrite_output_dir=true")
     assert "warning: dataset a: 2 rows dropped (bad row)" in again.err  # also when it comes from the cache
 
@@ -99,14 +99,14 @@ def test_train_when_samples_are_too_long_truncates_drops_and_counts(
     assert "dataset a (train): 1 of 2 rows, 8 tokens, " in done.err
     assert ", 1 rows truncated" in done.err
     assert "warning: dataset a: 1 rows dropped (nothing to train)" in done.err
-    assert f"First row dropped (nothing to train): {folder / 'a.json'}, row 1" in done.err
+    assert f"First row dropped (nothing to train): {folder / 'a.json'}, row 2" in done.err
 
 
 def test_train_when_nothing_is_left_to_train_says_why(refuse: Refuse, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "data", "a", [{"instruction": "word " * 40, "output": "a b c"}] * 3)
     assert refuse(f"dataset_dir={folder}", "dataset=a", "cutoff_len=8") == (
         "dataset: none of the 3 rows of a can be trained: 3 have nothing to train. First: "
-        f"{folder / 'a.json'}, row 0. Raise cutoff_len (8), or see that the rows have answers."
+        f"{folder / 'a.json'}, row 1. Raise cutoff_len (8), or see that the rows have answers."
     )
 
 

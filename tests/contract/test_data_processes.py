@@ -89,7 +89,7 @@ def test_run_chunks_when_a_row_is_bad_in_another_process_names_it(tmp_path: Path
     rows = alpaca_rows(NUM_ROWS)
     del rows[-1]["output"]
     mix, tokeniser = make_job(write_set(tmp_path, "a", rows))
-    with pytest.raises(DataError, match=rf"a.json, row {NUM_ROWS - 1}: 'output' is missing") as caught:
+    with pytest.raises(DataError, match=rf"a.json, row {NUM_ROWS}: 'output' is missing") as caught:
         list(run_chunks(mix, tokeniser, chunk_rows=4, workers=2))
     assert caught.value.row == NUM_ROWS - 1
 

@@ -177,7 +177,7 @@ def test_pairs_when_their_answers_are_the_same_are_counted_and_the_first_is_name
     told = caplog.text
     assert "dataset pairs: 2 rows dropped (chosen and rejected are the same)" in told
     assert "First row dropped (chosen and rejected are the same): " in told
-    assert "row 1" in told
+    assert "row 2" in told
 
 
 def test_pairs_when_they_are_whole_talks_are_split_where_the_answers_begin(

@@ -33,12 +33,12 @@ class DataError(FourfoldError):
     Args:
         message: what is wrong and what to do.
         file: the file it was found in, if known.
-        row: zero-based row within the file, if known.
+        row: row within the file, if known, from 0; people are told it from 1, as lines are.
     """
 
     def __init__(self, message: str, *, file: str | None = None, row: int | None = None) -> None:
         self.file, self.row = file, row
-        where = "" if file is None else f"{file}: " if row is None else f"{file}, row {row}: "
+        where = "" if file is None else f"{file}: " if row is None else f"{file}, row {row + 1}: "
         super().__init__(where + message)
 
 

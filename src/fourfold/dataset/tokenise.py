@@ -196,4 +196,4 @@ def find_parser(formatting: str) -> Parse:
 
 
 def _told(place: Place) -> str:
-    return f"{place[0]}, row {place[1]}"
+    return f"{place[0]}, row {place[1] + 1}"  # people count from 1

@@ -202,7 +202,7 @@ def test_prepare_when_a_row_lacks_a_field_names_file_and_row(tmp_path: Path) -> 
     rows = alpaca_rows(5)
     del rows[3]["output"]
     folder = write_set(tmp_path, "a", rows, file="part/a.jsonl")
-    with pytest.raises(DataError, match=r"part/a.jsonl, row 3: 'output' is missing .*skip_bad_rows: true") as caught:
+    with pytest.raises(DataError, match=r"part/a.jsonl, row 4: 'output' is missing .*skip_bad_rows: true") as caught:
         prepare_run(folder, dataset="a")
     assert (caught.value.file, caught.value.row) == (str(folder / "part/a.jsonl"), 3)
 
@@ -212,7 +212,7 @@ def test_prepare_when_bad_rows_are_skipped_counts_them(tmp_path: Path, caplog: p
     data = train_of(prepare_run(write_set(tmp_path, "a", rows), dataset="a", skip_bad_rows=True))
     assert data.stats["a"].dropped == {"bad row": 2}
     assert "dataset a: 2 rows dropped (bad row)" in caplog.text
-    assert "a.json, row 3: must be an object, not 'no object'" in caplog.text
+    assert "a.json, row 4: must be an object, not 'no object'" in caplog.text
 
 
 def test_prepare_when_a_call_is_no_json_names_the_row(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_prepare_when_a_call_is_no_json_names_the_row(tmp_path: Path) -> None:
     bad = [{"from": "human", "value": "1"}, {"from": "function_call", "value": "call f"}]
     rows = [{"conversations": good}, {"conversations": bad}, {"conversations": good}]
     folder = write_set(tmp_path, "a", rows, formatting="sharegpt")
-    with pytest.raises(DataError, match=r"a.json, row 1: messages: the function turn 'call f' is not the JSON"):
+    with pytest.raises(DataError, match=r"a.json, row 2: messages: the function turn 'call f' is not the JSON"):
         prepare_run(folder, dataset="a")
     data = train_of(prepare_run(folder, dataset="a", skip_bad_rows=True))
     assert (len(data), data.stats["a"].dropped) == (2, {"bad row": 1})
@@ -231,7 +231,7 @@ def test_prepare_when_turns_are_broken_drops_and_counts_them(tmp_path: Path, cap
     folder = write_set(tmp_path, "a", [{"conversations": good}, {"conversations": good[::-1]}], formatting="sharegpt")
     data = train_of(prepare_run(folder, dataset="a"))
     assert data.stats["a"].dropped == {"broken turns": 1}
-    assert "a.json, row 1: turn 1 is of role assistant" in caplog.text
+    assert "a.json, row 2: turn 1 is of role assistant" in caplog.text
 
 
 def test_prepare_when_nothing_is_left_to_train_drops_and_counts_or_refuses(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_prepare_when_streaming_holds_rows_out_and_mixes(tmp_path: Path) -> None
 def test_prepare_when_streamed_files_are_bad_says_so(tmp_path: Path) -> None:
     folder = write_set(tmp_path, "a", [{"instruction": "a"}], file="a.jsonl")
     keys = {"streaming": True, "max_steps": 5}
-    with pytest.raises(DataError, match=r"a.jsonl, row 0: 'output' is missing"):
+    with pytest.raises(DataError, match=r"a.jsonl, row 1: 'output' is missing"):
         stream_texts(prepare_run(folder, dataset="a", **keys))
     with pytest.raises(DataError, match="no row of the stream can be trained"):
         stream_texts(prepare_run(folder, dataset="a", skip_bad_rows=True, **keys))
