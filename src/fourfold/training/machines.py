@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fourfold.base.errors import FourfoldError, PlanError
+from fourfold.base.errors import ConfigError, FourfoldError, PlanError
 from fourfold.base.log import get_logger
-from fourfold.config.schema import Run
+from fourfold.config.schema import NESTED, Run
 from fourfold.config.second import teacher_run
 from fourfold.generate.rollout import can_roll_out
 from fourfold.models.attention import context_obstacles
@@ -37,20 +38,62 @@ _BYTES_FULL = 16
 def machines_of(run: Run) -> Machines:
     """The processes of a run: `nproc` or one a visible GPU here, and as many on each of NNODES machines.
 
-    NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT are read as LLaMA-Factory's launcher reads them.
+    NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT are read as LLaMA-Factory's launcher reads them; one
+    that is empty is not given.
+
+    Raises:
+        ConfigError: one of them is not such a number.
+        PlanError: more processes than GPUs.
     """
-    env = os.environ
     gpus = 0 if run.training.use_cpu else torch.cuda.device_count()
-    per_node = run.parallel.nproc or int(env.get("NPROC_PER_NODE", 0)) or max(gpus, 1)
+    per_node = run.parallel.nproc or _number("NPROC_PER_NODE", 0) or max(gpus, 1)
     if gpus and per_node > gpus:
         raise PlanError(f"nproc: {per_node} processes need as many GPUs, and {gpus} are visible. Use at most {gpus}.")
     return Machines(
         per_node=per_node,
-        num_nodes=int(env.get("NNODES", 1)),
-        node_rank=int(env.get("NODE_RANK", 0)),
-        address=env.get("MASTER_ADDR", "127.0.0.1"),
-        port=int(env.get("MASTER_PORT", 0)),
+        num_nodes=_number("NNODES", 1, least=1),
+        node_rank=_number("NODE_RANK", 0),
+        address=os.environ.get("MASTER_ADDR") or "127.0.0.1",
+        port=_number("MASTER_PORT", 0),
     )
+
+
+def _number(variable: str, default: int, *, least: int = 0) -> int:
+    """The whole number that a variable of the environment holds.
+
+    Raises:
+        ConfigError: it holds something else, for example torchrun's range of machines (`2:3`).
+    """
+    text = os.environ.get(variable, "").strip()
+    if not text:
+        return default
+    if text.isdecimal() and int(text) >= least:
+        return int(text)
+    elastic = " A range is torchrun's: start the workers with torchrun." if ":" in text else ""
+    raise ConfigError(
+        f"{variable}: {text!r} is not a whole number of at least {least}. Give one, or unset it.{elastic}"
+    )
+
+
+def settle_offload(run: Run, world_size: int) -> Run:
+    """The run with what another tool's file means by `parallel.offload: params` where there is one process.
+
+    Such a file (ZeRO 3 with `offload_param`) is often used on one GPU, where nothing is sharded.
+    """
+    if run.parallel.offload != "params" or world_size > 1 or not _offload_from_file(run):
+        return run
+    means = "optimizer" if run.training.optim == "adamw_torch" else "none"
+    log.info(
+        "parallel.offload: params, from another tool's file, works on shards; with one process it is taken for %s.",
+        means,
+    )
+    return replace(run, parallel=run.parallel.model_copy(update={"offload": means}))
+
+
+def _offload_from_file(run: Run) -> bool:
+    """Whether the offload is not the user's own word, but that of a DeepSpeed or accelerate file."""
+    given = run.source.get(NESTED)
+    return not (isinstance(given, Mapping) and "offload" in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,15 +253,17 @@ def _not_yet(run: Run, layout: Layout) -> list[str]:
         problems += _optimizer_problems(run.training.optim, layout)
         if run.tuning.pissa_init:
             problems.append("pissa_init: does not work with sharded adapters. Use strategy: ddp.")
+    less = "parallel.offload: optimizer"
+    if _offload_from_file(run):
+        less = "a DeepSpeed file without offload_param (or another tool's without its like)"
     if layout.offload == "params" and layout.shards == 1:
         problems.append(
-            "parallel.offload: params works on shards only. Use strategy: fsdp with several processes, or "
-            "parallel.offload: optimizer."
+            f"parallel.offload: params works on shards only. Use strategy: fsdp with several processes, or {less}."
         )
     if layout.offload == "params" and layout.pp > 1:
         problems.append(
             "parallel.offload: params does not go with parallel.pp, which keeps weights gathered for a whole step. Use "
-            "parallel.offload: optimizer."
+            f"{less}."
         )
     if layout.reshard is True and layout.pp > 1:
         problems.append("parallel.reshard_after_forward: true does not go with parallel.pp. Leave it out.")

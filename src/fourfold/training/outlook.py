@@ -42,7 +42,7 @@ def cluster_of_job(run: Run, world_size: int) -> Cluster | None:
     properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     found = cluster_of_cards([Card(each.name, each.total_memory, 0) for each in properties])
     env = os.environ
-    per_node = int(env.get("LOCAL_WORLD_SIZE", 0)) or max(world_size // int(env.get("NNODES", 1)), 1)
+    per_node = int(env.get("LOCAL_WORLD_SIZE", 0)) or max(world_size // int(env.get("NNODES") or 1), 1)
     nodes, rest = divmod(world_size, per_node)
     if rest:
         raise PlanError(f"nproc: {world_size} processes are not the same number on each machine, {per_node} here.")

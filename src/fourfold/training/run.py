@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import fourfold.base.light_imports  # noqa: F401 - before anything imports Transformers
 from fourfold.base.errors import ConfigError
@@ -37,7 +38,7 @@ from fourfold.training import folder
 from fourfold.training.assemble import Parts, load_parts
 from fourfold.training.exhaustion import Place, exhaustion_told
 from fourfold.training.fit import fit
-from fourfold.training.machines import Choice, agree, choose, machines_of
+from fourfold.training.machines import Choice, agree, choose, machines_of, settle_offload
 from fourfold.training.predict import generate_predictions
 from fourfold.training.ranks import RankFacts, compare_ranks
 from fourfold.training.reference import add_reference
@@ -73,6 +74,7 @@ def _train(run: Run, clock: StartClock) -> dict[str, Any]:
     if is_worker():
         return _work_in_job(run, None, None, clock)
     machines = machines_of(run)
+    run = settle_offload(run, machines.world_size)
     choice = choose(run, machines.world_size)
     if machines.world_size == 1:
         if run.parallel.strategy not in ("auto", "single"):
@@ -110,6 +112,7 @@ def _work_in_job(run: Run, output_dir: Path | None, choice: Choice | None, clock
     device = local_device(run.training.use_cpu)
     start_process_group(device, run.parallel.ddp_timeout)
     compare_ranks(RankFacts.of(run, device))
+    run = settle_offload(run, dist.get_world_size())
     choice = agree(run, choice)
     mesh = build_mesh(choice.layout, device)
     if output_dir is None and mesh.rank == 0:
