@@ -186,16 +186,20 @@ def test_evaluate_when_answers_are_generated_tells_how_alike_they_are(train: Tra
     assert "2 predictions written to" in done.err
 
 
-def test_predict_when_data_is_packed_and_prompts_are_trained_answers_every_row(train: Train, tmp_path: Path) -> None:
+def test_predict_when_data_is_shaped_otherwise_answers_every_row(train: Train, tmp_path: Path) -> None:
     asked = ("eval_dataset=tiny", "dataset=", "do_train=false", "do_predict=true", "predict_with_generate=true")
     lines: dict[str, list[dict[str, str]]] = {}
-    for name, keys in {"plain": [], "packed": ["packing=true"], "prompts": ["train_on_prompt=true"]}.items():
+    shapes = {"packed": ["packing=true"], "prompts": ["train_on_prompt=true"], "shown": ["skip_special_tokens=false"]}
+    for name, keys in {"plain": [], **shapes}.items():
         out = tmp_path / name
         train(*asked, *keys, "max_new_tokens=2", "do_sample=false", f"output_dir={out}")
         text = (out / "generated_predictions.jsonl").read_text("utf-8")
         lines[name] = [json.loads(line) for line in text.splitlines()]
     assert len(lines["plain"]) == 22
     assert lines["packed"] == lines["prompts"] == lines["plain"]
+    shown = [line["label"] for line in lines["shown"]]
+    assert [label.replace("<|im_end|>", "") for label in shown] == [line["label"] for line in lines["plain"]]
+    assert "<|im_end|>" in shown[0]
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

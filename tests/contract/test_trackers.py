@@ -4,8 +4,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +16,7 @@ from fourfold.base import registry
 from fourfold.base.errors import ConfigError
 from fourfold.trackers import tensorboard, wandb
 from fourfold.trackers.interface import RunInfo
+from training_runs import run
 
 NAMES = registry.names("fourfold.trackers")
 CONFIG = {
@@ -60,7 +63,7 @@ def test_tracker_takes_figures_and_finishes(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if importlib.util.find_spec(module_of(name).PACKAGE) is None])
 def test_tracker_without_its_package_says_what_to_install(name: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match=rf"report_to: {name} .* `pip install '.*{name}.*'`"):
+    with pytest.raises(ConfigError, match=rf"report_to: {name} .* `pip install {name}`"):
         module_of(name).build(info_of(tmp_path))
 
 
@@ -101,3 +104,30 @@ wandb.build(RunInfo(Path({str(tmp_path)!r}), "a run", max_steps=4))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "ConfigError: report_to: wandb does not start: " in done.stderr
     assert "set WANDB_MODE=offline" in done.stderr
+
+
+def test_swanlab_when_a_run_has_its_key_logs_in_and_writes_it_nowhere(
+    tiny_llama: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    package = ModuleType("swanlab")
+    package.__spec__ = ModuleSpec("swanlab", None)
+    for name in ("login", "init", "finish"):
+        setattr(package, name, lambda *_, called=name, **options: calls.append((called, options)))
+    package.log = lambda figures, step: calls.append(("log", figures))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "swanlab", package)
+    keys = {"report_to": "swanlab", "swanlab_api_key": "sw_private", "swanlab_project": "p", "max_steps": 1}
+    run(tiny_llama, tiny_data, tmp_path / "out", **keys)
+    assert calls[0] == ("login", {"api_key": "sw_private"})
+    assert [name for name, _ in calls[1:3]] == ["init", "log"]
+    assert calls[1][1]["project"] == "p"
+    assert "sw_private" not in str(calls[1:])
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not any(b"sw_private" in path.read_bytes() for path in written)
+    output = capfd.readouterr()
+    assert "sw_private" not in output.out + output.err

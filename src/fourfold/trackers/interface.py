@@ -44,7 +44,7 @@ class RunInfo:
     max_steps: int
     start_step: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
-    secrets: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class Tracker(Protocol):

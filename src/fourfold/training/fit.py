@@ -62,7 +62,7 @@ def fit(parts: Parts) -> dict[str, float]:
     state = TrainState() if resumed is None else TrainState.load(resumed, facts)
     _announce(parts, budget, num_samples, state)
     name = run.output.run_name or output_dir.name
-    info = RunInfo(output_dir, name, budget.max_steps, state.step, run.flat())
+    info = RunInfo(output_dir, name, budget.max_steps, state.step, run.flat(), _accounts(run))
     trackers = open_trackers(run.output.report_to, info) if parts.mesh.rank == 0 else []
     try:
         loop, checkpointer = build_loop(parts, budget, state, trackers, facts)
@@ -89,6 +89,12 @@ def fit(parts: Parts) -> dict[str, float]:
         **peak_memory_of_ranks(parts.mesh),
         **compare(expected, loop.step_times),
     }
+
+
+def _accounts(run: Run) -> dict[str, str]:
+    """The keys of accounts that trackers log in with, by config key."""
+    key = run.output.swanlab_api_key
+    return {"swanlab_api_key": key} if key else {}
 
 
 def _place(parts: Parts, budget: Budget, state: TrainState) -> Place:

@@ -163,10 +163,12 @@ def _answers(parts: Parts, answer: _Answer, source: SampleSource, words_of: Segm
 def _row(
     parts: Parts, prompt: Sequence[int], label: Sequence[int], answer: Sequence[int], words_of: Segmenter | None
 ) -> _Answered:
-    decode = parts.tokenizer.decode
-    line = {
-        "prompt": str(decode(list(prompt), skip_special_tokens=False)),
-        "predict": str(decode(list(answer), skip_special_tokens=True)),
-        "label": str(decode(list(label), skip_special_tokens=True)),
-    }
-    return _Answered(line, None if words_of is None else similarity(line["predict"], line["label"], words_of))
+    def text(tokens: Sequence[int], *, skip: bool) -> str:
+        return str(parts.tokenizer.decode(list(tokens), skip_special_tokens=skip))
+
+    skip = parts.run.generation.skip_special_tokens
+    line = {"prompt": text(prompt, skip=False), "predict": text(answer, skip=skip), "label": text(label, skip=skip)}
+    if words_of is None:
+        return _Answered(line, None)
+    # As LLaMA-Factory: special tokens are no words, whatever the file shows.
+    return _Answered(line, similarity(text(answer, skip=True), text(label, skip=True), words_of))
