@@ -34,6 +34,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,7 +56,6 @@ _BLOCK = 16
 """Positions of the diagonal blocks of a chunk that are inverted as a whole; a power of two, as `_CHUNK` is."""
 _SEGMENT = 2**17
 """Positions times value heads of a segment, so that a tensor of it is 64 MiB with heads that are 128 wide."""
-_ROUNDS = os.environ.get("RULE_TF32", "1") == "1"
 _EPS = 1e-6
 """Added to the square of a query's or a key's norm, as Transformers does."""
 
@@ -217,7 +217,7 @@ def _products(inputs: Tensor) -> Iterator[None]:
     """In fp32 whatever autocast says; of inputs of 16 bits, on GPUs, with factors rounded to TF32."""
     before = torch.get_float32_matmul_precision()
     with torch.autocast(inputs.device.type, enabled=False):
-        if inputs.is_cuda and inputs.itemsize == 2 and _ROUNDS:
+        if inputs.is_cuda and inputs.itemsize == 2:
             torch.set_float32_matmul_precision("high")
         try:
             yield
@@ -318,8 +318,7 @@ class _Segment:
             query, key = query * query_norms, key * key_norms
         beta, total = beta.unsqueeze(-1), g.cumsum(-1)
         grown, left = total.exp().unsqueeze(-1), (total[:, -1:] - total).exp().unsqueeze(-1)
-        later = torch.ones((_CHUNK, _CHUNK), dtype=torch.bool, device=g.device).triu_(1)
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(later, -torch.inf).exp_()
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(_later(g.device), -torch.inf).exp_()
         overlap, scores = _each(key @ key.mT, decay), _each(query @ key.mT, decay)
         inverse = _inverse((overlap * beta).tril_(-1))
         solved = inverse @ torch.cat((value * beta, _each(key, beta * grown)), -1)
@@ -403,12 +402,11 @@ def _inverse(lower: Tensor) -> Tensor:
     in fp32: entries of L's powers are then as large as binomials of C, and the sum of them at most 1 or 2.
     """
     small = _blocks(lower, _BLOCK)
-    made = torch.eye(_BLOCK, device=lower.device).expand_as(small)
-    place, size = torch.arange(_BLOCK, device=lower.device), 1
-    while size < _BLOCK:
+    unit, masks = _masks(lower.device)
+    made, size = unit.expand_as(small), 1
+    for mask in masks:
         # both halves of all blocks of 2 * size at once, the rest masked: tiny products cost more than what they save
-        half, whole = place // size, place // (2 * size)
-        beneath = small * ((half[:, None] != half) & (whole[:, None] == whole))
+        beneath = small * mask
         made = made - (beneath if size == 1 else made @ beneath @ made)
         size *= 2
     while size < _CHUNK:
@@ -419,6 +417,24 @@ def _inverse(lower: Tensor) -> Tensor:
         made[:, size:, :size] = (second @ beneath @ first).neg_()
         size *= 2
     return made
+
+
+@lru_cache(maxsize=8)
+def _masks(device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The unit block, and of blocks of twice 1, 2, 4, ... positions what is beneath their diagonal halves."""
+    place = torch.arange(_BLOCK)
+    sizes = [2**power for power in range(_BLOCK.bit_length() - 1)]
+    found = [
+        (place[:, None] // size != place // size) & (place[:, None] // (2 * size) == place // (2 * size))
+        for size in sizes
+    ]
+    return torch.eye(_BLOCK, device=device), tuple(mask.to(device) for mask in found)
+
+
+@lru_cache(maxsize=8)
+def _later(device: torch.device) -> Tensor:
+    """Which positions of a chunk each does not see."""
+    return torch.ones((_CHUNK, _CHUNK), dtype=torch.bool, device=device).triu_(1)
 
 
 def _blocks(square: Tensor, size: int) -> Tensor:
@@ -551,6 +567,21 @@ def _has_tilelang() -> bool:
         return False
     has_compiler = getattr(importlib.import_module("fla.utils"), "has_usable_nvcc", None)  # of fla 0.6
     return has_compiler is None or has_compiler()
+
+
+@contextmanager
+def exchanged(mixer: nn.Module) -> Iterator[None]:
+    """Within it a layer's module computes the rule as here, if it computes it at all, wherever it is."""
+    place = sys.modules[type(mixer).__module__]
+    own = getattr(place, _NAME, None)
+    if own is None:
+        yield
+        return
+    setattr(place, _NAME, chunk_gated_delta_rule)
+    try:
+        yield
+    finally:
+        setattr(place, _NAME, own)
 
 
 def install(model: nn.Module, device: torch.device) -> bool:

@@ -27,8 +27,9 @@ from fourfold.models.noise import NoiseKeys
 from fourfold.models.targets import decoder_blocks
 from fourfold.parallel.recompute import Remember, all_of
 
-_FEW = 64
-"""So many positions of padding cost less than a further batch."""
+_FEW = {"cpu": 64, "cuda": 4096}
+"""So many positions of padding cost less than a further batch, whose operators a GPU waits for: a mixer of a Qwen3.5 of
+9B takes 13 ms of the host for a batch, forward and backward, and 2.5 us a position on an H200."""
 _MARK = "_fourfold_document_rows"
 _STATE_SPACE = "ssm_state_size"
 """Attribute that Transformers' state spaces have, and other mixers do not."""
@@ -56,22 +57,31 @@ class _Layout:
 
     Attributes:
         batches: in order.
-        places: [B S] int64, where in the results of all batches, one behind the other, each position is.
+        positions: of all batches, one behind the other.
+        places: [B S] int64, where among these each position is.
+        is_in_order: nothing is moved: documents are equally long.
     """
 
     batches: tuple[_Batch, ...]
+    positions: Tensor
     places: Tensor
+    is_in_order: bool
 
 
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Documents, by number, in batches: each is at least half as long as the longest of its batch, or nearly so."""
+def alike(lengths: Sequence[int], few: int = _FEW["cpu"]) -> list[list[int]]:
+    """Documents, by number, in batches: each is at least half as long as the longest of its batch, but for `few`
+    positions of padding."""
     batches: list[list[int]] = []
+    left = 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest - lengths[number] <= max(longest // 2, _FEW):
+        padding = longest - lengths[number]
+        if batches and padding <= max(longest // 2, left):
             batches[-1].append(number)
+            left -= padding if padding > longest // 2 else 0
         else:
             batches.append([number])
+            left = few
     return batches
 
 
@@ -80,16 +90,56 @@ def _lay_out(lengths: Sequence[int], device: torch.device) -> _Layout:
     sizes = np.array(lengths)
     starts = sizes.cumsum() - sizes
     places, batches, done = np.empty(sizes.sum(), dtype=np.int64), [], 0
-    for numbers in alike(lengths):
+    for numbers in alike(lengths, _FEW.get(device.type, _FEW["cuda"])):
         longest = lengths[numbers[0]]
         along = np.arange(longest)
         positions = starts[numbers][:, None] + along
         there = along < sizes[numbers][:, None]
         places[positions[there]] = done + np.flatnonzero(there)
-        flat = positions.clip(max=len(places) - 1).reshape(-1)
-        batches.append(_Batch(to_device(torch.tensor(flat), device), len(numbers), longest))
-        done += len(flat)
-    return _Layout(tuple(batches), to_device(torch.tensor(places), device))
+        batches.append((positions.clip(max=len(places) - 1).reshape(-1), len(numbers), longest))
+        done += positions.size
+    together = np.concatenate([positions for positions, *_ in batches])
+    everywhere = to_device(torch.tensor(together), device)
+    cut = everywhere.split([len(positions) for positions, *_ in batches])
+    return _Layout(
+        tuple(_Batch(positions, *size) for positions, (_, *size) in zip(cut, batches, strict=True)),
+        everywhere,
+        to_device(torch.tensor(places), device),
+        is_in_order=bool(np.array_equal(together, np.arange(len(places)))),
+    )
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of all batches, [B*S H] -> [all D L, H]. What is behind a document's end has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, positions: Tensor, places: Tensor) -> Tensor:
+        """Gathered."""
+        ctx.save_for_backward(places)
+        return flat.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gathered back: each position is once among those that count."""
+        [places] = ctx.saved_tensors
+        return grad.index_select(0, places), None, None
+
+
+class _Collected(torch.autograd.Function):
+    """The way back, [all D L, H] -> [B*S H]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        """Gathered."""
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Put where they were, zero behind documents' ends."""
+        [places] = ctx.saved_tensors
+        return grad.new_zeros((ctx.count, *grad.shape[1:])).index_copy_(0, places, grad), None
 
 
 class DocumentRows:
@@ -129,17 +179,24 @@ class DocumentRows:
             return own(hidden_states, *args, **kwargs)
         if len(lengths) == 1:
             return own(hidden_states)
-        found, flat = [], hidden_states.flatten(0, 1)
+        found: list[Tensor] = []
+        flat = hidden_states.flatten(0, 1)
         layout = self._layout(lengths, flat.device)
-        for batch in layout.batches:
-            rows = flat.index_select(0, batch.positions).unflatten(0, (batch.count, batch.longest))
+        spread = flat if layout.is_in_order else _Spread.apply(flat, layout.positions, layout.places)
+        assert isinstance(spread, Tensor)
+        parts = spread.split([len(batch.positions) for batch in layout.batches])
+        for batch, part in zip(layout.batches, parts, strict=True):
+            rows = part.unflatten(0, (batch.count, batch.longest))
             noise = self._noise
             keyed = (
                 nullcontext() if noise is None else noise.of_positions(batch.positions, (batch.count, batch.longest))
             )
             with keyed:
                 found.append(own(rows).flatten(0, 1))
-        return torch.cat(found).index_select(0, layout.places).view_as(hidden_states)
+        together = found[0] if len(found) == 1 else torch.cat(found)
+        collected = together if layout.is_in_order else _Collected.apply(together, layout.places)
+        assert isinstance(collected, Tensor)
+        return collected.view_as(hidden_states)
 
     def _layout(self, lengths: tuple[int, ...], device: torch.device) -> _Layout:
         """Kept until another row comes, which all layers see before the next."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fourfold.base.delta_rule import exchanged
 from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
@@ -214,7 +215,7 @@ def _state_bytes(block: nn.Module, name: str, hidden: int) -> int:
 
     inputs = torch.empty(1, _STATE_TOKENS, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
     try:
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+        with exchanged(mixer), saved_tensors_hooks(note, lambda tensor: tensor):
             mixer(inputs)
     except (RuntimeError, NotImplementedError, TypeError):
         return 0
