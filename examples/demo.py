@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import fourfold
-from fourfold.base.errors import FourfoldError
+from fourfold.base.errors import CheckpointError, FourfoldError, RunInterruptedError
 from fourfold.base.log import setup_logging
+from fourfold.checkpoint.folder import list_checkpoints
 from fourfold.config.load import load
 
 CONFIG = Path("examples/quickstart.yaml")
+OUTPUT = Path("runs/quickstart")
 QUESTIONS = ["Who are you?", "Who made you?"]
 
 
@@ -26,13 +29,23 @@ def ask(**overrides: object) -> list[str]:
     return answer(load(CONFIG, {"do_sample": False, "max_new_tokens": 48, **overrides}, verb="chat"), QUESTIONS)
 
 
+def train() -> dict[str, Any]:
+    """Train anew, or go on where a demo was stopped; returns the figures of the run."""
+    if list_checkpoints(OUTPUT) and not (OUTPUT / "train_results.json").exists():
+        try:
+            return fourfold.train(CONFIG, resume_from_checkpoint=True)
+        except CheckpointError as error:
+            print(f"{error}\nThe demo begins anew.", file=sys.stderr)
+    return fourfold.train(CONFIG, overwrite_output_dir=True)
+
+
 def main() -> None:
     """Run the demo."""
     setup_logging()
     start = time.perf_counter()
     before = ask()
-    results = fourfold.train(CONFIG, overwrite_output_dir=True)
-    after = ask(adapter_name_or_path="runs/quickstart")
+    results = train()
+    after = ask(adapter_name_or_path=str(OUTPUT))
     print()
     for question, old, new in zip(QUESTIONS, before, after, strict=True):
         print(f"{question}\n  before: {old.strip()}\n  after:  {new.strip()}\n")
@@ -44,5 +57,10 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except RunInterruptedError as error:
+        print("The demo is stopped; started again it goes on with the step after.", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except FourfoldError as error:
         sys.exit(str(error))

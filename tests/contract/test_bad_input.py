@@ -91,9 +91,11 @@ def test_train_when_a_model_is_given_as_the_file_says_how_to_give_it(tiny_llama:
         ("quantization_bit=5", "quantization_bit: '5' is not known. Use one of: 4, 8."),
         ("use_galore=true", "use_galore: true is refused. GaLore is not supported. Use"),
         # files
-        ("deepspeed=/no/ds.json", "deepspeed: /no/ds.json cannot be read"),
+        ("deepspeed=/no/ds.json", "deepspeed: /no/ds.json cannot be read (No such file or directory). Check"),
         ("resume_from_checkpoint=/no/such", "resume_from_checkpoint: /no/such does not exist. Checkpoints of this"),
         ("output_dir=/proc/out", "output_dir: /proc/out cannot be made (No such file or directory). Name another"),
+        ("=3", "=3: names no key. Write key=value"),
+        ("--=3", "--=3: names no key. Write key=value"),
         ("stray", "stray: is neither key=value nor --key value."),
         ("--seed", "seed: has no value. Write --seed VALUE or seed=VALUE."),
     ],

@@ -97,6 +97,9 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, Any]]:
         if not equals and not word.startswith("--"):
             problems.append(f"{word}: is neither key=value nor --key value. Write a list with commas, without spaces.")
             continue
+        if not name:
+            problems.append(f"{word}: names no key. Write key=value, without spaces around the equals sign.")
+            continue
         name = name.replace("-", "_")
         key = table().get(name)
         following = words[position] if position < len(words) else None

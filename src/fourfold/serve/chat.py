@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,9 +21,12 @@ clear           forget the conversation
 exit            leave (so does the end of the input)
 /system TEXT    set the system prompt; without a text the default one again
 /tools FILE     let the model call the tools of a JSON file; without a file none
+//TEXT          ask /TEXT, which is no command then
 /help           show this
 Ctrl-C          stop the answer; at the prompt, leave
 """
+_COMMAND = re.compile(r"/\w+")
+"""What looks like a command; a path of several parts is asked as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,9 @@ def converse(session: ChatSession, screen: Screen) -> None:
         if line in ("exit", "/exit"):
             return
         try:
-            if line and not _command(session, screen, line):
+            if line.startswith("//"):
+                _answer(session, screen, line[1:])
+            elif line and not _command(session, screen, line):
                 _answer(session, screen, line)
         except FourfoldError as error:
             screen.write(f"{error}\n")
@@ -108,6 +114,8 @@ def _command(session: ChatSession, screen: Screen, line: str) -> bool:
     elif word == "/tools":
         session.tools = read_tools(Path(rest.strip()).expanduser()) if rest.strip() else ""
         screen.write("The model may call the tools.\n" if session.tools else "The model has no tools.\n")
+    elif _COMMAND.fullmatch(word) and not session.calls:
+        screen.write(f"There is no command {word}.\n{HELP}")
     else:
         return False
     return True

@@ -295,11 +295,11 @@ class Loop:
         if self.evaluator is not None and self._is_due(settings.evaluation, step):
             self._evaluate(self.evaluator)
         if signal_number:
-            raise RunInterruptedError(
-                f"Stopped at step {step} of {settings.max_steps}; saved as {self.save()}. "
-                "Go on with resume_from_checkpoint=true.",
-                signal_number,
-            )
+            where = f"Stopped at step {step} of {settings.max_steps}; saved as {self.save()}."
+            ways_on = "Go on with resume_from_checkpoint=true."
+            if self._finished():
+                ways_on = "No step is left: resume_from_checkpoint=true writes the result into output_dir at once."
+            raise RunInterruptedError(f"{where} {ways_on}", signal_number)
         if self._lost_patience() and step < settings.max_steps:
             log.info("Early stopping at step %d: %s has not improved lately.", step, settings.metric)
         if self._finished() or self._save_is_due():

@@ -174,7 +174,11 @@ def test_load_when_accelerate_file_is_named_maps_it(
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"deepspeed": "no.json"}, "deepspeed: no.json cannot be read"),
+        (
+            {"deepspeed": "no.json"},
+            "deepspeed: no.json cannot be read (No such file or directory). Check the path; it is taken from "
+            f"{Path.cwd()}.",
+        ),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, "deepspeed: zero_optimization.stage: 4 is not known"),
         ({"deepspeed": {"optimizer": {"type": "Lamb"}}}, "deepspeed: optimizer.type: 'Lamb' is not known"),
         ({"fsdp": "fully_shard"}, "fsdp: 'fully_shard' is not known. Use full_shard"),

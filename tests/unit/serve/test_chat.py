@@ -11,7 +11,7 @@ from fourfold.dataset.render import Renderer
 from fourfold.dataset.template import load_template
 from fourfold.generate.interface import Sampling
 from fourfold.serve import chat as chat_module
-from fourfold.serve.chat import converse, piped_screen
+from fourfold.serve.chat import HELP, converse, piped_screen
 from fourfold.serve.infer import answer
 from fourfold.serve.session import ChatSession
 from fourfold.serve.speaker import load_speaker, sampling_of
@@ -74,6 +74,24 @@ def test_clear_forgets_the_conversation_but_not_the_system_prompt():
     assert engine.prompts[1] == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSecond<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_command_that_there_is_not_is_answered_with_those_that_there_are():
+    session, engine = session_of("A path.", "A word.", "Both.")
+    shown = talk(session, "/foo", "/sytem Be brief.", "/usr/bin is what?", "//foo is what?")
+    assert shown.count(f"There is no command /foo.\n{HELP}") == 1
+    assert "There is no command /sytem.\n" in shown
+    assert len(engine.prompts) == 2
+    assert "user\n/usr/bin is what?<|im_end|>" in engine.prompts[0]
+    assert engine.prompts[1].endswith("user\n/foo is what?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_tool_result_that_looks_like_a_command_is_a_result(tmp_path: Path):
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(TOOLS))
+    session, engine = session_of(TOOL_CALL, "It is a folder.")
+    talk(session, f"/tools {file}", "Where?", "/home")
+    assert "/home" in engine.prompts[1]
 
 
 def test_interrupt_stops_the_answer_and_keeps_what_was_said():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fourfold.base.errors import RunInterruptedError
 from fourfold.base.start_clock import StartClock
 from fourfold.parallel.reduce import Reducer
 from fourfold.parallel.step import Running, StepResult
@@ -100,6 +102,18 @@ def test_steps_when_nothing_is_due_are_read_once_the_next_one_is_begun() -> None
         *("begin 4", "begin 5", "read 4", "read 5", "save 5"),
         *("begin 6", "read 6", "begin 7", "read 7", "save 7"),
     ]
+
+
+@pytest.mark.parametrize(("step", "advice"), [(4, "Go on with"), (7, "No step is left: resume_from_checkpoint=true")])
+def test_run_when_stopped_advises_by_what_is_left(step: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    after = Loop._after_step
+
+    def signalled(self: Loop, signal_number: int) -> None:
+        after(self, signal.SIGINT if self.state.step == step else 0)
+
+    monkeypatch.setattr(Loop, "_after_step", signalled)
+    with pytest.raises(RunInterruptedError, match=f"^Stopped at step {step} of 7; saved as .*[.] {advice}"):
+        _run()
 
 
 def test_steps_when_a_gpu_has_them_are_logged_once_the_next_one_is_begun() -> None:

@@ -28,7 +28,7 @@ def read_mapping(value: Any) -> Mapping[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise NoCounterpart(
-            f"{path} cannot be read ({error.strerror}). Check the path; it is taken from here."
+            f"{path} cannot be read ({error.strerror}). Check the path; it is taken from {Path.cwd()}."
         ) from error
     try:
         content = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
