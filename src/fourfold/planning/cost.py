@@ -352,8 +352,21 @@ class _Rank:
     @cached_property
     def exposed_s(self) -> float:
         """Of the step, waiting for links."""
-        waits = self.cut.count * (self.waits.forward + self.waits.backward)
+        waits = self.cut.count * max(self.waits.forward + self.waits.backward - self.behind_s, 0.0)
         return waits + self.exchange.exposed_s + self.hops_s + self.offload_s
+
+    @cached_property
+    def behind_s(self) -> float:
+        """Of what one micro-batch waits for links, what it waits for the host anyway. The host gives the device what
+        follows while ranks exchange; where they exchange experts it waits for their counts, layer by layer. Layers that
+        run as they are were timed, and fitted, by an engine that waited for the device now and then."""
+        if self.layout.ep > 1 or self.engine.name == "eager":
+            return 0.0
+        waits = self.waits.forward + self.waits.backward
+        computed = sum(each.count * each.seconds.device for each in self.layers)
+        given = sum(each.count * each.seconds.host for each in self.layers)
+        paced = sum(each.count * (each.seconds.forward + each.seconds.backward) for each in self.layers)
+        return paced + waits - max(computed + waits, given)
 
     @cached_property
     def idle_s(self) -> float:

@@ -164,11 +164,14 @@ class Seconds:
         forward: of the forward pass.
         backward: of both gradients, with what is computed again.
         weight_grad: of it, the gradients of weights alone, which zero bubble puts off.
+        device, host: of both passes, what the device computes and what the host takes to give it, apart.
     """
 
     forward: float
     backward: float
     weight_grad: float
+    device: float = 0.0
+    host: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +272,7 @@ def layer_seconds(
     forward = product + attention + around[0] + unpack + ends + adapters * ADAPTER_TOKEN_S[0] + casts[0]
     waits, waits_back = (ops * device.host_op_s if layer.has_experts and place.ep > 1 else 0.0 for ops in HOST_WAIT)
     if mode == "frozen":
-        return Seconds(max(forward, launch) + waits, 0.0, 0.0)
+        return Seconds(max(forward, launch) + waits, 0.0, 0.0, forward + waits, launch + waits)
     weight_grad = product if mode == "trained" else 0.0
     backward = (
         product
@@ -292,8 +295,15 @@ def layer_seconds(
     waits_back += waits if recompute != "none" else 0.0
     groups = weight_groups(layer, job, mode) if place.splits_backward else 0
     launch_back = 2 * launch + (1 + groups) * launch_again + groups * place.walked * device.host_op_s
-    back = max(backward + (1 + groups) * again, launch_back)
-    return Seconds(max(forward, launch) + waits, back + waits_back, weight_grad)
+    computed = backward + (1 + groups) * again
+    waited = waits + waits_back
+    return Seconds(
+        max(forward, launch) + waits,
+        max(computed, launch_back) + waits_back,
+        weight_grad,
+        device=forward + computed + waited,
+        host=launch + launch_back + waited,
+    )
 
 
 def _attention_speed(engine: Engine, job: Job, place: Place) -> float:
@@ -426,7 +436,8 @@ def _host_kernels(
     """Of a forward pass, as the host counts them."""
     found = _num_kernels(layer, products, engine) + (HOST_EXPERTS if layer.has_experts else 0)
     found += HOST_EXCHANGE if layer.has_experts and place.ep > 1 else 0
-    found += HOST_REGION * num_regions(layer) if place.tp > 1 else 0
+    # compiled, collectives are kernels among others
+    found += HOST_REGION * engine.kernels * num_regions(layer) if place.tp > 1 else 0
     for each in products:
         if each.adapter:
             found += HOST_ADAPTER - KERNELS["adapter"] + (HOST_PEFT_ADAPTER if place.splits_backward else 0)
