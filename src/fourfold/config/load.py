@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from fourfold.base import registry
 from fourfold.base.errors import ConfigError
 from fourfold.config.derive import derive
+from fourfold.config.idle import idle_keys
 from fourfold.config.key import NoCounterpart, Section, Status
 from fourfold.config.problems import invalid, shown, unknown_key
 from fourfold.config.rules import Verb, contradictions, requirements
@@ -42,6 +43,7 @@ def load(source: Source | None, overrides: Sequence[str] | Mapping[str, Any] = (
     sections = {name: loader.section(section, flat) for name, section in SECTIONS.items()}
     run = Run(**sections, source=given, notes=tuple(loader.notes))  # type: ignore[arg-type]
     run = _fill(run)
+    run = replace(run, notes=(*run.notes, *idle_keys(run, verb)))
     found = [*contradictions(run), *(requirements(run, verb) if verb else ())]
     loader.problems += [problem for problem in found if not named_keys(problem) & loader.bad]
     if loader.problems:

@@ -195,8 +195,12 @@ def _lora_only(run: Run) -> Iterator[str]:
 
 
 def _freeze(run: Run) -> Iterator[str]:
-    if run.tuning.finetuning_type == "freeze" and run.tuning.freeze_trainable_layers == 0:
-        yield "freeze_trainable_layers: 0 trains no layer. Use n for the last n layers, or -n for the first n."
+    tuning = run.tuning
+    if tuning.finetuning_type == "freeze" and tuning.freeze_trainable_layers == 0 and not tuning.freeze_extra_modules:
+        yield (
+            "freeze_trainable_layers: 0 trains no layer. Use n for the last n layers, -n for the first n, or name some "
+            "freeze_extra_modules."
+        )
 
 
 def _best_checkpoint(run: Run) -> Iterator[str]:

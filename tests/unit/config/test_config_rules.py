@@ -191,3 +191,7 @@ def test_load_when_a_stage_learns_from_rewards_needs_one(stage: str) -> None:
     assert expected in problems_of({"stage": stage}, "train")
     for given in ({"reward_funcs": "a:f"}, {"reward_model": "m"}):
         assert expected not in problems_of({"stage": stage, **given}, "train")
+
+
+def test_load_when_no_layer_but_extra_modules_are_trained_accepts_it() -> None:
+    load({"finetuning_type": "freeze", "freeze_trainable_layers": 0, "freeze_extra_modules": "lm_head"})
