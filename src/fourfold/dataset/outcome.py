@@ -10,6 +10,10 @@ from fourfold.dataset.set_stats import SetStats
 from fourfold.dataset.tokenise import BROKEN_TURNS, NOTHING_TRAINED, SAME_ANSWERS, ChunkResult
 
 log = get_logger(__name__)
+LEFT_OUT = (
+    "dataset %s: %s answers that are left out, since stage pt trains on the prompt column alone. Use stage: sft, or "
+    "write prompt and answer into one column."
+)
 
 
 class Outcome:
@@ -71,6 +75,8 @@ def announce(counted: Mapping[str, SetStats], purpose: str) -> None:
             stats.targets,
             stats.truncated,
         )
+        if stats.partial:
+            log.warning(LEFT_OUT, name, f"{stats.partial} rows have")
         for reason, number in stats.dropped.items():
             log.warning("dataset %s: %d rows dropped (%s)", name, number, reason)
 

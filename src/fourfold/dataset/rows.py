@@ -50,6 +50,7 @@ class Row:
         system: the system prompt, "" if none.
         tools: JSON list of tool descriptions, "" if none.
         text: plain text for pre-training; None for conversations.
+        leaves_out: whether the record has an answer that `text` does not have.
         source: the file or hub data set it came from, for messages.
         index: zero-based row within `source`.
     """
@@ -61,5 +62,6 @@ class Row:
     system: str = ""
     tools: str = ""
     text: str | None = None
+    leaves_out: bool = False
     source: str = ""
     index: int = 0

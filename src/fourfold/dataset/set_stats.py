@@ -15,6 +15,7 @@ class SetStats:
         tokens: tokens of these samples.
         targets: trained positions of these samples.
         truncated: samples that were cut to fit the cutoff.
+        partial: rows of which an answer is left out, since the stage trains on plain text.
         dropped: rows left out, by reason.
     """
 
@@ -23,6 +24,7 @@ class SetStats:
     tokens: int = 0
     targets: int = 0
     truncated: int = 0
+    partial: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
 
     def drop(self, reason: str, number: int = 1) -> None:
@@ -36,5 +38,6 @@ class SetStats:
         self.tokens += other.tokens
         self.targets += other.targets
         self.truncated += other.truncated
+        self.partial += other.partial
         for reason, number in other.dropped.items():
             self.drop(reason, number)

@@ -15,6 +15,7 @@ from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Sample
 from fourfold.dataset.info import DatasetEntry
 from fourfold.dataset.mix import MixStrategy, stream_numbers
+from fourfold.dataset.outcome import LEFT_OUT
 from fourfold.dataset.raw import HeldRows, Place, RawChunk
 from fourfold.dataset.sources import OpenOptions, find_files, stream_source
 from fourfold.dataset.storage import SampleColumns
@@ -157,6 +158,11 @@ class SampleStream:
             for reason in result.complaints.keys() - told:
                 told.add(reason)
                 log.warning("First row dropped for %s: %s", reason, result.complaints[reason])
+            for number in sorted(n for n, stats in result.stats.items() if stats.partial):
+                name = self._tokeniser.entries[number].name
+                if name not in told:
+                    told.add(name)
+                    log.warning(LEFT_OUT, name, "rows have")
             if result.batch.num_rows:
                 columns = SampleColumns(result.batch, self._tokeniser.roles)
                 for row in range(result.batch.num_rows):

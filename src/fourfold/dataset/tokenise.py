@@ -114,6 +114,7 @@ class ChunkTokeniser:
                 self._complain(result, number, chunk.place(at), str(problem))
             else:
                 kept.append(at)
+                result.of_set(number).partial += rows[-1].leaves_out
         return kept, rows
 
     def _encode(self, kept: list[int], rows: Sequence[Row], chunk: RawChunk, result: ChunkResult) -> list[EncodedRow]:

@@ -142,7 +142,7 @@ def row_of_turns(
     if kind == "text":
         if not turns:
             raise BrokenTurns("there is no message")
-        return Row(text=turns[0].text)
+        return Row(text=turns[0].text, leaves_out=len(turns) > 1)
     if answers is not None:
         check_turns(turns, answered=False)
         check_turns((*turns, answers[0]), answered=True)

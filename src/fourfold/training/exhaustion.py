@@ -71,7 +71,8 @@ def _is_exhaustion(error: RuntimeError | MemoryError) -> bool:
 def _message(run: Run, mesh: Mesh, place: Place) -> str:
     rank = f" of rank {mesh.rank}" if mesh.layout.world_size > 1 else ""
     lines = [f"The memory of {mesh.device}{rank} ran out {place.what} ({_peak(mesh.device)}). What helps, best first:"]
-    lines += (f"  {number}. {advice}" for number, advice in enumerate(_advice(run, mesh, place), start=1))
+    advices = list(_advice(run, mesh, place)) or ["A smaller model, or a machine with more memory."]
+    lines += (f"  {number}. {advice}" for number, advice in enumerate(advices, start=1))
     lines.append("With log_level: debug the place in the code is shown too.")
     return "\n".join(lines)
 
@@ -117,7 +118,7 @@ def _advice(run: Run, mesh: Mesh, place: Place) -> Iterator[str]:
         yield "quantization_bit: 4 (QLoRA) holds the frozen weights in a quarter of bf16's memory."
     if run.preference.teacher_model and run.preference.teacher_model_quantization_bit is None:
         yield "teacher_model_quantization_bit: 4 holds the teacher's weights in a quarter of bf16's memory."
-    if mesh.layout.dp_shard == 1:
+    if mesh.layout.dp_shard == 1 and mesh.device.type == "cuda":  # processes of a CPU share its memory
         yield "strategy: fsdp on two or more GPUs, which share weights, gradients and optimizer state."
     if longest > 1:
         yield f"cutoff_len: {longest // 2}, where the longest sample has {longest} tokens; longer ones are cut."

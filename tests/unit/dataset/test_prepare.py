@@ -58,6 +58,22 @@ def test_prepare_when_chunks_are_small_has_the_same_samples(tmp_path: Path) -> N
     assert pickle.loads(pickle.dumps(parts))[5] == whole[5]
 
 
+@pytest.mark.parametrize("keys", [{}, {"streaming": True, "max_steps": 1}])
+def test_prepare_when_texts_leave_answers_out_warns(
+    keys: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_set(tmp_path, "a", [*alpaca_rows(5), {"instruction": "a text " * 9, "output": ""}])
+    for stage, told in (("sft", ""), ("pt", "have answers that are left out, since stage pt trains on the prompt")):
+        caplog.clear()
+        prepared = prepare_run(folder, dataset="a", stage=stage, packing=False, **keys)
+        if prepared.stream is not None:
+            list(prepared.stream.epoch(0))
+        warnings = [line.getMessage() for line in caplog.records if "left out" in line.getMessage()]
+        assert len(warnings) == bool(told)
+        assert all(told in line and line.startswith("dataset a: ") for line in warnings)
+    assert keys or "5 rows have answers" in warnings[0]
+
+
 def test_prepare_when_nothing_changed_loads_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     folder = write_set(tmp_path, "a", alpaca_rows(3))

@@ -17,7 +17,7 @@ def parse(raw: RawRow, entry: DatasetEntry, kind: RowKind) -> Row:
     columns = entry.columns
     prompt = _prompt(raw, entry)
     if kind == "text":
-        return Row(text=prompt)
+        return Row(text=prompt, leaves_out=bool(raw.get(columns.response or "")))
     messages = (*_history(raw, columns.history), Message.of("user", prompt))
     system = text_field(raw, columns.system) or ""
     tools = tools_field(raw, columns.tools)
