@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,12 @@ def hub_options(config: ModelConfig) -> dict[str, Any]:
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
 """Files of which a folder with a tokenizer has one."""
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_CONVERT = (
+    "Convert them, and copy the tokenizer's files: python -c \"from transformers import AutoModelForCausalLM as M; "
+    "M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
+)
+"""Unpickling runs what a file says, so it is left to whoever trusts it."""
 
 
 @contextmanager
@@ -112,14 +118,15 @@ def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = first_line(error)
         folder = Path(name).expanduser()
-        if folder.exists():
+        if "trust_remote_code" in str(error):
+            advice = "It needs Python code that comes with it: set trust_remote_code: true if you trust its author."
+        elif folder.exists():
             advice = "Check that the folder is complete."
-            if (
-                what == "the tokenizer"
-                and folder.is_dir()
-                and not any((folder / file).exists() for file in _TOKENIZERS)
-            ):
+            if what == "the tokenizer" and folder.is_dir() and not _holds(folder, _TOKENIZERS):
                 reason = f"the folder has none of {', '.join(_TOKENIZERS)}"
+            elif what == "the model" and _holds(folder, _PICKLED) and not any(folder.glob("*.safetensors")):
+                reason = "the folder holds pickled weights only (.bin), and safetensors files are read"
+                advice = _CONVERT.format(folder=folder)
         elif is_offline():
             raise ModelError(
                 f"{key}: {what} of {name} is not in the cache, there is no such folder, and the hub is not asked "
@@ -128,3 +135,8 @@ def explained(name: str, what: str, key: str = MODEL) -> Iterator[None]:
         else:
             advice = f"Check the name. {WAYS_OUT}"
         raise ModelError(f"{key}: {what} of {name} cannot be loaded ({reason}). {advice}") from error
+
+
+def _holds(folder: Path, files: Sequence[str]) -> bool:
+    """Whether a folder has one of some files."""
+    return any((folder / file).exists() for file in files)
