@@ -18,6 +18,17 @@ from training_runs import run
 # --- before anything heavy is imported -------------------------------------------------------------------------------
 
 
+def test_output_folder_when_it_holds_a_run_is_told_with_all_else_before_anything_heavy(
+    words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "used" / "checkpoint-3").mkdir(parents=True)
+    done = run_light("train", *words, f"output_dir={tmp_path / 'used'}", "dataset=tini")
+    assert done.code == 2
+    [data, folder] = done.err.splitlines()
+    assert data.startswith("dataset: 'tini' is not known")
+    assert folder.startswith(f"output_dir: {tmp_path / 'used'} already holds a run.")
+
+
 @pytest.mark.parametrize(
     ("added", "expected"),
     [

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fourfold.base.collector import lasting
+from fourfold.base.errors import ConfigError
 from fourfold.base.start_clock import StartClock
 from fourfold.cli.session import Words, clear_errors, read_run
+
+if TYPE_CHECKING:
+    from fourfold.config.schema import Run
+
+
+def _check_light(run: Run) -> None:
+    """What can be wrong with data sets and folders, before torch is imported.
+
+    Raises:
+        ConfigError: all of it.
+        DataError: a data set's file is not there.
+    """
+    from fourfold.dataset.stage_rows import check_named
+    from fourfold.training.used_folder import check_unused
+
+    problems: list[str] = []
+    for check in (check_named, check_unused):
+        try:
+            check(run)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def train(words: Words = None) -> None:
@@ -12,9 +38,7 @@ def train(words: Words = None) -> None:
     clock = StartClock.of_process()
     with clear_errors():
         run = read_run(words, "train")
-        from fourfold.dataset.stage_rows import check_named
-
-        check_named(run)  # before torch is imported
+        _check_light(run)
         clock.lap("config")
         with lasting():
             from fourfold.training import run as training

@@ -20,6 +20,7 @@ from fourfold.checkpoint.folder import list_checkpoints, prune
 from fourfold.checkpoint.resume import check_named
 from fourfold.config.schema import Run
 from fourfold.training.resumed import check_settings
+from fourfold.training.used_folder import PROGRESS, check_unused, holds_run
 from fourfold.version import FORMAT_VERSION, SCHEMA_VERSION, __version__
 
 log = get_logger(__name__)
@@ -28,17 +29,7 @@ CONFIG = "fourfold_config.yaml"
 VERSIONS = "versions.json"
 DATASETS = "datasets.json"
 
-_PROGRESS = (
-    "trainer_log.jsonl",
-    "trainer_state.json",
-    "train_results.json",
-    "eval_results.json",
-    "predict_results.json",
-    "all_results.json",
-)
-"""Files that show, unless they are empty, that a run did something; a run that failed before has left none."""
-
-_OWN_FILES = (*_PROGRESS, CONFIG, VERSIONS, DATASETS)
+_OWN_FILES = (*PROGRESS, CONFIG, VERSIONS, DATASETS)
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "bitsandbytes", "numpy")
 
 
@@ -54,11 +45,7 @@ def claim(run: Run) -> Path:
     """
     output = run.output
     folder = Path(output.output_dir or "")
-    if _holds_run(folder) and not (output.resume_from_checkpoint or output.overwrite_output_dir):
-        raise ConfigError(
-            f"output_dir: {folder} already holds a run. Go on with it by resume_from_checkpoint=true, replace it "
-            "by overwrite_output_dir=true, or name another folder."
-        )
+    check_unused(run)
     check_named(output.resume_from_checkpoint, folder)
     check_settings(run, folder)
     is_new = not folder.exists()
@@ -112,17 +99,12 @@ def release() -> None:
         os.close(_LOCKED.popitem()[1])
 
 
-def _holds_run(folder: Path) -> bool:
-    files = (folder / name for name in _PROGRESS)
-    return bool(list_checkpoints(folder)) or any(file.exists() and file.stat().st_size for file in files)
-
-
 def begin_anew(folder: Path, run: Run) -> None:
     """Remove what an earlier run left, and nothing else, if the config says to overwrite it.
 
     To be called once everything is loaded: a config that does not work must not cost the earlier run.
     """
-    if not run.output.overwrite_output_dir or not _holds_run(folder):
+    if not run.output.overwrite_output_dir or not holds_run(folder):
         return
     log.info("overwrite_output_dir: the earlier run in %s is removed.", folder)
     for _, checkpoint in list_checkpoints(folder):
