@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 
@@ -35,9 +36,10 @@ def composite_model(model_type: str) -> PreTrainedModel:
     text_type, more, vision = _PARTS[model_type]
     text = tiny_config(text_type).to_dict()
     text = {key: value for key, value in text.items() if key != "model_type"} | more
-    whole = CONFIG_MAPPING[model_type]
+    whole: Any = CONFIG_MAPPING[model_type]
     config = whole(text_config=text, vision_config=vision, tie_word_embeddings=bool(text["tie_word_embeddings"]))
-    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config).eval()
+    model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    return model_class(config).eval()
 
 
 def save_composite(folder: Path, model_type: str) -> PreTrainedModel:
@@ -49,7 +51,7 @@ def save_composite(folder: Path, model_type: str) -> PreTrainedModel:
     return model
 
 
-def text_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def text_logits(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
     """Of a model that sees, given text alone: [B, S] int64 -> [B, S, vocabulary]."""
     types = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type == "gemma3" else {}
     with torch.no_grad():

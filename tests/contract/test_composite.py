@@ -83,7 +83,7 @@ def test_adapter_when_made_for_the_whole_is_used(model_type: str, targets: str, 
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(str(tmp_path))
     found = alone(folder / model_type, adapter_name_or_path=str(tmp_path))
     expected = text_logits(model.eval(), IDS)  # type: ignore[arg-type]
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

@@ -136,7 +136,12 @@ def test_shape_when_read_has_no_experts_that_are_none_and_what_a_state_keeps(fam
 def test_rehearsal_when_a_layer_carries_a_state_is_near_what_was_predicted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048, "linear_key_head_dim": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "vocab_size": 2048,
+        "linear_key_head_dim": 32,
+    }
     model = save_tiny_model(tmp_path / "model", "qwen3_5_text", **sizes, linear_value_head_dim=32)
     file = tmp_path / "run.yaml"
     words = ("finetuning_type: lora", "bf16: true", "cutoff_len: 512", "per_device_train_batch_size: 2")

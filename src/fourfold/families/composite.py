@@ -67,7 +67,7 @@ def text_config(config: Any) -> Any | None:
         entries = {key: value for key, value in text.to_dict().items() if key != "model_type"}
         rope = entries.pop("rope_parameters", None) or {}
         plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e6)}
-        text = CONFIG_MAPPING[same](**entries, rope_parameters=plain)
+        text = CONFIG_MAPPING[same](**{**entries, "rope_parameters": plain})
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     text.tie_word_embeddings = bool(config.tie_word_embeddings)

@@ -79,9 +79,9 @@ ADAPTER_TOKEN_S = (5e-9, 9e-9)
 """For each token and adapter, what the thin products cost beside bytes: of the card's multiprocessors they keep half
 busy. H100, rank 8, 8,192 tokens: 130 to 220 us an adapter were missing without it."""
 STATE_PASSES = (13.0, 39.0)
-"""How often a layer that carries a state reads or writes, forward and backward, what it keeps of a position: gated delta
-nets by base/delta_rule.py, of which 380 ms of a step of 890 were missing without it (Qwen3.5-9B shape, LoRA, two rows of
-4,096 on an H200). Other kinds of states are taken for alike."""
+"""How often a layer that carries a state reads or writes, forward and backward, what it keeps of a position: gated
+delta nets by base/delta_rule.py, 380 ms of a step of 890 (Qwen3.5-9B shape, LoRA, two rows of 4,096 on an H200). Other
+kinds of states are taken for alike."""
 SCORE_BYTES = 36.0
 """For each score, where attention is not fused (soft caps and sinks without a kernel for them): product 2, scale 4,
 cast 6, mask 8, softmax 8, cast 6, product 2. Backward as the products: twice as much."""
