@@ -42,9 +42,21 @@ def nearest(name: str, valid: Iterable[str], limit: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(valid), n=limit, cutoff=0.6)
 
 
-def unknown(key: str, value: str, valid: Iterable[str]) -> str:
-    """The message for a value that is not in a list: names the nearest ones, then all."""
+def unknown(key: str, value: str, valid: Iterable[str], *, advice: str = "") -> str:
+    """The message for a value that is not in a list: names the nearest ones, then all.
+
+    Args:
+        advice: what to do where the value is no slip; then a name with other digits (`gemma4` for `gemma3`), which is
+            another thing, is not taken for one.
+    """
     options = sorted(valid)
     close = nearest(value, options)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    if advice:
+        close = [name for name in close if _digits(name) == _digits(value)]
+        advice = f" {advice}"
+    hint = f" Did you mean {' or '.join(close)}?" if close else advice
     return f"{key}: {value!r} is not known.{hint} Use one of: {', '.join(options)}."
+
+
+def _digits(name: str) -> str:
+    return "".join(filter(str.isdigit, name))

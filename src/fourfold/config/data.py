@@ -44,6 +44,7 @@ class DataConfig(Section):
         group="Template",
         folder=Folder("fourfold.dataset.templates", ".jinja"),
         also=("auto",),
+        otherwise="template: auto takes the model's own chat template.",
     )
     tool_format: str | None = key(None, "Format of tool calls; default: the template's own.", group="Template")
     default_system: str | None = key(None, "System prompt for rows that have none.", group="Template")

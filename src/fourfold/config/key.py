@@ -64,6 +64,7 @@ class KeySpec:
             what to use instead.
         folder: open folder that lists the valid values.
         also: values that are valid besides the folder's names.
+        otherwise: what to do with a value that is not among them.
         renamed: values of other tools and the value each is taken for, with a log line.
         refused: values of other tools that are out of scope: why, and what to use instead.
         low, high: bounds of a number, inclusive unless `open_low` / `open_high`.
@@ -78,6 +79,7 @@ class KeySpec:
     note: str = ""
     folder: Folder | None = None
     also: tuple[str, ...] = ()
+    otherwise: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     low: float | None = None

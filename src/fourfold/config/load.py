@@ -140,7 +140,8 @@ class _Loader:
             return key.spec.renamed[text]
         elif key.spec.folder is not None and isinstance(value, str) and value:
             if value not in key.choices():
-                self._bad(key, registry.unknown(key.name, value, [*key.choices(), *key.spec.renamed]))
+                valid = [*key.choices(), *key.spec.renamed]
+                self._bad(key, registry.unknown(key.name, value, valid, advice=key.spec.otherwise))
         elif key.kind.values:
             if text in key.kind.choices:
                 return key.kind.values[key.kind.choices.index(text)]

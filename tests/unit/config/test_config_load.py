@@ -296,3 +296,10 @@ def test_load_when_a_path_begins_with_the_home_folder_expands_it(monkeypatch: py
     assert (run.model.model_name_or_path, run.data.dataset_dir) == ("/home/someone/m", "/home/someone/d")
     assert run.model.adapter_name_or_path == ("/home/someone/a", "b/c")
     assert run.output.output_dir == "/home/someone/o"
+
+
+def test_load_when_a_template_is_unknown_says_what_takes_the_models_own() -> None:
+    with pytest.raises(ConfigError, match=r"template: 'gemma4' is not known\. template: auto takes the model's own"):
+        load({"template": "gemma4"})
+    with pytest.raises(ConfigError, match=r"template: 'lama3' is not known\. Did you mean llama3"):
+        load({"template": "lama3"})

@@ -86,6 +86,45 @@ def test_parse_template_when_it_shares_a_body_takes_it() -> None:
     assert template.facts.stop_words == ()
 
 
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [
+        ("qwen", "qwen2_vl qwen2_omni llava_next_qwen"),
+        ("qwen3", "qwen3_vl qwen3_omni keye_vl"),
+        ("qwen3_nothink", "qwen3_vl_nothink qwen3_omni_nothink"),
+        ("mimo", "mimo_vl"),
+        ("vicuna", "llava llava_next llava_next_video video_llava"),
+        ("llama3", "llava_next_llama3 mllama"),
+        ("mistral", "llava_next_mistral llava_next_video_mistral"),
+        ("yi", "llava_next_yi llava_next_video_yi minicpm_v minicpm_o"),
+        ("gemma3", "gemma3n"),
+        ("ministral", "pixtral"),
+        ("intern2", "intern_vl intern_s1"),
+        ("glmz1", "glm4v"),
+        ("glm4_moe", "glm4_5v"),
+    ],
+)
+def test_load_template_when_the_model_sees_as_well_is_that_of_its_text(base: str, names: str) -> None:
+    expected = load_template(base, TOKENIZER)
+    free = {"default_system": "", "stop_words": ()}  # what may be of its own
+    for name in names.split():
+        found = load_template(name, TOKENIZER)
+        assert found.body == expected.body
+        assert found.facts.model_copy(update=free) == expected.facts.model_copy(update=free)
+        assert found.facts.stop_words[: len(expected.facts.stop_words)] == expected.facts.stop_words
+
+
+def test_load_template_when_the_model_sees_as_well_has_its_own_words() -> None:
+    facts = {
+        name: load_template(name, TOKENIZER).facts for name in ("qwen2_vl", "qwen3_vl", "glm4v", "kimi_vl", "llava")
+    }
+    assert facts["qwen2_vl"].default_system == "You are a helpful assistant."
+    assert facts["qwen3_vl"].default_system == ""
+    assert facts["glm4v"].stop_words[-1] == "</answer>"
+    assert facts["kimi_vl"].thought_words == ("◁think▷", "◁/think▷")
+    assert facts["llava"] == load_template("vicuna", TOKENIZER).facts
+
+
 def test_documentation_when_a_template_or_tool_format_is_added_lists_it() -> None:
     text = (Path(__file__).parents[3] / "docs" / "templates.md").read_text(encoding="utf-8")
     assert [name for name in (*template_names(), *tool_format_names()) if f"`{name}`" not in text] == []
