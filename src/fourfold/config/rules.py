@@ -92,6 +92,11 @@ def _prompt_training(run: Run) -> Iterator[str]:
         yield "mask_history: true and train_on_prompt: true contradict each other. Keep one of them."
 
 
+def _dynamic_loss(run: Run) -> Iterator[str]:
+    if run.training.use_dft_loss and run.training.stage != "sft":
+        yield f"use_dft_loss: true works with stage sft only, but stage is {run.training.stage}. Remove use_dft_loss."
+
+
 def _generated_answers(run: Run) -> Iterator[str]:
     training = run.training
     if not training.predict_with_generate:
@@ -377,6 +382,7 @@ _CONTRADICTIONS: tuple[Rule, ...] = (
     _packing_stage,
     _async_is_sharded,
     _prompt_training,
+    _dynamic_loss,
     _generated_answers,
     distillation_problems,
     _streaming,

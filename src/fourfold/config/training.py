@@ -51,6 +51,10 @@ class TrainingConfig(Section):
     data_seed: int | None = key(None, "Seed of the data order; default: seed.", ge=0, lt=2**32)
     full_determinism: bool = key(False, "Use deterministic kernels only; slower.")
     neftune_noise_alpha: float | None = key(None, "NEFTune: noise on the input embeddings; 5 is usual.", ge=0)
+    use_dft_loss: bool = key(
+        False,
+        "Stage sft: weight each token's loss by its own probability, taken for a constant (DFT, arXiv 2508.05629).",
+    )
     compute_accuracy: bool = key(False, "Report token accuracy when evaluating.")
 
     learning_rate: float = key(5e-5, "Highest learning rate.", group="Optimizer", gt=0)

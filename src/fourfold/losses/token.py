@@ -39,13 +39,20 @@ class TokenLoss:
 
     loss = sum_t w_t * -log p(target_t | before t) / sum_t w_t
 
+    With `dynamic` (DFT, arXiv 2508.05629) each term is weighted by p(target_t | before t) as well, which is taken for a
+    constant: tokens that the model finds unlikely pull less. The denominator stays, as in LLaMA-Factory, so that
+
+    d loss / d log p_t = -w_t * p_t / sum_t w_t
+
     Attributes:
+        dynamic: the loss of DFT.
         accuracy: also report the share of targets that are the likeliest token.
         router_coefficient: weight of the experts' load-balancing loss, which is computed for each micro-batch and
             averaged over tokens; 0 for none.
     """
 
     accuracy: bool = False
+    dynamic: bool = False
     router_coefficient: float = 0.0
 
     @property
@@ -69,6 +76,8 @@ class TokenLoss:
         """The terms `nll` and, with experts, `router`; the metric `accuracy`."""
         scores = score_tokens(outputs, batch.targets, with_correct=self.accuracy)
         weights = batch.weights.reshape(-1).index_select(0, scores.positions)
+        if self.dynamic:
+            weights = weights * torch.exp(-scores.nll.detach())
         terms = {"nll": Term(weighted_sum(scores.nll, weights), TARGETS)}
         terms |= router_term(outputs, batch, self.router_coefficient)
         metrics: dict[str, Term] = {}
@@ -79,4 +88,8 @@ class TokenLoss:
 
 def build_token_loss(run: Run) -> TokenLoss:
     """The token loss that a config asks for, the same for every stage that uses it."""
-    return TokenLoss(accuracy=run.training.compute_accuracy, router_coefficient=run.model.moe_aux_loss_coef or 0.0)
+    return TokenLoss(
+        accuracy=run.training.compute_accuracy,
+        dynamic=run.training.use_dft_loss,
+        router_coefficient=run.model.moe_aux_loss_coef or 0.0,
+    )

@@ -42,7 +42,6 @@ class LlamaFactoryKeys(Section):
     use_muon: bool = switch("Use the Muon optimizer.", optim="muon")
     use_adam_mini: bool = switch("Use Adam-mini, which needs less memory than AdamW.", optim="adamw_8bit")
 
-    use_dft_loss: bool = later(False, "Dynamic fine-tuning loss.", _TOKEN_LOSS, blocks=True)
     use_asft_loss: bool = later(False, "Anchored SFT loss.", _TOKEN_LOSS, blocks=True)
     asft_alpha: float = later(0.1, "Weight of ASFT's anchor.", _TOKEN_LOSS)
     use_eaft_loss: bool = later(False, "Entropy-adaptive loss.", _TOKEN_LOSS, blocks=True)
