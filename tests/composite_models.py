@@ -25,6 +25,18 @@ _PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": _MROPE},
         {**_QWEN, "num_position_embeddings": 4, "deepstack_visual_indexes": []},
     ),
+    "llama4": (
+        "llama",
+        {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 128},
+        {
+            **_VISION,
+            "image_size": 28,
+            "patch_size": 14,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "vision_output_dim": 16,
+        },
+    ),
 }
 """By type of the whole: type of the language model, more of its config, and the config of what sees."""
 COMPOSITES = tuple(_PARTS)
@@ -53,6 +65,10 @@ def save_composite(folder: Path, model_type: str) -> PreTrainedModel:
 
 def text_logits(model: PreTrainedModel | PeftModel, ids: Tensor) -> Tensor:
     """Of a model that sees, given text alone: [B, S] int64 -> [B, S, vocabulary]."""
+    if model.config.model_type == "llama4":  # Transformers 5.24 asks the language model's outputs for those of pictures
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        with torch.no_grad():
+            return inner.language_model(input_ids=ids, use_cache=False).logits
     types = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type == "gemma3" else {}
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **types).logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from composite_models import COMPOSITES, save_composite, text_logits
 from fourfold.config.load import load
 from fourfold.config.model import ModelConfig
 from fourfold.models.adapters import attach
+from fourfold.models.forward import supports_packing
 from fourfold.models.load import load_model
 from training_runs import losses, run, write_dataset
 
@@ -182,3 +184,29 @@ def test_run_of_two_ranks_that_read_their_parts_ends_in_the_whole(tuning: str, f
             model = PeftModel.from_pretrained(model, str(tmp_path / name)).eval()
         found.append(text_logits(model, IDS))
     assert float((found[0] - found[1]).abs().max()) <= 1e-4 * float(found[0].abs().max())
+
+
+@pytest.mark.parametrize(("chunk", "packed"), [(64, True), (16, False)])
+def test_rows_when_layers_attend_within_chunks_are_packed_if_no_document_is_longer(
+    chunk: int, packed: bool, folder: Path, tmp_path: Path
+) -> None:
+    config = json.loads((folder / "llama4" / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["attention_chunk_size"] = chunk
+    model = tmp_path / "model"
+    shutil.copytree(folder / "llama4", model)
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = [
+        run(
+            model,
+            folder / "data",
+            tmp_path / attention,
+            max_steps=3,
+            flash_attn=attention,
+            per_device_train_batch_size=8,
+        )
+        for attention in ("auto", "sdpa")
+    ]
+    assert found
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "sdpa"), rel=1e-5)
+    loaded = load_model(ModelConfig(model_name_or_path=str(model)), dtype=torch.float32, device=torch.device("cpu"))
+    assert supports_packing(loaded, 64) == packed

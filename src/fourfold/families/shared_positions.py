@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fourfold.families.decoder import chunk_of
 from fourfold.families.recurrent import carries_state
 
 
@@ -46,6 +47,8 @@ def position_obstacles(config: Any, model_class: Any) -> Iterator[str]:
     """
     if model_class is None or not is_exchangeable(config, model_class):
         yield f"a {config.model_type} model does not take its attention from Transformers' interface in every layer"
+    if chunk_of(config):
+        yield "some of its layers attend within chunks of a row"
     scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = {p.get("rope_type") for p in (scaling, *scaling.values()) if isinstance(p, dict)}
     if kinds & {"dynamic", "longrope"}:

@@ -126,7 +126,9 @@ def settle_adapter(name: str, folder: str | None, config: ModelConfig) -> PeftCo
     if targets is None or not (isinstance(targets, str) or any("." in target for target in targets)):
         return adapter
     modules = {key.partition(".lora_")[0] for key in names if ".lora_" in key and name_alone(key) is not None}
-    adapter.target_modules = {module.rpartition(".")[2] for module in modules}
+    stacks = {name.rpartition(".")[0].rpartition(".")[2] for name in adapter.target_parameters or ()}
+    kinds = {module.removesuffix(".base_layer").rpartition(".")[2] for module in modules}
+    adapter.target_modules = kinds - stacks  # of stacked experts it is the parameters that are named
     return adapter
 
 

@@ -19,6 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
+from fourfold.families.decoder import chunk_of, decoder_of
 from fourfold.families.recurrent import carries_state
 from fourfold.families.shared_positions import caps_scores, is_exchangeable
 from fourfold.models import attention, document_attention
@@ -47,10 +48,17 @@ _ROUNDING_OF_WIDE = 1e-4
 """By bytes of a number, and of others, of the largest hidden state: documents that see each other differ by more."""
 
 
-def supports_packing(model: nn.Module) -> bool:
+def supports_packing(model: nn.Module, longest: int = 0) -> bool:
     """Whether every layer keeps packed documents apart: it takes its attention from Transformers' interface, and
-    those that carry a state across positions are known (`document_rows`)."""
+    those that carry a state across positions are known (`document_rows`).
+
+    Args:
+        longest: positions of a document; chunks within which a layer attends are not cut in packed rows.
+    """
     inner = base_model(model)
+    chunk = chunk_of(inner.config.get_text_config())
+    if chunk is not None and longest > chunk:
+        return False
     return is_exchangeable(inner.config, type(inner)) or has_mixers(inner)
 
 
@@ -85,7 +93,7 @@ def accept_hidden_only(model: PreTrainedModel) -> None:
     It must be the model itself that is called, not its decoder: what shards or wraps a model for several ranks hooks
     into the call of its root.
     """
-    whole, decoder = model.forward, model.get_decoder()
+    whole, decoder = model.forward, decoder_of(model)
 
     @functools.wraps(whole)
     def forward(*args: Any, hidden_only: bool = False, **kwargs: Any) -> Any:
@@ -205,7 +213,7 @@ class StepModel:
     @torch.no_grad()
     def _head_is_right_alone(self) -> bool:
         """The same of a model without weights: hidden states and a small head are made up."""
-        inner, own, decoder = self._inner, self._inner.get_output_embeddings(), self._inner.get_decoder()
+        inner, own, decoder = self._inner, self._inner.get_output_embeddings(), decoder_of(self._inner)
         size = inner.config.get_text_config().hidden_size
         generator = torch.Generator().manual_seed(0)
         small = nn.Linear(size, _CHECK_TOKENS, bias=False, device="meta")

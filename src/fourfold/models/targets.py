@@ -43,8 +43,15 @@ def linear_kinds(model: PreTrainedModel) -> list[str]:
     Quantised linear layers of bitsandbytes are linear layers too.
     """
     head = model.get_output_embeddings()
-    found = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    found = (name for name, module in model.named_modules() if _is_linear(module) and module is not head)
     return list(dict.fromkeys(_kind(name) for name in found))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, and not one of a model's own whose results are more (llama4's router)."""
+    own = type(module)
+    special = own.__module__.startswith("transformers.models.") and own.forward is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and not special
 
 
 def expert_kinds(model: PreTrainedModel) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
+from fourfold.families.decoder import decoder_of
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import Share, Shares
 from fourfold.planning.stages import num_stages, stage_layers, stages_of_rank
@@ -167,7 +168,7 @@ def cut_stages(root: PreTrainedModel, mesh: Mesh, compute: torch.dtype | None) -
         PlanError: a model whose forward pass is more than embedding, layers, norm and head.
     """
     layout = mesh.layout
-    decoder = root.get_decoder()
+    decoder = decoder_of(root)
     assert isinstance(decoder, nn.Module)
     embed_name, layers_name, norm_name = _places(root, decoder)
     embedding = root.get_input_embeddings()
@@ -253,7 +254,7 @@ def _refuse_what_changes_hidden_states(root: PreTrainedModel, nothing: Part, lik
     """
     device = torch.device("cpu") if like.is_meta else like.device  # without weights, buffers are on the host
     received = torch.linspace(-1, 1, 2 * like.shape[1], device=device, dtype=like.dtype).view(1, 2, -1)
-    decoder = root.get_decoder()
+    decoder = decoder_of(root)
     with nothing.running():
         returned = decoder(inputs_embeds=received, use_cache=False).last_hidden_state
     if not torch.equal(received, returned):

@@ -26,6 +26,7 @@ _CODE = (
     ("fourfold.planning", "read_shape.py"),
     ("fourfold.families", "tensor_styles.py"),
     ("fourfold.families", "composite.py"),
+    ("fourfold.families", "decoder.py"),
     ("fourfold.families", "recurrent.py"),
     ("fourfold.families", "shared_positions.py"),
 )

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fourfold.base.delta_rule import exchanged
+from fourfold.families.decoder import decoder_of
 from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
@@ -108,7 +109,7 @@ def _refused(model: PreTrainedModel, text: PreTrainedConfig) -> Iterator[tuple[s
     """Axes that the engine refuses for a model, and why; for stages as far as it shows without weights."""
     for reason in position_obstacles(text, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)):
         yield "cp", reason
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     names = list(getattr(text, "base_model_pp_plan", None) or {})
     if len(names) != 3 or not isinstance(getattr(decoder, names[1], None), nn.ModuleList):
         yield "pp", f"Transformers has no plan of how to cut {text.model_type} models into stages"

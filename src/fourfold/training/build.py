@@ -220,7 +220,9 @@ def build(
     with precision.autocast(mesh.device)():  # the model is tried out here, and its masters may be wider than the rest
         model = StepModel(
             module,
-            packed=packs and run.model.flash_attn in ("auto", "fa2", "fa3") and supports_packing(module),
+            packed=packs
+            and run.model.flash_attn in ("auto", "fa2", "fa3")
+            and supports_packing(module, run.data.cutoff_len),
             noise=noise,
             balance_experts=bool(run.model.moe_aux_loss_coef),
         )
