@@ -157,5 +157,5 @@ def test_fit_when_the_device_has_little_free_cuts_and_tells(
     tokens = fit.policy.max_tokens
     assert 64 < tokens < 4000
     assert outlook.to_come("none", tokens) <= 0.93 * little_free < outlook.to_come("none", tokens + 1)
-    [line] = caplog.messages
+    [line] = set(caplog.messages)  # twice where a run before has set logging up
     assert line.startswith(f"Activations are kept; micro-batches of up to {tokens:,} tokens; 180.00 MiB are free")
