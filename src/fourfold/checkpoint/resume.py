@@ -112,9 +112,10 @@ def load_weights(model: nn.Module, folder: Path, shares: Shares) -> None:
                 raise CheckpointError(f"{path}: has weights that this adapter does not: {unexpected[:3]}.")
         else:
             parts = {name: (part, [name]) for name, part in adapter_parts(model, shares).items()}
-            files = TensorFiles([path])
-            alone = renamed_alone({name: name for name in files.names})
-            _load_parts(parts, Renamed(files, alone) if is_part else files, path)
+            files: NamedSource = TensorFiles([path])
+            if is_part:
+                files = Renamed(files, renamed_alone({name: name for name in files.names}))
+            _load_parts(parts, files, path)
         return
     parts: dict[str, tuple[Part, list[str]]] = {}
     first: dict[int, str] = {}  # one parameter under several names is saved under one of them

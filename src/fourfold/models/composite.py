@@ -30,7 +30,7 @@ from fourfold.families.composite import (
     name_in_whole,
     put_back,
 )
-from fourfold.models.source import fetch_file, gguf_path, hub_options, model_name, weight_files
+from fourfold.models.source import INDEX, fetch_file, gguf_path, hub_options, model_name, weight_files
 
 log = get_logger(__name__)
 
@@ -38,7 +38,6 @@ _MARK = "_fourfold_whole"
 _BASE = "base_model.model."
 """What PEFT puts before the names of a model's tensors."""
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_INDEX = "model.safetensors.index.json"
 _REST = "model-other-parts.safetensors"
 _PROCESSORS = (
     "preprocessor_config.json",
@@ -180,7 +179,7 @@ def complete_model(folder: Path, whole: Whole) -> None:
         places |= dict.fromkeys(tensors, place)
         size += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _complete_config(folder, whole)
     for name in _PROCESSORS:
         file = fetch_file(model_name(whole.source), name, whole.source)

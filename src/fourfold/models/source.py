@@ -18,7 +18,7 @@ from fourfold.base.modelscope import fetch_model, use_modelscope
 from fourfold.config.model import ModelConfig
 from fourfold.config.paths import MODEL, is_gguf, missing
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def model_name(config: ModelConfig, *, weights: bool = True) -> str:
@@ -75,7 +75,7 @@ def weight_files(config: ModelConfig) -> list[Path]:
     """
     name = model_name(config)
     options = {key: value for key, value in hub_options(config).items() if key != "trust_remote_code"}
-    index = cached_file(name, _INDEX, _raise_exceptions_for_missing_entries=False, **options)
+    index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **options)
     if index is None:
         single = cached_file(name, _SINGLE, **options)
         assert single is not None
