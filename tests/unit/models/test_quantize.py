@@ -128,7 +128,7 @@ def test_without_bitsandbytes_the_message_names_the_extra(
     folder: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install fourfold\[quant\]"):
+    with pytest.raises(ModelError, match=r"pip install -e '\.\[quant\]'"):
         load(folder, quantization_bit=4)
 
 
