@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fourfold.base import delta_rule
+from fourfold.base import delta_rule_use
 from fourfold.dataset.batch import to_device
 from fourfold.families.recurrent import MIXERS
 from fourfold.models.noise import NoiseKeys
@@ -247,7 +247,7 @@ def keep_documents_apart(model: PreTrainedModel, noise: NoiseKeys | None) -> Non
     if rows is not None:
         rows.set_noise(noise)
         return
-    delta_rule.install(model, model.device)
+    delta_rule_use.install(model, model.device)
     rows = DocumentRows(noise)
     setattr(model, _MARK, rows)
     for layer in decoder_blocks(model)[1]:

@@ -23,6 +23,7 @@ from fourfold.planning.shape import FORMAT, ModelShape
 
 _CODE = (
     ("fourfold.base", "delta_rule.py"),
+    ("fourfold.base", "delta_rule_use.py"),
     ("fourfold.planning", "read_shape.py"),
     ("fourfold.families", "tensor_styles.py"),
     ("fourfold.families", "composite.py"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from fourfold.base.delta_rule import exchanged
+from fourfold.base.delta_rule_use import exchanged
 from fourfold.families.decoder import decoder_of
 from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
