@@ -146,6 +146,33 @@ def test_export_when_an_adapter_is_merged_is_the_whole(
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
+def test_export_when_a_checkpoint_is_sharded_is_the_whole(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys: dict[str, Any] = {"finetuning_type": "full", "learning_rate": 1e-3, "save_sharded": True, "save_steps": 2}
+    run(folder / "gemma3", folder / "data", tmp_path / "run", max_steps=2, **keys)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert not (checkpoint / "model.safetensors").exists()
+    file = tmp_path / "export.yaml"
+    words = {"model_name_or_path": str(checkpoint), "export_dir": str(tmp_path / "merged"), "template": "auto"}
+    file.write_text(json.dumps(words), encoding="utf-8")
+    assert run_here(capsys, "export", file).code == 0
+    found, expected = (whole(tmp_path / name) for name in ("merged", "run"))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_export_when_the_whole_of_a_sharded_checkpoint_is_gone_is_the_language_model(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folder / "gemma3", tmp_path / "base")
+    keys: dict[str, Any] = {"finetuning_type": "full", "save_sharded": True, "save_steps": 1}
+    run(tmp_path / "base", folder / "data", tmp_path / "run", max_steps=1, **keys)
+    expected = alone(tmp_path / "run")
+    shutil.rmtree(tmp_path / "base")
+    assert torch.equal(alone(tmp_path / "run" / "checkpoint-1"), expected)
+    assert f"{tmp_path / 'base'}, of which it is a part, cannot be read" in caplog.text
+
+
 def test_plan_is_that_of_the_language_model(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = load_model(
         ModelConfig(model_name_or_path=str(folder / "gemma3")), dtype=torch.float32, device=torch.device("cpu")

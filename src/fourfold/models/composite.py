@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from fourfold.base.errors import ModelError, first_line
 from fourfold.base.log import get_logger
 from fourfold.base.peft import PeftConfig
 from fourfold.config.model import ModelConfig
@@ -39,6 +40,8 @@ _BASE = "base_model.model."
 """What PEFT puts before the names of a model's tensors."""
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _REST = "model-other-parts.safetensors"
+_SOURCE = "whole_model.json"
+"""In a folder that holds the language model alone: where the whole is."""
 _PROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -78,12 +81,55 @@ def whole_config(name: str, **options: Any) -> PreTrainedConfig | None:
 def remember_whole(model: PreTrainedModel, config: ModelConfig) -> None:
     """Note, at a language model that was loaded by itself, what it is a part of; nothing where it is all."""
     name = model_name(config)
-    whole = whole_config(name, **hub_options(config))
+    source = _noted_source(name, config)
+    if source is not None:
+        whole = _find_noted(name, source)
+    else:
+        source, whole = config, whole_config(name, **hub_options(config))
+        if whole is not None:
+            log.info(
+                "Of %s, a %s model, the language model is used; all else of it stays as it is.", name, whole.model_type
+            )
     if whole is not None:
-        log.info(
-            "Of %s, a %s model, the language model is used; all else of it stays as it is.", name, whole.model_type
+        setattr(model, _MARK, Whole(whole, source))
+
+
+def note_source(folder: Path, whole: Whole) -> None:
+    """Say in a folder that holds the language model alone where the whole is, for who loads it from there."""
+    name = model_name(whole.source)
+    local = Path(name).expanduser()
+    place = {"model_name_or_path": str(local.resolve()) if local.exists() else name}
+    described = place | {"model_revision": whole.source.model_revision}
+    (folder / _SOURCE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _noted_source(name: str, config: ModelConfig) -> ModelConfig | None:
+    """Where the whole is by `note_source`; None for a folder without it, and all other models."""
+    path = Path(name).expanduser() / _SOURCE
+    if not path.is_file():
+        return None
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        update = {key: noted[key] for key in ("model_name_or_path", "model_revision")}
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} is damaged ({first_line(error)}). Remove it to use the language model alone."
+        ) from error
+    return config.model_copy(update=update)
+
+
+def _find_noted(name: str, source: ModelConfig) -> PreTrainedConfig | None:
+    """The config of the whole; None, after a line in the log, where it cannot be read any more."""
+    try:
+        return whole_config(model_name(source), **hub_options(source))
+    except (OSError, ModelError) as error:
+        log.warning(
+            "The language model in %s is used by itself: %s, of which it is a part, cannot be read (%s).",
+            name,
+            source.model_name_or_path,
+            first_line(error),
         )
-        setattr(model, _MARK, Whole(whole, config))
+        return None
 
 
 def whole_of(model: nn.Module) -> Whole | None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourfold.base.peft import PeftModel, get_peft_model_state_dict
 from fourfold.models import pissa
-from fourfold.models.composite import complete_adapter, complete_model, whole_of
+from fourfold.models.composite import complete_adapter, complete_model, note_source, whole_of
 from fourfold.models.identity import BaseIdentity, write_identity
 from fourfold.models.parameters import tied_names
 from fourfold.models.patches import bars_on_terminals_only, peft_noise_ignored
@@ -125,8 +125,11 @@ def adapter_parts(model: PeftModel, shares: Shares) -> dict[str, Part]:
 
 
 def save_frame(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write to `folder` all that a model is without its weights: configs and tokenizer."""
+    """Write to `folder` all that a model is without its weights: configs, tokenizer, and what it is a part of."""
     _save_config(model, folder, None)
+    whole = whole_of(model)
+    if whole is not None:
+        note_source(folder, whole)
     if model.generation_config is not None and model.can_generate():
         model.generation_config.save_pretrained(str(folder))
     _save_tokenizer(tokenizer, folder)
