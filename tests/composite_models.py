@@ -15,8 +15,10 @@ from tiny_models import tiny_config, tiny_tokenizer
 _VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 _QWEN: dict[str, Any] = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
 _MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_PARTIAL: dict[str, Any] = _MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
 _PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {}, {**_VISION, "image_size": 28, "patch_size": 14}),
+    "gemma4": ("gemma4_text", {}, {**_VISION, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}),
     "mistral3": ("mistral", {}, {**_VISION, "image_size": 28, "patch_size": 14}),
     "qwen3_5": ("qwen3_5_text", {}, {**_QWEN, "num_position_embeddings": 4}),
     "qwen2_5_vl": ("qwen2", {"rope_parameters": _MROPE}, {**_QWEN, "fullatt_block_indexes": [0]}),
@@ -25,6 +27,8 @@ _PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": _MROPE},
         {**_QWEN, "num_position_embeddings": 4, "deepstack_visual_indexes": []},
     ),
+    "glm4v": ("glm4", {"rope_parameters": _PARTIAL}, {**_QWEN, "image_size": 28}),
+    "glm4v_moe": ("glm4_moe", {"rope_parameters": _PARTIAL, "attention_bias": True}, {**_QWEN, "image_size": 28}),
     "llama4": (
         "llama",
         {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 128},

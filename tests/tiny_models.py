@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fourfold.config.model import ModelConfig
 
@@ -53,6 +60,31 @@ _DENSE: dict[str, Any] = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": False}
 
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 4,
+}
+_SCALED = {
+    "embedding_multiplier": 4.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.25,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 16},
@@ -65,12 +97,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None},
     "olmo": {"clip_qkv": 0.5},
     "olmo2": {},
-    "granite": {
-        "embedding_multiplier": 4.0,
-        "logits_scaling": 2.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.25,
-    },
+    "granite": _SCALED,
     "glm4": {"partial_rotary_factor": 0.5},
     "gpt_oss": {
         "num_local_experts": 4,
@@ -78,27 +105,93 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "head_dim": 4,
-    },
+    "deepseek_v3": {**_ROUTED, **_LATENT},
     "cohere2": {"sliding_window": 16, "logit_scale": 0.25},
     "starcoder2": {"sliding_window": None},
     "smollm3": {"no_rope_layer_interval": 2},
 }
 """Every family that is tested, with what its config needs beside the common numbers."""
+
+_SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_PART_DENSE = {"mlp_layer_types": ["dense", "sparse"]}
+FURTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {"logit_scale": 0.25},
+    "deepseek_v2": {**_ROUTED, **_LATENT, "topk_method": "group_limited_greedy"},
+    "dots1": {**_ROUTED, "layer_types": ["full_attention", "full_attention"]},
+    "ernie4_5": {},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1,
+    },
+    "exaone": {},
+    "exaone4": _SLIDING,
+    "exaone_moe": {
+        "num_experts": 4,
+        **_EXPERTS,
+        "num_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        **_SLIDING,
+        **_PART_DENSE,
+    },
+    "gemma": {},
+    "gemma4_text": {
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+        "num_hidden_layers": 4,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
+    "glm": {},
+    "glm4_moe": {**_ROUTED, "partial_rotary_factor": 0.5, "use_qk_norm": True},
+    "glm4_moe_lite": {**_ROUTED, **_LATENT, **_PART_DENSE},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, **_SCALED},
+    "granitemoeshared": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        **_SCALED,
+    },
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v3": {"num_experts": 4, **_EXPERTS, "num_shared_experts": 1, **_PART_DENSE},
+    "internlm3": {},
+    "mimo_v2_flash": {
+        "n_routed_experts": 4,
+        **_EXPERTS,
+        "n_group": 1,
+        "topk_group": 1,
+        "v_head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "sliding_attention"],
+        **_PART_DENSE,
+    },
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ministral": {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention"]},
+    "ministral3": {"sliding_window": 16},
+    "nanochat": {},
+    "olmo3": _SLIDING,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, **_EXPERTS, "shared_expert_intermediate_size": 16},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+}
+"""Families that are tested in what differs between families, each but for what this version of Transformers lacks."""
+FURTHER_FAMILIES = {name: config for name, config in FURTHER_FAMILIES.items() if name in CONFIG_MAPPING}
+FURTHER_EXPERTS = tuple(
+    name for name, config in FURTHER_FAMILIES.items() if any("experts" in entry for entry in config)
+)
+"""Those of them with experts."""
 
 _DELTA_NET = {
     "linear_num_value_heads": 4,
@@ -145,7 +238,9 @@ SMALL_SIZES: dict[str, Any] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """A config of a few ten thousand parameters; `overrides` are entries of that config."""
-    return AutoConfig.for_model(model_type, **{**_DENSE, **(FAMILIES | HYBRIDS)[model_type], **overrides})
+    return AutoConfig.for_model(
+        model_type, **{**_DENSE, **(FAMILIES | HYBRIDS | FURTHER_FAMILIES)[model_type], **overrides}
+    )
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -32,6 +32,7 @@ from fourfold.losses.teacher import KdSettings
 from fourfold.losses.token import TokenLoss
 from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel
+from fourfold.models.freeze import train_all
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
@@ -188,6 +189,7 @@ def make_model(case: Case, *, exact: bool = False) -> TunedModel:
     module = _make_tuned(case)
     if exact:
         module.double()
+        base_model(module).set_experts_implementation("eager")  # grouped products are none of fp64
     if reads_values(case.stage):
         inner = base_model(module)
         head = new_value_head(inner.config.hidden_size, seed=5, std=0.1)
@@ -205,6 +207,7 @@ def _make_tuned(case: Case) -> TunedModel:
             if name.endswith("e_score_correction_bias"):
                 bias[: len(bias) // 2] = 10.0
     if case.tuning == "full":
+        train_all(model)
         return model
     if case.tuning == "qlora":
         quantize(model)

@@ -14,14 +14,16 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_
 
 from fourfold.base.errors import ModelError
 
-_SAME_AS = {
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
+_SAME_AS: dict[str, tuple[str, dict[str, Any]]] = {
+    "glm4v_moe_text": ("glm4_moe", {"use_qk_norm": False}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {}),
 }
-"""Language models without a class of their own that are, on text alone, models of another type: their rotary embedding
-has three positions, which text has alike."""
+"""Language models without a class of their own that are, on text alone, models of another type, with what their config
+does not say: their rotary embedding has three positions, which text has alike."""
 _DECODERS = {"idefics3": "model.text_model", "llama4": "language_model.model"}
 """By type of the whole, where the decoder is in Transformers' class."""
 _USUAL_DECODER = "model.language_model"
@@ -64,10 +66,13 @@ def text_config(config: Any) -> Any | None:
         return config
     same = _SAME_AS.get(text.model_type)
     if same is not None:
-        entries = {key: value for key, value in text.to_dict().items() if key != "model_type"}
+        model_type, more = same
+        entries = {"head_dim": text.hidden_size // text.num_attention_heads} | text.to_dict() | more
         rope = entries.pop("rope_parameters", None) or {}
         plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e6)}
-        text = CONFIG_MAPPING[same](**{**entries, "rope_parameters": plain})
+        plain |= {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
+        del entries["model_type"]
+        text = CONFIG_MAPPING[model_type](**entries, rope_parameters=plain)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     text.tie_word_embeddings = bool(config.tie_word_embeddings)

@@ -1,8 +1,16 @@
-"""Where a causal language model has its decoder."""
+"""Where a causal language model has its decoder, and a decoder its embedding, layers and norm."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from torch import nn
+
+_CUT_AS_USUAL = frozenset(
+    ("granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "olmoe"),
+)
+"""Families that Transformers has no plan for, whose decoders are embedding, layers and norm all the same; each is
+tested."""
 
 
 def decoder_of(model: Any) -> Any:
@@ -20,8 +28,29 @@ def decoder_of(model: Any) -> Any:
 def chunk_of(config: Any) -> int | None:
     """Positions of a chunk where some layers attend within chunks of a row (llama4); None where none do.
 
+    So many see each other in phimoe, too, whose mask alone has a window (Transformers 5.17 and 5.24).
+
     Args:
         config: a PreTrainedConfig, of the text model.
     """
+    if config.model_type == "phimoe":
+        return config.sliding_window
     kinds = getattr(config, "layer_types", None) or ()
     return getattr(config, "attention_chunk_size", None) if "chunked_attention" in kinds else None
+
+
+def stage_names(decoder: Any) -> tuple[str, str, str] | None:
+    """The names of embedding, layers and norm in a decoder, from the family's own pipeline plan.
+
+    Args:
+        decoder: a PreTrainedModel without a head.
+
+    Returns:
+        None where the family has no plan, or one of more parts.
+    """
+    names = tuple(getattr(decoder.config, "base_model_pp_plan", None) or ())
+    if not names and decoder.config.model_type in _CUT_AS_USUAL:
+        names = ("embed_tokens", "layers", "norm")
+    if len(names) != 3 or not isinstance(getattr(decoder, names[1], None), nn.ModuleList):
+        return None
+    return names

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 TENSOR_FAMILIES = (
-    "cohere2", "deepseek_v3", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "mistral", "mixtral",
-    "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+    "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe",
+    "exaone", "exaone4", "exaone_moe", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
+    "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
+    "internlm3", "llama", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat",
+    "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "starcoder2",
 )  # fmt: skip
 """Families that train the same whether their matrices are shared or not; each is tested."""
 
-_ATTENTION = "model.layers.*.self_attn."
+_LAYER = "model.layers.*."
+_ATTENTION = {
+    **{f"{_LAYER}self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
+    f"{_LAYER}self_attn.o_proj": "rowwise",
+}
+
+
+def _gated(path: str) -> dict[str, str]:
+    """Of an MLP with a gate."""
+    return {
+        f"{_LAYER}{path}.gate_proj": "colwise",
+        f"{_LAYER}{path}.up_proj": "colwise",
+        f"{_LAYER}{path}.down_proj": "rowwise",
+    }
+
 
 ADDED_STYLES: dict[str, dict[str, str]] = {
-    "gpt_oss": {
-        **{_ATTENTION + name: "colwise" for name in ("q_proj", "k_proj", "v_proj", "sinks")},
-        _ATTENTION + "o_proj": "rowwise",
-    }
+    "exaone_moe": _gated("mlp.shared_experts"),
+    "glm4_moe_lite": _gated("mlp.shared_experts"),
+    "gpt_oss": {**_ATTENTION, f"{_LAYER}self_attn.sinks": "colwise"},
+    "granitemoe": _ATTENTION,
+    "granitemoeshared": _ATTENTION,
+    "hunyuan_v1_dense": _ATTENTION | _gated("mlp"),
+    "hunyuan_v1_moe": _ATTENTION | _gated("mlp.shared_mlp"),
+    "qwen2_moe": _gated("mlp.shared_expert"),
 }
 """Family -> pattern -> style."""

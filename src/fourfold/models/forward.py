@@ -102,6 +102,14 @@ def accept_hidden_only(model: PreTrainedModel) -> None:
     model.forward = forward
 
 
+class _MadeUp(MoeModelOutputWithPast):
+    """A decoder's outputs of which the hidden states are known, and all that a family adds is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def _no_logits(hidden: Tensor) -> Tensor:
     raise ModelError(
         "model_name_or_path: the head of this model family is more than a matrix, so there are no logits beside the "
@@ -219,7 +227,7 @@ class StepModel:
         small = nn.Linear(size, _CHECK_TOKENS, bias=False, device="meta")
         small.weight = nn.Parameter(torch.randn(_CHECK_TOKENS, size, generator=generator) / math.sqrt(size))
         hidden = torch.randn(1, _CHECK_TOKENS, size, generator=generator)
-        made_up = MoeModelOutputWithPast(last_hidden_state=hidden)  # type: ignore[arg-type]
+        made_up = _MadeUp(last_hidden_state=hidden)  # type: ignore[arg-type]
         inner.set_output_embeddings(small)
         try:
             with mock.patch.object(decoder, "forward", lambda **_: made_up):

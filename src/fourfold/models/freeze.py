@@ -11,6 +11,10 @@ from fourfold.models.targets import ALL, check_modules, decoder_blocks, refuse_m
 
 log = get_logger(__name__)
 
+_COUNTED = "e_score_correction_bias"
+"""By which routers choose experts, not weigh them: it follows how many tokens each gets, and has no gradient. A
+parameter in some families (ernie4_5_moe, laguna), a buffer in others."""
+
 
 def unfreeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
     """Make the chosen layers and modules of a frozen model trainable.
@@ -40,10 +44,24 @@ def unfreeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
             if ALL in modules or any(_within(name, want) for want in modules):
                 parameter.requires_grad_(True)
     _unfreeze_outside(model, prefix, tuning.freeze_extra_modules)
+    freeze_counted(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("freeze_trainable_layers: 0 leaves nothing to train. Use another number, or name some "
                           "freeze_extra_modules.")  # fmt: skip
     log.info("Training layers: %s", ", ".join(map(str, chosen)) or "none")
+
+
+def train_all(model: PreTrainedModel) -> None:
+    """Make everything that has a gradient trainable."""
+    model.requires_grad_(True)
+    freeze_counted(model)
+
+
+def freeze_counted(model: PreTrainedModel) -> None:
+    """Take out what has no gradient."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(_COUNTED):
+            parameter.requires_grad_(False)
 
 
 def _unfreeze_outside(model: PreTrainedModel, prefix: str, extra: tuple[str, ...]) -> None:

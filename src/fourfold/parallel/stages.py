@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
-from fourfold.families.decoder import decoder_of
+from fourfold.families.decoder import decoder_of, stage_names
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.shares import Share, Shares
 from fourfold.planning.stages import num_stages, stage_layers, stages_of_rank
@@ -223,9 +223,8 @@ def _places(root: PreTrainedModel, decoder: nn.Module) -> tuple[str, str, str]:
         PlanError: there is none, or parameters lie elsewhere.
     """
     kind = root.config.model_type
-    plan = getattr(decoder.config, "base_model_pp_plan", None)
-    names = list(plan or {})
-    if len(names) != 3 or not isinstance(getattr(decoder, names[1], None), nn.ModuleList):
+    names = stage_names(decoder)
+    if names is None:
         raise PlanError(
             f"parallel.pp: {kind} has no plan in Transformers of how to cut it (embedding, layers, norm). "
             "Use tp or dp_shard."
@@ -239,7 +238,7 @@ def _places(root: PreTrainedModel, decoder: nn.Module) -> tuple[str, str, str]:
             f"parallel.pp: {kind} has weights outside embedding, layers, norm and head ({elsewhere[0]}), which no "
             "stage would own. Use tp or dp_shard."
         )
-    return names[0], names[1], names[2]
+    return names
 
 
 @torch.no_grad()

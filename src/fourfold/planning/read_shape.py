@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fourfold.base.delta_rule_use import exchanged
-from fourfold.families.decoder import decoder_of
+from fourfold.families.decoder import decoder_of, stage_names
 from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
 from fourfold.families.tensor_styles import ADDED_STYLES
@@ -110,8 +110,8 @@ def _refused(model: PreTrainedModel, text: PreTrainedConfig) -> Iterator[tuple[s
     for reason in position_obstacles(text, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)):
         yield "cp", reason
     decoder = decoder_of(model)
-    names = list(getattr(text, "base_model_pp_plan", None) or {})
-    if len(names) != 3 or not isinstance(getattr(decoder, names[1], None), nn.ModuleList):
+    names = stage_names(decoder)
+    if names is None:
         yield "pp", f"Transformers has no plan of how to cut {text.model_type} models into stages"
         return
     parts = [getattr(decoder, name) for name in names]
