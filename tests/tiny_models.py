@@ -193,6 +193,15 @@ FURTHER_EXPERTS = tuple(
 )
 """Those of them with experts."""
 
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+OLDER_FAMILIES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("bloom", "falcon", "gpt_neox", "phi", "stablelm")},
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _NO_DROPOUT),
+    **{name: {**_NO_DROPOUT, "rotary_dim": 4} for name in ("codegen", "gptj")},
+    "opt": {"dropout": 0.0},
+}
+"""Families of other forward passes, which are trained, and sharded."""
+
 _DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -238,9 +247,10 @@ SMALL_SIZES: dict[str, Any] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """A config of a few ten thousand parameters; `overrides` are entries of that config."""
-    return AutoConfig.for_model(
-        model_type, **{**_DENSE, **(FAMILIES | HYBRIDS | FURTHER_FAMILIES)[model_type], **overrides}
-    )
+    entries = {**_DENSE, **(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OLDER_FAMILIES)[model_type], **overrides}
+    if model_type == "falcon":
+        del entries["head_dim"]  # which it says itself
+    return AutoConfig.for_model(model_type, **entries)
 
 
 def tiny_model(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:

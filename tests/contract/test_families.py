@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,23 @@ from fourfold.config.model import ModelConfig
 from fourfold.config.training import TrainingConfig
 from fourfold.config.tuning import TuningConfig
 from fourfold.models.adapters import attach, identify_base
+from fourfold.models.forward import StepModel, supports_packing
 from fourfold.models.groups import parameter_groups
-from fourfold.models.load import load_model
+from fourfold.models.load import build_without_weights, load_model
 from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.models.weights import save_model
-from tiny_models import FAMILIES, FURTHER_FAMILIES, MOE_FAMILIES, save_tiny_model
+from tiny_models import (
+    FAMILIES,
+    FURTHER_FAMILIES,
+    HYBRIDS,
+    MOE_FAMILIES,
+    OLDER_FAMILIES,
+    save_tiny_model,
+    tiny_config,
+    tiny_model,
+)
+from training_runs import losses, run, write_dataset
 
 CPU = torch.device("cpu")
 IDS = (torch.arange(32) * 7 % 350).reshape(2, 16)
@@ -93,3 +105,22 @@ def test_lora_on_a_mixture_model_adapts_the_experts(family: str, tmp_path: Path)
     config = ModelConfig(model_name_or_path=str(save_tiny_model(tmp_path, family)))
     model = attach(load_model(config, dtype=torch.float32, device=CPU), config, TuningConfig(), trainable=True)
     assert any("experts" in name and parameter.requires_grad for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OLDER_FAMILIES))
+def test_head_when_there_are_no_weights_is_told_as_with_them(family: str) -> None:
+    """A sharded run looks at the head before any weight is read."""
+    model = tiny_model(family)
+    empty = build_without_weights(tiny_config(family), ModelConfig(), {"dtype": torch.float32})
+    found = [StepModel(each, packed=supports_packing(each)) for each in (model, empty)]
+    assert found[0].has_plain_head == found[1].has_plain_head
+
+
+@pytest.mark.parametrize("family", sorted(OLDER_FAMILIES))
+def test_older_family_when_sharded_trains_as_one_process(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family)
+    write_dataset(tmp_path / "data")
+    keys: dict[str, Any] = {"max_steps": 3, "finetuning_type": "full", "global_batch_size": 4, "learning_rate": 1e-3}
+    for name, more in (("one", {}), ("two", {"nproc": 2, "strategy": "fsdp"})):
+        run(folder, tmp_path / "data", tmp_path / name, **keys, **more)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

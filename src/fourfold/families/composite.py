@@ -75,7 +75,8 @@ def text_config(config: Any) -> Any | None:
         text = CONFIG_MAPPING[model_type](**entries, rope_parameters=plain)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
-    text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    own_ties = getattr(text, "tie_word_embeddings", False)
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", own_ties))
     text.dtype = text.dtype or config.dtype
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:

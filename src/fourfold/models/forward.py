@@ -230,7 +230,7 @@ class StepModel:
         made_up = _MadeUp(last_hidden_state=hidden)  # type: ignore[arg-type]
         inner.set_output_embeddings(small)
         try:
-            with mock.patch.object(decoder, "forward", lambda **_: made_up):
+            with mock.patch.object(decoder, "forward", lambda *_, **__: made_up):
                 whole = inner(input_ids=torch.zeros(1, _CHECK_TOKENS, dtype=torch.long), use_cache=False).logits
             return not whole.is_meta and torch.allclose(whole, make_head(inner)(hidden), rtol=1e-3, atol=1e-3)
         finally:

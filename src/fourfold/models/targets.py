@@ -47,11 +47,15 @@ def linear_kinds(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(_kind(name) for name in found))
 
 
+_ARE_LINEAR = frozenset({"FalconLinear"})
+"""Classes of a model's own that compute what linear layers do."""
+
+
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer, and not one of a model's own whose results are more (llama4's router)."""
     own = type(module)
-    special = own.__module__.startswith("transformers.models.") and own.forward is not nn.Linear.forward
-    return isinstance(module, nn.Linear) and not special
+    computes_itself = own.__module__.startswith("transformers.models.") and own.forward is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and (not computes_itself or own.__name__ in _ARE_LINEAR)
 
 
 def expert_kinds(model: PreTrainedModel) -> list[str]:

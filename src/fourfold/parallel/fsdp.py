@@ -88,6 +88,8 @@ def shard(
         fully_shard(block, reshard_after_forward=reshard, **settings)
     sharded = fully_shard(root, reshard_after_forward=False, **settings)
     assert isinstance(sharded, FSDPModule)
+    # Some layers (opt, gpt2) end in a view, which torch 2.13 warns of at every call: nothing writes into one here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by global denominators already, so gradients are to be added up, not averaged. The
