@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 _CUT_AS_USUAL = frozenset(
     ("granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "olmoe"),
 )
@@ -51,6 +49,6 @@ def stage_names(decoder: Any) -> tuple[str, str, str] | None:
     names = tuple(getattr(decoder.config, "base_model_pp_plan", None) or ())
     if not names and decoder.config.model_type in _CUT_AS_USUAL:
         names = ("embed_tokens", "layers", "norm")
-    if len(names) != 3 or not isinstance(getattr(decoder, names[1], None), nn.ModuleList):
+    if len(names) != 3 or not hasattr(getattr(decoder, names[1], None), "__len__"):  # a list of layers
         return None
     return names
