@@ -194,11 +194,16 @@ FURTHER_EXPERTS = tuple(
 """Those of them with experts."""
 
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-OLDER_FAMILIES: dict[str, dict[str, Any]] = {
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("bloom", "falcon", "gpt_neox", "phi", "stablelm")},
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _NO_DROPOUT),
     **{name: {**_NO_DROPOUT, "rotary_dim": 4} for name in ("codegen", "gptj")},
     "opt": {"dropout": 0.0},
+    "doge": {},
+    **{
+        name: {**_ROUTED, **_LATENT, **_PART_DENSE, "index_n_heads": 32, "index_head_dim": 8, "index_topk": 8}
+        for name in ("deepseek_v32", "glm_moe_dsa")
+    },
 }
 """Families of other forward passes, which are trained, and sharded."""
 
@@ -247,7 +252,7 @@ SMALL_SIZES: dict[str, Any] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """A config of a few ten thousand parameters; `overrides` are entries of that config."""
-    entries = {**_DENSE, **(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OLDER_FAMILIES)[model_type], **overrides}
+    entries = {**_DENSE, **(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OTHER_FAMILIES)[model_type], **overrides}
     if model_type == "falcon":
         del entries["head_dim"]  # which it says itself
     return AutoConfig.for_model(model_type, **entries)

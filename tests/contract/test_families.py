@@ -26,7 +26,7 @@ from tiny_models import (
     FURTHER_FAMILIES,
     HYBRIDS,
     MOE_FAMILIES,
-    OLDER_FAMILIES,
+    OTHER_FAMILIES,
     save_tiny_model,
     tiny_config,
     tiny_model,
@@ -107,7 +107,7 @@ def test_lora_on_a_mixture_model_adapts_the_experts(family: str, tmp_path: Path)
     assert any("experts" in name and parameter.requires_grad for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OLDER_FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OTHER_FAMILIES))
 def test_head_when_there_are_no_weights_is_told_as_with_them(family: str) -> None:
     """A sharded run looks at the head before any weight is read."""
     model = tiny_model(family)
@@ -116,8 +116,8 @@ def test_head_when_there_are_no_weights_is_told_as_with_them(family: str) -> Non
     assert found[0].has_plain_head == found[1].has_plain_head
 
 
-@pytest.mark.parametrize("family", sorted(OLDER_FAMILIES))
-def test_older_family_when_sharded_trains_as_one_process(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", sorted(OTHER_FAMILIES))
+def test_other_family_when_sharded_trains_as_one_process(family: str, tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / family, family)
     write_dataset(tmp_path / "data")
     keys: dict[str, Any] = {"max_steps": 3, "finetuning_type": "full", "global_batch_size": 4, "learning_rate": 1e-3}

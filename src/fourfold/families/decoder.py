@@ -9,6 +9,8 @@ _CUT_AS_USUAL = frozenset(
 )
 """Families that Transformers has no plan for, whose decoders are embedding, layers and norm all the same; each is
 tested."""
+_HAND_ON_MORE = frozenset({"glm_moe_dsa"})
+"""Families whose layers hand on more than hidden states: which positions the next ones look at."""
 
 
 def decoder_of(model: Any) -> Any:
@@ -44,8 +46,10 @@ def stage_names(decoder: Any) -> tuple[str, str, str] | None:
         decoder: a PreTrainedModel without a head.
 
     Returns:
-        None where the family has no plan, or one of more parts.
+        None where the family has no plan, one of more parts, or one that does not do.
     """
+    if decoder.config.model_type in _HAND_ON_MORE:
+        return None
     names = tuple(getattr(decoder.config, "base_model_pp_plan", None) or ())
     if not names and decoder.config.model_type in _CUT_AS_USUAL:
         names = ("embed_tokens", "layers", "norm")

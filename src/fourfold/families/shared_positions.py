@@ -8,16 +8,26 @@ from typing import Any
 from fourfold.families.decoder import chunk_of
 from fourfold.families.recurrent import carries_state
 
+_MAKE_MASKS = frozenset(
+    (
+        *("axk2", "deepseek_v32", "deepseek_v4", "doge", "dots3_note", "dots3_note_text", "glm5_next_text"),
+        *("glm_moe_dsa", "hy_v4", "minimax_m3_vl_text", "qwen4_exp", "qwen4_exp_text"),
+    )
+)
+"""Model types of which some layers choose by what is at a position who sees it, in a mask of their own (Transformers
+5.17 and 5.24)."""
+
 
 def is_exchangeable(config: Any, model_class: Any) -> bool:
-    """Whether a model's layers can run an attention of our own: all take theirs from Transformers' interface, and none
-    carries a recurrent state across positions.
+    """Whether a model's layers can run an attention of our own: all take theirs from Transformers' interface and leave
+    it to the interface who sees whom, and none carries a recurrent state across positions.
 
     Args:
         config: a PreTrainedConfig.
         model_class: the PreTrainedModel that is built from it.
     """
-    return bool(model_class._supports_attention_backend) and not carries_state(config, model_class)
+    takes_any = bool(model_class._supports_attention_backend) and config.model_type not in _MAKE_MASKS
+    return takes_any and not carries_state(config, model_class)
 
 
 def has_fused_scores(config: Any) -> bool:

@@ -11,9 +11,9 @@ from fourfold.models.targets import ALL, check_modules, decoder_blocks, refuse_m
 
 log = get_logger(__name__)
 
-_COUNTED = "e_score_correction_bias"
+_COUNTED = ("e_score_correction_bias", "expert_bias")
 """By which routers choose experts, not weigh them: it follows how many tokens each gets, and has no gradient. A
-parameter in some families (ernie4_5_moe, laguna), a buffer in others."""
+parameter in some families (afmoe, ernie4_5_moe, laguna), a buffer in others."""
 
 
 def unfreeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
