@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -26,6 +26,7 @@ from fourfold.base.log import get_logger
 
 log = get_logger(__name__)
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE_S = 5.0
 _PASS_ON_S = 0.3
 _PR_SET_PDEATHSIG = 1
@@ -116,11 +117,9 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
     readers: dict[int, Any] = {}
     processes: dict[int, BaseProcess] = {}
     early: list[int] = []  # signals that came before all were started
-    started, parent = threading.Event(), os.getpid()
+    started = threading.Event()
 
     def pass_on(number: int, frame: object) -> None:
-        if os.getpid() != parent:  # a worker that was forked just now, and has no handlers of its own yet
-            os._exit(128 + number)
         if not started.is_set():
             early.append(number)
         elif number == signal.SIGINT:
@@ -128,7 +127,7 @@ def launch(work: Callable[[], object], machines: Machines, *, fresh: bool) -> No
         else:
             _signal_all(processes, number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, pass_on) for number in _SIGNALS}
     try:
         _start(work, machines, "spawn" if fresh else "fork", processes, readers)
         started.set()
@@ -158,9 +157,23 @@ def _start(
         environment = machines.environment(local_rank, port)
         arguments = (work, environment, writer, os.getpid())
         process = context.Process(target=_run, args=arguments, name=f"rank-{environment['RANK']}")
-        process.start()
+        with _signals_held():
+            process.start()
         writer.close()
         readers[local_rank], processes[local_rank] = reader, process
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Within it signals wait, and for a process that is started in it until it takes them (`_run`).
+
+    A forked interpreter forgets the signals that came before it ran for the first time.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _free_port() -> int:
@@ -192,6 +205,7 @@ def _run(work: Callable[[], object], environment: dict[str, str], writer: Any, p
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 0
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         work()
     except FourfoldError as error:
         code = error.exit_code
