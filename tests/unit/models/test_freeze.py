@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from fourfold.base.errors import ConfigError
+from fourfold.config.model import ModelConfig
 from fourfold.config.tuning import TuningConfig
 from fourfold.models.adapters import attach
-from tiny_models import Load
+from tiny_models import Load, tiny_model
 
 
 def _trained(load: Load, **keys: object) -> set[str]:
@@ -51,3 +52,13 @@ def test_freeze_with_extra_modules_trains_them_too(load: Load) -> None:
 def test_freeze_with_what_does_not_exist_is_refused(load: Load, keys: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _trained(load, **keys)
+
+
+@pytest.mark.parametrize("tuning", ["full", "freeze"])
+def test_bias_by_which_experts_are_chosen_is_not_trained(tuning: str) -> None:
+    """A parameter in this family, without a gradient: what waits for one on every rank would wait for ever."""
+    model = tiny_model("ernie4_5_moe")
+    attach(model, ModelConfig(), TuningConfig(finetuning_type=tuning, freeze_trainable_layers=1), trainable=True)
+    trained = {name: parameter.requires_grad for name, parameter in model.model.layers[1].named_parameters()}
+    assert not trained.pop("mlp.gate.moe_statics.e_score_correction_bias")
+    assert all(trained.values())

@@ -10,10 +10,10 @@ from fourfold.base.errors import PlanError
 from fourfold.models.attention import context_obstacles
 from fourfold.parallel.stages import _places
 from fourfold.planning.read_shape import read_shape
-from tiny_models import FAMILIES, FURTHER_FAMILIES, tiny_config
+from tiny_models import FAMILIES, FURTHER_FAMILIES, OTHER_FAMILIES, tiny_config
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES | FURTHER_FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES | FURTHER_FAMILIES | OTHER_FAMILIES))
 def test_refused_when_read_is_what_the_engine_refuses(family: str) -> None:
     config = tiny_config(family)
     with torch.device("meta"):
