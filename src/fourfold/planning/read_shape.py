@@ -21,7 +21,8 @@ from fourfold.families.tensor_styles import ADDED_STYLES
 from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+_CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""Names of the number in families' configs; Hunyuan's may have one for each layer."""
 _SCALES = frozenset({"logits_scaling", "logit_scale"})
 """Keys of a config by which the head's logits are multiplied or divided."""
 _STATE_TOKENS = 1024
@@ -77,7 +78,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         max_positions=entries.get("max_position_embeddings") or 0,
         tied=_is_tied(model),
         experts=experts,
-        experts_per_token=next((entries[key] for key in _CHOSEN if entries.get(key)), 0) if experts else 0,
+        experts_per_token=_chosen(entries) if experts else 0,
         expert_intermediate=expert_intermediate if experts else 0,
         gated=any("gate" in name and "proj" in name for name in names),
         kinds=tuple(kinds),
@@ -90,6 +91,12 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         caps_scores=caps_scores(text),
         changed_logits=2 if entries.get("final_logit_softcapping") else int(not _SCALES.isdisjoint(entries)),
     )
+
+
+def _chosen(entries: dict[str, Any]) -> int:
+    """Experts that a token chooses, at most."""
+    found = next((entries[key] for key in _CHOSEN if entries.get(key)), 0)
+    return max(found) if isinstance(found, list | tuple) else found
 
 
 def own_quantization(config: PreTrainedConfig) -> tuple[int | None, bool]:
