@@ -72,7 +72,7 @@ def text_config(config: Any) -> Any | None:
         plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e6)}
         plain |= {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
         del entries["model_type"]
-        text = CONFIG_MAPPING[model_type](**entries, rope_parameters=plain)
+        text = CONFIG_MAPPING[model_type](**entries | {"rope_parameters": plain})
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     own_ties = getattr(text, "tie_word_embeddings", False)
