@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-NORMS_IN_FP32 = ("gemma", "gemma2", "gemma3", "gemma3_text")
+NORMS_IN_FP32 = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text")
 """Families that multiply with a norm's weight before they leave fp32."""

@@ -74,13 +74,13 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     layer = shape.kinds[kind]
     c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
     positions = 1 / tp if tp > 1 and layout.sequence_parallel else 1.0  # of what exists between regions
-    q, v = shape.heads * shape.head_dim / tp, shape.heads * shape.value_dim / tp
+    own = layer.split_by("attention", tp)
     factor = 4 if shape.family in NORMS_IN_FP32 else c
     between = _norms(layer, hidden, trained, factor) * positions
     low = _low_rank(job, layer) + (_copied_inputs(job, layout, layer, hidden) if layout.splits_backward else 0.0)
     learns_mlp = (trained and not _dense_width(layer)) or _learns(job, layer, "mlp", trained=trained)
     inputs = c * hidden * (_learns(job, layer, "attention", trained=trained) + learns_mlp)
-    attention = _attention(shape, job, layout) + _head_norms(shape, layer, trained, factor) / tp
+    attention = _attention(shape, job, layout, own) + _head_norms(shape, layer, trained, factor) / own
     state = layer.state_bytes * c / 2
     if not layer.attends:
         attention, inputs = 0.0, c * hidden * learns_mlp
@@ -88,7 +88,11 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
     feed, feed_outputs, working = _feed_forward(shape, job, layout, layer, experts, trained=trained)
     none = between + inputs + attention + state + feed + low
     # of the projections, the kernel, and o_proj
-    outputs = c * (q + own_keys(shape, layout)) + c * v + 4 * shape.heads / tp if layer.attends else 0.0
+    outputs = 0.0
+    if layer.attends:
+        cut = layer.cut_by("attention", tp)  # of what is put together each rank keeps its part
+        made = own_keys(shape, cut) + shape.heads * shape.head_dim / cut
+        outputs = c * (made + shape.heads * shape.value_dim / own) + 4 * shape.heads / own
     selective = c * hidden * positions + outputs + c * hidden + feed_outputs + low
     share = _COMPILED_SHARE
     if trained:
@@ -105,20 +109,24 @@ def _learns(job: Job, layer: Layer, kind: str, *, trained: bool) -> bool:
     return any(trained or gets_adapter(job, weight) for weight in takes_hidden)
 
 
-def own_keys(shape: ModelShape, layout: Layout) -> float:
-    """Numbers of the keys and values that a layer makes of a position on one rank."""
-    return max(shape.kv_heads / layout.tp, 1) * (shape.head_dim + shape.value_dim)
+def own_keys(shape: ModelShape, ranks: int) -> float:
+    """Numbers of the keys and values that a layer makes of a position on one of the ranks that share its heads."""
+    return max(shape.kv_heads / ranks, 1) * (shape.head_dim + shape.value_dim)
 
 
-def _attention(shape: ModelShape, job: Job, layout: Layout) -> float:
-    """Queries, keys and values as the kernel takes them, its result, and 4 bytes a head."""
-    c, tp = job.compute_bytes, layout.tp
-    q, v = shape.heads * shape.head_dim / tp, shape.heads * shape.value_dim / tp
-    result = c * v + 4 * shape.heads / tp
+def _attention(shape: ModelShape, job: Job, layout: Layout, ranks: int) -> float:
+    """Queries, keys and values as the kernel takes them, its result, and 4 bytes a head.
+
+    Args:
+        ranks: that share the heads.
+    """
+    c = job.compute_bytes
+    q, v = shape.heads * shape.head_dim / ranks, shape.heads * shape.value_dim / ranks
+    result = c * v + 4 * shape.heads / ranks
     if layout.cp > 1 and job.keys_once:
         if layout.cp_method == "allgather":
-            return c * (q + layout.cp * own_keys(shape, layout)) + result
-        return c * (q + own_keys(shape, layout) + v) + result  # and the result as it was before it was sent back
+            return c * (q + layout.cp * own_keys(shape, ranks)) + result
+        return c * (q + own_keys(shape, ranks) + v) + result  # and the result as it was before it was sent back
     # with gathered keys, those of all positions before the ends of a rank's two chunks
     keys = layout.cp + 0.5 if layout.cp > 1 and layout.cp_method == "allgather" else 1.0
     same = shape.value_dim == shape.head_dim
@@ -176,13 +184,13 @@ def _feed_forward(
     shape: ModelShape, job: Job, layout: Layout, layer: Layer, experts: _Experts, *, trained: bool
 ) -> tuple[float, float, float]:
     """MLP or experts: kept without recompute (its input aside), results of products, and working space."""
-    c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
+    c, hidden = job.compute_bytes, shape.hidden
     gates = 2 if shape.gated else 1
-    dense = _dense_width(layer) / tp
+    dense = _dense_width(layer) / layer.split_by("mlp", layout.tp)
     # the activated gate, or what is activated; and the input of the last product
     learns = any(_is_down(weight) and (trained or gets_adapter(job, weight)) for weight in layer.weights)
     none = c * dense * (gates + (1 if shape.gated else 0) + learns)
-    outputs = c * (gates * dense + (hidden if dense else 0))
+    outputs = c * (gates * _dense_width(layer) / layer.cut_by("mlp", layout.tp) + (hidden if dense else 0))
     working = 2 * c * dense
     return none + experts.none, outputs + experts.selective, working + experts.working
 

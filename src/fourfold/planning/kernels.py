@@ -255,7 +255,7 @@ def layer_seconds(
         for each in products
     ]
     product = sum(of_products)
-    heads = shape.heads / (place.tp if _cuts_attention(layer) else 1)
+    heads = shape.heads / layer.split_by("attention", place.tp)
     between = _between(shape, layer, job, place, heads, products, engine)
     width = job.compute_bytes / 2 * place.tokens
     states = (passes * layer.state_bytes for passes in STATE_PASSES)
@@ -311,10 +311,6 @@ def _attention_speed(engine: Engine, job: Job, place: Place) -> float:
     if place.context is None:
         return engine.attention_speed(job.sequence)
     return 1.0 if place.context == "ring" else CONTEXT_ATTENTION_SPEED
-
-
-def _cuts_attention(layer: Layer) -> bool:
-    return any(weight.kind == "attention" and weight.cut is not None for weight in layer.weights)
 
 
 def _is_fused(shape: ModelShape, layer: Layer, job: Job, device: Device) -> bool:
@@ -398,7 +394,7 @@ def _inner_width(shape: ModelShape, layer: Layer, place: Place) -> float:
     for weight in layer.weights:
         if weight.kind in ("mlp", "experts") and weight.is_matrix:
             share = shape.experts_per_token / shape.experts if weight.kind == "experts" else 1.0
-            width += share * weight.numel / (place.tp if weight.cut is not None else 1)
+            width += share * weight.numel / layer.split_by(weight.kind, place.tp)
     return width / (shape.hidden * (3 if shape.gated else 2))
 
 

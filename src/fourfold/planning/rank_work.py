@@ -71,7 +71,7 @@ class RankWork:
     @property
     def gathered_keys(self) -> int:
         """Bytes of a layer's keys and values of all positions that ranks share."""
-        numbers = own_keys(self.shape, self.layout) * self.positions * self.layout.cp
+        numbers = own_keys(self.shape, self.layout.tp) * self.positions * self.layout.cp
         return int(numbers * self.job.compute_bytes)
 
     @property

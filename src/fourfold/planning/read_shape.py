@@ -26,7 +26,8 @@ _CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top
 _SCALES = frozenset({"logits_scaling", "logit_scale"})
 """Keys of a config by which the head's logits are multiplied or divided."""
 _STATE_TOKENS = 1024
-_LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
+_GATHERS = "colwise_gather_output"
+_LINEAR_STYLES = ("colwise", _GATHERS, "rowwise", "rowwise_split_input")
 
 
 def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:
@@ -157,6 +158,7 @@ class _Reader:
             cut=self._cut(owner, path, shape),
             of_kv=name.split(".")[-2:-1] in (["k_proj"], ["v_proj"]),
             linear=isinstance(owner, nn.Linear) and len(shape) == 2 and owner is not self._head,
+            gathered=len(shape) == 2 and self._style(path.rsplit(".", 1)[0]) == _GATHERS and owner is not self._head,
         )
 
     def _kind(self, owner: nn.Module, name: str, shape: tuple[int, ...]) -> Kind:

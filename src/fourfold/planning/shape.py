@@ -17,7 +17,7 @@ from typing import Any, Literal
 Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "other"]
 KINDS: tuple[Kind, ...] = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 
-FORMAT = 3
+FORMAT = 4
 """Version of the JSON; files of another one are read anew."""
 
 
@@ -32,6 +32,7 @@ class Weight:
         cut: the dimension along which tensor-parallel ranks share it; None if each has it whole.
         of_kv: cut by key heads, of which there may be fewer than ranks.
         linear: the matrix of a linear layer: adapters and 4-bit packing are for these.
+        gathered: tensor-parallel ranks, which share it, put together what it makes, since what follows needs all of it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Weight:
     cut: int | None = None
     of_kv: bool = False
     linear: bool = False
+    gathered: bool = False
 
     @property
     def numel(self) -> int:
@@ -77,6 +79,15 @@ class Layer:
     def numel(self) -> int:
         """Parameters."""
         return sum(weight.numel for weight in self.weights)
+
+    def cut_by(self, kind: Kind, tp: int) -> int:
+        """By how many of `tp` ranks a part's matrices are shared: all of them, or one."""
+        return tp if any(weight.cut is not None for weight in self.weights if weight.kind == kind) else 1
+
+    def split_by(self, kind: Kind, tp: int) -> int:
+        """By how many of `tp` ranks its heads or channels are shared, one where their parts are put together."""
+        is_whole = any(weight.gathered for weight in self.weights if weight.kind == kind)
+        return 1 if is_whole else self.cut_by(kind, tp)
 
     @property
     def has_experts(self) -> bool:

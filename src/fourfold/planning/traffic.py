@@ -242,12 +242,15 @@ def _region_sent(
     """The exchanges of one pass through a layer.
 
     tp: each region (a part with matrices: attention, MLP) gathers its input and scatters its output, or adds it up; as
-    much backward, the other way round. ep: tokens to their experts and results back, gradients likewise.
+    much backward, the other way round; and what some matrices make is put together within a region. ep: tokens to
+    their experts and results back, gradients likewise.
     """
     activations = tokens * shape.hidden * job.compute_bytes
     regions = num_regions(layer)
+    together = [weight.shape[0] for weight in layer.weights if weight.gathered]
     tp_bytes = 2 * regions * groups.tp.share(activations)
-    tp_calls = 2 * regions if layout.sequence_parallel else regions
+    tp_bytes += groups.tp.share(tokens * sum(together) * job.compute_bytes)
+    tp_calls = (2 * regions if layout.sequence_parallel else regions) + len(together)
     seconds = groups.tp.waited_seconds(cluster, tp_bytes, tp_calls)
     cp_bytes, calls = _context_sent(shape, job, layout, groups, tokens, backward=backward)
     ring = layout.cp_method == "ring"

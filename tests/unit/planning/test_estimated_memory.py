@@ -33,6 +33,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen3", {}),
     "gemma": ("gemma3_text", {}),
     "experts": ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 256, "num_experts_per_tok": 2}),
+    "fused": ("phi3", {}),
     "biased": ("gpt_oss", {"num_local_experts": 16, "intermediate_size": 256, "num_experts_per_tok": 2}),
 }
 _TUNINGS: dict[str, dict[str, Any]] = {
@@ -69,6 +70,8 @@ _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("experts", "lora", Layout(tp=2), "selective", 0, 1),
     ("experts", "attention", Layout(), "none", 0, 1),
     ("biased", "attention", Layout(), "none", 0, 1),
+    ("fused", "lora", Layout(tp=2), "none", 0, 1),  # each rank has all heads and channels, and a part of matrices
+    ("fused", "full", Layout(tp=4), "selective", 0, 1),
 ]
 _MORE: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "pure", Layout(), "full", 0, 1),
