@@ -64,7 +64,8 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     head_dim = entries.get("head_dim") or text.hidden_size // heads
     if entries.get("qk_nope_head_dim"):
         head_dim = entries["qk_nope_head_dim"] + entries["qk_rope_head_dim"]
-    experts = next((entries[key] for key in _EXPERTS if entries.get(key)), 0)
+    has_experts = any(layer.has_experts for layer in kinds)  # a config may have their number, and the model none
+    experts = next((entries[key] for key in _EXPERTS if entries.get(key)), 0) if has_experts else 0
     expert_intermediate = entries.get("moe_intermediate_size") or entries.get("intermediate_size") or 0
     names = [weight.name for kind in kinds for weight in kind.weights]
     return ModelShape(

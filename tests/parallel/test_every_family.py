@@ -1,4 +1,4 @@
-"""Families that differ from the well-tried ones in a few things train under every axis as in one process."""
+"""Every family trains under each axis that splits it as in one process; `test_tensor.py` has those of tp."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from harness import Case, Curve, assert_same, assert_together_same, run_ranks, train
 
+from family_axes import EVERY_FAMILY, axes_of, packs
 from fourfold.parallel.mesh import Mesh, build_mesh, single
 from fourfold.planning.layout import Layout
-from fourfold.planning.read_shape import read_shape
-from tiny_models import FURTHER_EXPERTS, FURTHER_FAMILIES, tiny_config
+from tiny_models import FURTHER_FAMILIES
 
 _CPU = torch.device("cpu")
 _MILD = (("initializer_range", 0.1),)
@@ -26,33 +26,32 @@ _LAYOUTS = {
 
 
 def _names(layout: str) -> list[str]:
-    """Families that have what an axis splits, and are not refused by it."""
-    names = FURTHER_EXPERTS if layout == "ep2" else FURTHER_FAMILIES
+    """Families that the axis splits; of those of data, which split all, the ones that have no other tests of it."""
     axis = layout[:-1]
-    return [name for name in names if axis not in dict(read_shape(tiny_config(name)).refused)]
+    return list(FURTHER_FAMILIES) if axis in ("ddp", "fsdp") else [n for n in EVERY_FAMILY if axis in axes_of(n)]
 
 
 def _curves(mesh_of: Callable[[], Mesh], names: Sequence[str]) -> dict[str, Curve]:
     mesh = mesh_of()
-    return {name: train(Case(family=name, overrides=_MILD), mesh) for name in names}
+    return {name: train(Case(family=name, packed=packs(name), overrides=_MILD), mesh) for name in names}
 
 
 @pytest.fixture(scope="module")
 def references() -> dict[str, Curve]:
     """The curves of one process."""
-    [found] = run_ranks(1, lambda: _curves(lambda: single(_CPU), tuple(FURTHER_FAMILIES)))
+    [found] = run_ranks(1, lambda: _curves(lambda: single(_CPU), EVERY_FAMILY))
     return found
 
 
 @pytest.mark.parametrize("layout", sorted(_LAYOUTS))
-def test_training_when_split_equals_one_process_for_every_further_family(
+def test_training_when_split_equals_one_process_for_every_family_that_it_splits(
     layout: str, references: dict[str, Curve]
 ) -> None:
     names = _names(layout)
-    assert len(names) > len(FURTHER_FAMILIES if layout != "ep2" else FURTHER_EXPERTS) - 5
+    assert len(names) > 20
     ranks = run_ranks(2, lambda: _curves(lambda: build_mesh(_LAYOUTS[layout], _CPU), names))
     for name in names:
-        loss = 5e-5 if name in FURTHER_EXPERTS else 1e-5
+        loss = 5e-5 if "ep" in axes_of(name) else 1e-5
         if layout == "pp2":
             assert_together_same([found[name] for found in ranks], references[name], loss=loss)
         else:
