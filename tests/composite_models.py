@@ -29,6 +29,7 @@ _PARTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "glm4v": ("glm4", {"rope_parameters": _PARTIAL}, {**_QWEN, "image_size": 28}),
     "glm4v_moe": ("glm4_moe", {"rope_parameters": _PARTIAL, "attention_bias": True}, {**_QWEN, "image_size": 28}),
+    "smolvlm": ("llama", {}, {**_VISION, "image_size": 28, "patch_size": 14}),
     "llama4": (
         "llama",
         {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": 128},

@@ -205,6 +205,7 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         for name in ("deepseek_v32", "glm_moe_dsa")
     },
 }
+OTHER_FAMILIES = {name: config for name, config in OTHER_FAMILIES.items() if name in CONFIG_MAPPING}
 """Families of other forward passes, which are trained, and sharded."""
 
 _DELTA_NET = {

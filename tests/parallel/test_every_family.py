@@ -11,7 +11,7 @@ from harness import Case, Curve, assert_same, assert_together_same, run_ranks, t
 from family_axes import EVERY_FAMILY, axes_of, packs
 from fourfold.parallel.mesh import Mesh, build_mesh, single
 from fourfold.planning.layout import Layout
-from tiny_models import FURTHER_FAMILIES
+from tiny_models import FURTHER_FAMILIES, OTHER_FAMILIES
 
 _CPU = torch.device("cpu")
 _MILD = (("initializer_range", 0.1),)
@@ -28,7 +28,11 @@ _LAYOUTS = {
 def _names(layout: str) -> list[str]:
     """Families that the axis splits; of those of data, which split all, the ones that have no other tests of it."""
     axis = layout[:-1]
-    return list(FURTHER_FAMILIES) if axis in ("ddp", "fsdp") else [n for n in EVERY_FAMILY if axis in axes_of(n)]
+    return (
+        sorted(FURTHER_FAMILIES | OTHER_FAMILIES)
+        if axis in ("ddp", "fsdp")
+        else [n for n in EVERY_FAMILY if axis in axes_of(n)]
+    )
 
 
 def _curves(mesh_of: Callable[[], Mesh], names: Sequence[str]) -> dict[str, Curve]:

@@ -24,10 +24,15 @@ _SAME_AS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Language models without a class of their own that are, on text alone, models of another type, with what their config
 does not say: their rotary embedding has three positions, which text has alike."""
-_DECODERS = {"idefics3": "model.text_model", "llama4": "language_model.model"}
+_DECODERS = {
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), "model.text_model"),
+    "llama4": "language_model.model",
+}
 """By type of the whole, where the decoder is in Transformers' class."""
 _USUAL_DECODER = "model.language_model"
 _HEADS = {"llama4": "language_model.lm_head"}
+_OTHERS = frozenset({"blip-2", "instructblip", "instructblipvideo"})
+"""Types of wholes that keep their language model, whose own names are others, by itself."""
 _USUAL_HEAD = "lm_head"
 
 RENAMED = {
@@ -73,7 +78,7 @@ def text_config(config: Any) -> Any | None:
         plain |= {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
         del entries["model_type"]
         text = CONFIG_MAPPING[model_type](**entries | {"rope_parameters": plain})
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in _OTHERS:
         return None
     own_ties = getattr(text, "tie_word_embeddings", False)
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", own_ties))

@@ -9,7 +9,7 @@ _CUT_AS_USUAL = frozenset(
 )
 """Families that Transformers has no plan for, whose decoders are embedding, layers and norm all the same; each is
 tested."""
-_HAND_ON_MORE = frozenset({"glm_moe_dsa"})
+_HAND_ON_MORE = frozenset({"glm_moe_dsa", "hy_v4"})
 """Families whose layers hand on more than hidden states: which positions the next ones look at."""
 
 

@@ -96,7 +96,7 @@ def remember_whole(model: PreTrainedModel, config: ModelConfig) -> None:
 
 def note_source(folder: Path, whole: Whole) -> None:
     """Say in a folder that holds the language model alone where the whole is, for who loads it from there."""
-    name = model_name(whole.source)
+    name = whole.source.model_name_or_path or ""
     local = Path(name).expanduser()
     place = {"model_name_or_path": str(local.resolve()) if local.exists() else name}
     described = place | {"model_revision": whole.source.model_revision}
@@ -111,7 +111,7 @@ def _noted_source(name: str, config: ModelConfig) -> ModelConfig | None:
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
         update = {key: noted[key] for key in ("model_name_or_path", "model_revision")}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} is damaged ({first_line(error)}). Remove it to use the language model alone."
         ) from error
@@ -197,7 +197,10 @@ def complete_model(folder: Path, whole: Whole) -> None:
 
     Without the weights of the whole (a model that is made anew) the language model is left by itself.
     """
-    published = weight_files(whole.source) if not whole.source.train_from_scratch else None
+    try:
+        published = weight_files(whole.source) if not whole.source.train_from_scratch else None
+    except (OSError, ModelError):
+        published = None
     if published is None:
         log.info("The language model is saved by itself, since there are no weights of the other parts.")
         return

@@ -438,8 +438,9 @@ class StepModel:
 
     @property
     def _choices(self) -> int:
-        """Experts that a token chooses."""
-        return self._inner.config.num_experts_per_tok
+        """Experts that a token chooses, at most: Hunyuan's config may have one number for each layer."""
+        chosen = self._inner.config.num_experts_per_tok
+        return max(chosen) if isinstance(chosen, list | tuple) else chosen
 
     def _as_copy(self, loss: Tensor) -> Tensor:
         """A router loss whose gradient is this rank's share, where several compute the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import ConfigError
@@ -44,21 +45,14 @@ def unfreeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
             if ALL in modules or any(_within(name, want) for want in modules):
                 parameter.requires_grad_(True)
     _unfreeze_outside(model, prefix, tuning.freeze_extra_modules)
-    freeze_counted(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("freeze_trainable_layers: 0 leaves nothing to train. Use another number, or name some "
                           "freeze_extra_modules.")  # fmt: skip
     log.info("Training layers: %s", ", ".join(map(str, chosen)) or "none")
 
 
-def train_all(model: PreTrainedModel) -> None:
-    """Make everything that has a gradient trainable."""
-    model.requires_grad_(True)
-    freeze_counted(model)
-
-
-def freeze_counted(model: PreTrainedModel) -> None:
-    """Take out what has no gradient."""
+def freeze_counts(model: nn.Module) -> None:
+    """Take the biases that follow how many tokens an expert gets out of what is trained: they have no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(_COUNTED):
             parameter.requires_grad_(False)

@@ -91,6 +91,11 @@ def lora_targets(model: PreTrainedModel, wanted: Sequence[str]) -> LoraTargets:
     """
     linear, experts = linear_kinds(model), expert_kinds(model)
     if ALL in wanted:
+        if not linear and not experts:
+            raise ConfigError(
+                f"lora_target: all finds no linear layer in a {model.config.model_type} model, whose own layers are of "
+                "another kind. Name them (gpt2: c_attn,c_proj,c_fc), or use finetuning_type: full or freeze."
+            )
         if others := [want for want in wanted if want != ALL]:
             raise ConfigError(
                 f"lora_target: all takes every linear layer, so {', '.join(others)} adds nothing. Keep one of the two."

@@ -128,7 +128,7 @@ def save_frame(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokeni
     """Write to `folder` all that a model is without its weights: configs, tokenizer, and what it is a part of."""
     _save_config(model, folder, None)
     whole = whole_of(model)
-    if whole is not None:
+    if whole is not None and not whole.source.train_from_scratch:
         note_source(folder, whole)
     if model.generation_config is not None and model.can_generate():
         model.generation_config.save_pretrained(str(folder))

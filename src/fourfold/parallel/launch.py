@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -151,6 +152,8 @@ def _start(
 ) -> None:
     """Start this machine's processes, and note each with what it tells of its end."""
     context: Any = multiprocessing.get_context(method)
+    if method == "spawn":  # the first such process would start it, and let signals through again
+        resource_tracker.ensure_running()
     port = machines.port or _free_port()
     for local_rank in range(machines.per_node):
         reader, writer = context.Pipe(duplex=False)
@@ -167,7 +170,8 @@ def _start(
 def _signals_held() -> Iterator[None]:
     """Within it signals wait, and for a process that is started in it until it takes them (`_run`).
 
-    A forked interpreter forgets the signals that came before it ran for the first time.
+    A forked interpreter forgets the signals that came before it ran for the first time. A spawned one takes them once
+    its work is imported.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:

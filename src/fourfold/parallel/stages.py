@@ -226,7 +226,7 @@ def _places(root: PreTrainedModel, decoder: nn.Module) -> tuple[str, str, str]:
     names = stage_names(decoder)
     if names is None:
         raise PlanError(
-            f"parallel.pp: {kind} has no plan in Transformers of how to cut it (embedding, layers, norm). "
+            f"parallel.pp: {kind} models are not known to be cut into stages (embedding, layers, norm). "
             "Use tp or dp_shard."
         )
     known = {id(p) for name in names for p in getattr(decoder, name).parameters()}

@@ -347,7 +347,7 @@ def _between(
     shared = place.tp if place.sequence_parallel else 1
     hidden = shape.hidden / shared
     queries = heads * shape.head_dim
-    keys = min(queries, queries * max(shape.kv_heads, place.tp) / shape.heads)
+    keys = min(queries, queries * max(shape.kv_heads, layer.split_by("attention", place.tp)) / shape.heads)
     inner = _inner_width(shape, layer, place)
     chosen = max((each.rows_of_token for each in products if each.groups > 1), default=0.0)
     total = [0.0, 0.0]

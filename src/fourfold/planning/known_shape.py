@@ -22,6 +22,7 @@ from fourfold.config.paths import is_gguf
 from fourfold.planning.shape import FORMAT, ModelShape
 
 _CODE = (
+    ("fourfold.base", "delta_chunks.py"),
     ("fourfold.base", "delta_rule.py"),
     ("fourfold.base", "delta_rule_use.py"),
     ("fourfold.planning", "read_shape.py"),

@@ -71,7 +71,8 @@ class RankWork:
     @property
     def gathered_keys(self) -> int:
         """Bytes of a layer's keys and values of all positions that ranks share."""
-        numbers = own_keys(self.shape, self.layout.tp) * self.positions * self.layout.cp
+        ranks = min(kind.split_by("attention", self.layout.tp) for kind in self.shape.kinds)
+        numbers = own_keys(self.shape, ranks) * self.positions * self.layout.cp
         return int(numbers * self.job.compute_bytes)
 
     @property

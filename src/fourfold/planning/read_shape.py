@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-"""Names of the number in families' configs; Hunyuan's may have one for each layer."""
+"""Names in families' configs of how many experts a token chooses."""
 _SCALES = frozenset({"logits_scaling", "logit_scale"})
 """Keys of a config by which the head's logits are multiplied or divided."""
 _STATE_TOKENS = 1024
@@ -66,7 +66,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         head_dim = entries["qk_nope_head_dim"] + entries["qk_rope_head_dim"]
     has_experts = any(layer.has_experts for layer in kinds)  # a config may have their number, and the model none
     experts = next((entries[key] for key in _EXPERTS if entries.get(key)), 0) if has_experts else 0
-    expert_intermediate = entries.get("moe_intermediate_size") or entries.get("intermediate_size") or 0
+    expert_intermediate = _largest(entries.get("moe_intermediate_size") or entries.get("intermediate_size") or 0)
     names = [weight.name for kind in kinds for weight in kind.weights]
     return ModelShape(
         family=text.model_type,
@@ -80,7 +80,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         max_positions=entries.get("max_position_embeddings") or 0,
         tied=_is_tied(model),
         experts=experts,
-        experts_per_token=_chosen(entries) if experts else 0,
+        experts_per_token=_largest(next((entries[key] for key in _CHOSEN if entries.get(key)), 0)) if experts else 0,
         expert_intermediate=expert_intermediate if experts else 0,
         gated=any("gate" in name and "proj" in name for name in names),
         kinds=tuple(kinds),
@@ -95,10 +95,9 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     )
 
 
-def _chosen(entries: dict[str, Any]) -> int:
-    """Experts that a token chooses, at most."""
-    found = next((entries[key] for key in _CHOSEN if entries.get(key)), 0)
-    return max(found) if isinstance(found, list | tuple) else found
+def _largest(number: int | Sequence[int]) -> int:
+    """Of a number that a config may have for each layer (Hunyuan)."""
+    return max(number) if isinstance(number, Sequence) else number
 
 
 def own_quantization(config: PreTrainedConfig) -> tuple[int | None, bool]:
@@ -121,7 +120,7 @@ def _refused(model: PreTrainedModel, text: PreTrainedConfig) -> Iterator[tuple[s
     decoder = decoder_of(model)
     names = stage_names(decoder)
     if names is None:
-        yield "pp", f"Transformers has no plan of how to cut {text.model_type} models into stages"
+        yield "pp", f"{text.model_type} models are not known to be cut into stages"
         return
     parts = [getattr(decoder, name) for name in names]
     known = {id(p) for part in (*parts, model.get_output_embeddings()) if part is not None for p in part.parameters()}

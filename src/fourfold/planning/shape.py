@@ -81,11 +81,11 @@ class Layer:
         return sum(weight.numel for weight in self.weights)
 
     def cut_by(self, kind: Kind, tp: int) -> int:
-        """By how many of `tp` ranks a part's matrices are shared: all of them, or one."""
+        """Of `tp` ranks, how many share a part's matrices: all, or one."""
         return tp if any(weight.cut is not None for weight in self.weights if weight.kind == kind) else 1
 
     def split_by(self, kind: Kind, tp: int) -> int:
-        """By how many of `tp` ranks its heads or channels are shared, one where their parts are put together."""
+        """Of `tp` ranks, how many share its heads or channels: one where what its matrices make is put together."""
         is_whole = any(weight.gathered for weight in self.weights if weight.kind == kind)
         return 1 if is_whole else self.cut_by(kind, tp)
 

@@ -252,7 +252,8 @@ def _region_sent(
     tp_bytes += groups.tp.share(tokens * sum(together) * job.compute_bytes)
     tp_calls = (2 * regions if layout.sequence_parallel else regions) + len(together)
     seconds = groups.tp.waited_seconds(cluster, tp_bytes, tp_calls)
-    cp_bytes, calls = _context_sent(shape, job, layout, groups, tokens, backward=backward)
+    heads = layer.split_by("attention", layout.tp)
+    cp_bytes, calls = _context_sent(shape, job, layout, groups, tokens, heads, backward=backward)
     ring = layout.cp_method == "ring"
     cp_s = groups.cp.seconds(cluster, cp_bytes, calls) if ring else groups.cp.waited_seconds(cluster, cp_bytes, calls)
     ep_bytes = 2 * groups.ep.share(activations * shape.experts_per_token) if layer.has_experts else 0.0
@@ -261,21 +262,25 @@ def _region_sent(
 
 
 def _context_sent(
-    shape: ModelShape, job: Job, layout: Layout, groups: Groups, tokens: float, *, backward: bool
+    shape: ModelShape, job: Job, layout: Layout, groups: Groups, tokens: float, ranks: int, *, backward: bool
 ) -> tuple[float, int]:
-    """Bytes and collectives of attention over shared positions (parallel/context.py, parallel/ring.py)."""
+    """Bytes and collectives of attention over shared positions (parallel/context.py, parallel/ring.py).
+
+    Args:
+        ranks: that share the heads.
+    """
     size = layout.cp
     if size == 1:
         return 0.0, 0
     dims = shape.head_dim + shape.value_dim
-    keys = tokens * max(shape.kv_heads / layout.tp, 1.0) * dims
+    keys = tokens * max(shape.kv_heads / ranks, 1.0) * dims
     if layout.cp_method == "allgather":
         return (size - 1) * keys * job.compute_bytes, 2
     if layout.cp_method == "ring":
         # backward: keys and values once more, and their gradients in fp32, which come home with one more step
         return keys * ((size - 1) * job.compute_bytes + (size * 4 if backward else 0)), 2 if backward else 1
-    queries = tokens * shape.heads / layout.tp * dims  # and the output, which is as wide as the values
-    kv_heads = max(shape.kv_heads // layout.tp, 1)
+    queries = tokens * shape.heads / ranks * dims  # and the output, which is as wide as the values
+    kv_heads = max(shape.kv_heads // ranks, 1)
     copies = math.lcm(kv_heads, size) // kv_heads  # so that each rank has some
     return groups.cp.share((queries + keys * copies) * job.compute_bytes), 4
 

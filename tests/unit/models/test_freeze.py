@@ -54,11 +54,14 @@ def test_freeze_with_what_does_not_exist_is_refused(load: Load, keys: dict[str, 
         _trained(load, **keys)
 
 
-@pytest.mark.parametrize("tuning", ["full", "freeze"])
+@pytest.mark.parametrize("tuning", ["full", "freeze", "lora"])
 def test_bias_by_which_experts_are_chosen_is_not_trained(tuning: str) -> None:
     """A parameter in this family, without a gradient: what waits for one on every rank would wait for ever."""
-    model = tiny_model("ernie4_5_moe")
-    attach(model, ModelConfig(), TuningConfig(finetuning_type=tuning, freeze_trainable_layers=1), trainable=True)
+    model = tiny_model("ernie4_5_moe", tie_word_embeddings=False)
+    more = {"additional_target": "gate"} if tuning == "lora" else {"freeze_trainable_layers": 1}
+    attach(model, ModelConfig(), TuningConfig(finetuning_type=tuning, **more), trainable=True)
     trained = {name: parameter.requires_grad for name, parameter in model.model.layers[1].named_parameters()}
-    assert not trained.pop("mlp.gate.moe_statics.e_score_correction_bias")
-    assert all(trained.values())
+    biases = [name for name in trained if name.endswith("e_score_correction_bias")]
+    assert biases
+    assert not any(trained.pop(name) for name in biases)
+    assert any(trained.values()) if tuning == "lora" else all(trained.values())

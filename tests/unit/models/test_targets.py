@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from fourfold.base.errors import ConfigError
 from fourfold.models.targets import lora_targets
 from tiny_models import tiny_model
+
+
+def test_lora_targets_when_there_is_no_linear_layer_says_so() -> None:
+    with pytest.raises(ConfigError, match="lora_target: all finds no linear layer in a gpt2 model"):
+        lora_targets(tiny_model("gpt2"), ["all"])
 
 
 @pytest.mark.parametrize(

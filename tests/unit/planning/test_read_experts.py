@@ -16,8 +16,10 @@ def test_experts_when_read_are_those_of_the_config(family: str) -> None:
 
 def test_experts_when_chosen_layer_by_layer_are_the_most_of_a_layer() -> None:
     config = tiny_config("hunyuan_v1_moe")
-    config.moe_topk = [1, 2]
-    assert read_shape(config).experts_per_token == 2
+    config.moe_topk, config.moe_intermediate_size = [1, 2], [48, 48]
+    shape = read_shape(config)
+    assert (shape.experts_per_token, shape.expert_intermediate) == (2, 48)
+    assert hash(shape)
 
 
 def test_experts_of_gemma_4_are_those_of_the_config() -> None:
