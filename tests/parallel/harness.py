@@ -32,7 +32,7 @@ from fourfold.losses.teacher import KdSettings
 from fourfold.losses.token import TokenLoss
 from fourfold.models.adapters import without_adapters
 from fourfold.models.forward import StepModel
-from fourfold.models.freeze import freeze_counts
+from fourfold.models.freeze import freeze_choices
 from fourfold.models.lora import join_siblings, use_short_forward
 from fourfold.models.noise import NoiseKeys, key_dropout
 from fourfold.models.patches import peft_noise_ignored
@@ -207,7 +207,7 @@ def _make_tuned(case: Case) -> TunedModel:
             if name.endswith("e_score_correction_bias"):
                 bias[: len(bias) // 2] = 10.0
     if case.tuning == "full":
-        freeze_counts(model)
+        freeze_choices(model)
         return model
     if case.tuning == "qlora":
         quantize(model)

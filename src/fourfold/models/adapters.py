@@ -19,7 +19,7 @@ from fourfold.config.tuning import TuningConfig
 from fourfold.families.composite import RENAMED
 from fourfold.models import pissa
 from fourfold.models.composite import settle_adapter, whole_of
-from fourfold.models.freeze import freeze_counts, unfreeze
+from fourfold.models.freeze import freeze_choices, unfreeze
 from fourfold.models.identity import BaseIdentity, check_adapter, identify
 from fourfold.models.parameters import is_empty, list_parameters, upcast_norms, upcast_trainable
 from fourfold.models.patches import adapters_have_weights, peft_noise_ignored
@@ -126,7 +126,7 @@ def attach(
         unfreeze(model, tuning)
     else:
         model.requires_grad_(True)
-    freeze_counts(tuned)
+    freeze_choices(tuned)
     if not reads_logits:
         freeze_head(tuned, _key_of_head(tuning, plan))
     if master_dtype is not None:

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from fourfold.base.errors import ConfigError
 from fourfold.base.log import get_logger
 from fourfold.config.tuning import TuningConfig
-from fourfold.models.targets import ALL, check_modules, decoder_blocks, refuse_missing
+from fourfold.models.targets import ALL, INDEXERS, check_modules, decoder_blocks, refuse_missing
 
 log = get_logger(__name__)
 
 _COUNTED = ("e_score_correction_bias", "expert_bias")
-"""By which routers choose experts, not weigh them: it follows how many tokens each gets, and has no gradient. A
-parameter in some families (afmoe, ernie4_5_moe, laguna), a buffer in others."""
+"""By which routers choose experts, not weigh them: it follows how many tokens each gets. A parameter in some families
+(afmoe, ernie4_5_moe, laguna), a buffer in others."""
 
 
 def unfreeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
@@ -51,10 +51,10 @@ def unfreeze(model: PreTrainedModel, tuning: TuningConfig) -> None:
     log.info("Training layers: %s", ", ".join(map(str, chosen)) or "none")
 
 
-def freeze_counts(model: nn.Module) -> None:
-    """Take the biases that follow how many tokens an expert gets out of what is trained: they have no gradient."""
+def freeze_choices(model: nn.Module) -> None:
+    """Take out of what is trained what chooses experts or positions and has no gradient: ranks would wait for one."""
     for name, parameter in model.named_parameters():
-        if name.endswith(_COUNTED):
+        if name.endswith(_COUNTED) or INDEXERS in name:
             parameter.requires_grad_(False)
 
 

@@ -38,15 +38,19 @@ class LoraTargets:
 
 
 def linear_kinds(model: PreTrainedModel) -> list[str]:
-    """The kinds of linear layers, by the last part of their names, in order of appearance; never the head.
+    """The kinds of linear layers, by the last part of their names, in order of appearance; never the head, nor what has
+    no gradient.
 
     Quantised linear layers of bitsandbytes are linear layers too.
     """
     head = model.get_output_embeddings()
     found = (name for name, module in model.named_modules() if _is_linear(module) and module is not head)
-    return list(dict.fromkeys(_kind(name) for name in found))
+    return list(dict.fromkeys(_kind(name) for name in found if INDEXERS not in name))
 
 
+INDEXERS = ".indexer."
+"""In the names of what chooses the positions that sparse attention looks at (deepseek_v32, glm_moe_dsa): computed
+without gradients in Transformers, and trained by a loss of its own where these models come from."""
 _ARE_LINEAR = frozenset({"FalconLinear"})
 """Classes of a model's own that compute what linear layers do."""
 

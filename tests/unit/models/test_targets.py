@@ -9,6 +9,11 @@ from fourfold.models.targets import lora_targets
 from tiny_models import tiny_model
 
 
+def test_lora_targets_when_all_are_wanted_leave_out_what_has_no_gradient() -> None:
+    """What chooses the positions of sparse attention."""
+    assert {"wk", "wq_b", "weights_proj"}.isdisjoint(lora_targets(tiny_model("glm_moe_dsa"), ["all"]).modules)
+
+
 def test_lora_targets_when_there_is_no_linear_layer_says_so() -> None:
     with pytest.raises(ConfigError, match="lora_target: all finds no linear layer in a gpt2 model"):
         lora_targets(tiny_model("gpt2"), ["all"])
