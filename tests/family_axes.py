@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-from fourfold.families.recurrent import MIXERS
-from fourfold.families.shared_positions import is_exchangeable
 from fourfold.families.tensor_styles import TENSOR_FAMILIES
+from fourfold.models.forward import supports_packing
 from fourfold.planning.read_shape import read_shape
-from tiny_models import FAMILIES, FURTHER_FAMILIES, HYBRIDS, OTHER_FAMILIES, tiny_config
-
-EVERY_FAMILY = tuple(sorted(FAMILIES | FURTHER_FAMILIES | HYBRIDS | OTHER_FAMILIES))
+from tiny_models import tiny_config, tiny_model
 
 
 def packs(family: str) -> bool:
     """Whether several samples lie in one row."""
-    config = tiny_config(family)
-    return family in MIXERS or is_exchangeable(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return supports_packing(tiny_model(family))
 
 
 def axes_of(family: str) -> frozenset[str]:

@@ -236,6 +236,8 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 """Families with layers that carry a state along a row, beside attention."""
 
+EVERY_FAMILY = FAMILIES | HYBRIDS | FURTHER_FAMILIES | OTHER_FAMILIES
+
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 
 
@@ -253,7 +255,7 @@ SMALL_SIZES: dict[str, Any] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> PreTrainedConfig:
     """A config of a few ten thousand parameters; `overrides` are entries of that config."""
-    entries = {**_DENSE, **(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OTHER_FAMILIES)[model_type], **overrides}
+    entries = {**_DENSE, **EVERY_FAMILY[model_type], **overrides}
     if model_type == "falcon":
         del entries["head_dim"]  # which it says itself
     return AutoConfig.for_model(model_type, **entries)

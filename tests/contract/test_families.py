@@ -22,9 +22,9 @@ from fourfold.models.patches import peft_noise_ignored
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.models.weights import save_model
 from tiny_models import (
+    EVERY_FAMILY,
     FAMILIES,
     FURTHER_FAMILIES,
-    HYBRIDS,
     MOE_FAMILIES,
     OTHER_FAMILIES,
     save_tiny_model,
@@ -107,7 +107,7 @@ def test_lora_on_a_mixture_model_adapts_the_experts(family: str, tmp_path: Path)
     assert any("experts" in name and parameter.requires_grad for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES | HYBRIDS | FURTHER_FAMILIES | OTHER_FAMILIES))
+@pytest.mark.parametrize("family", sorted(EVERY_FAMILY))
 def test_head_when_there_are_no_weights_is_told_as_with_them(family: str) -> None:
     """A sharded run looks at the head before any weight is read."""
     model = tiny_model(family)

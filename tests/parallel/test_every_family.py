@@ -8,10 +8,10 @@ import pytest
 import torch
 from harness import Case, Curve, assert_same, assert_together_same, run_ranks, train
 
-from family_axes import EVERY_FAMILY, axes_of, packs
+from family_axes import axes_of, packs
 from fourfold.parallel.mesh import Mesh, build_mesh, single
 from fourfold.planning.layout import Layout
-from tiny_models import FURTHER_FAMILIES, OTHER_FAMILIES
+from tiny_models import EVERY_FAMILY, FURTHER_FAMILIES, OTHER_FAMILIES
 
 _CPU = torch.device("cpu")
 _MILD = (("initializer_range", 0.1),)
@@ -43,7 +43,7 @@ def _curves(mesh_of: Callable[[], Mesh], names: Sequence[str]) -> dict[str, Curv
 @pytest.fixture(scope="module")
 def references() -> dict[str, Curve]:
     """The curves of one process."""
-    [found] = run_ranks(1, lambda: _curves(lambda: single(_CPU), EVERY_FAMILY))
+    [found] = run_ranks(1, lambda: _curves(lambda: single(_CPU), tuple(EVERY_FAMILY)))
     return found
 
 

@@ -31,9 +31,9 @@ _DECODERS = {
 """By type of the whole, where the decoder is in Transformers' class."""
 _USUAL_DECODER = "model.language_model"
 _HEADS = {"llama4": "language_model.lm_head"}
-_OTHERS = frozenset({"blip-2", "instructblip", "instructblipvideo"})
-"""Types of wholes that keep their language model, whose own names are others, by itself."""
 _USUAL_HEAD = "lm_head"
+_NAMED_OTHERWISE = frozenset({"blip-2", "instructblip", "instructblipvideo"})
+"""Types of wholes in which the language model's tensors have names that `RENAMED` does not know."""
 
 RENAMED = {
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?lm_head\.": "lm_head.",
@@ -74,11 +74,11 @@ def text_config(config: Any) -> Any | None:
         model_type, more = same
         entries = {"head_dim": text.hidden_size // text.num_attention_heads} | text.to_dict() | more
         rope = entries.pop("rope_parameters", None) or {}
-        plain = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 1e6)}
-        plain |= {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
+        kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        plain = {"rope_type": "default", "rope_theta": 1e6} | kept
         del entries["model_type"]
         text = CONFIG_MAPPING[model_type](**entries | {"rope_parameters": plain})
-    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in _OTHERS:
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in _NAMED_OTHERWISE:
         return None
     own_ties = getattr(text, "tie_word_embeddings", False)
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", own_ties))

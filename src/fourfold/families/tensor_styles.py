@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+GATHERS = "colwise_gather_output"
+"""Style of a matrix whose results ranks put together, since what follows needs all of them."""
+LINEAR_STYLES = ("colwise", GATHERS, "rowwise", "rowwise_split_input")
+
 TENSOR_FAMILIES = (
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe",
     "exaone", "exaone4", "exaone_moe", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
@@ -28,7 +35,7 @@ def _gated(path: str) -> dict[str, str]:
     }
 
 
-ADDED_STYLES: dict[str, dict[str, str]] = {
+_ADDED: dict[str, dict[str, str]] = {
     "exaone_moe": _gated("mlp.shared_experts"),
     "glm4_moe_lite": _gated("mlp.shared_experts"),
     "gpt_oss": {**_ATTENTION, f"{_LAYER}self_attn.sinks": "colwise"},
@@ -39,3 +46,13 @@ ADDED_STYLES: dict[str, dict[str, str]] = {
     "qwen2_moe": _gated("mlp.shared_expert"),
 }
 """Family -> pattern -> style."""
+
+
+def styles_of(model: Any) -> list[tuple[re.Pattern[str], str]]:
+    """Transformers' plan with what it leaves out, as patterns of full names, and the styles of what has such a name.
+
+    Args:
+        model: a PreTrainedModel; wrappers may add a prefix to its names.
+    """
+    plan = {**(model.tp_plan or {}), **_ADDED.get(model.config.get_text_config().model_type, {})}
+    return [(re.compile(re.escape(name).replace(r"\*", r"[^.]+")), style) for name, style in plan.items()]

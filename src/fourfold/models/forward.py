@@ -20,6 +20,7 @@ from fourfold.base.errors import ModelError
 from fourfold.base.log import get_logger
 from fourfold.dataset.batch import Batch
 from fourfold.families.decoder import chunk_of, decoder_of
+from fourfold.families.experts import experts_per_token
 from fourfold.families.recurrent import carries_state
 from fourfold.families.shared_positions import caps_scores, is_exchangeable
 from fourfold.models import attention, document_attention
@@ -438,9 +439,8 @@ class StepModel:
 
     @property
     def _choices(self) -> int:
-        """Experts that a token chooses, at most: Hunyuan's config may have one number for each layer."""
-        chosen = self._inner.config.num_experts_per_tok
-        return max(chosen) if isinstance(chosen, list | tuple) else chosen
+        """Experts that a token chooses."""
+        return experts_per_token(self._inner.config)
 
     def _as_copy(self, loss: Tensor) -> Tensor:
         """A router loss whose gradient is this rank's share, where several compute the same."""

@@ -22,6 +22,11 @@ _READ_AS_WEIGHTS = "out_proj"
 _READERS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """Model types in which PEFT refuses an adapter of `out_proj`, whose weight kernels read past it (PEFT 0.21,
 `tuners/tuners_utils.py`)."""
+INDEXERS = ".indexer."
+"""In the names of what chooses the positions that sparse attention looks at (deepseek_v32, glm_moe_dsa): computed
+without gradients in Transformers, and trained by a loss of its own where these models come from."""
+_ARE_LINEAR = frozenset({"FalconLinear"})
+"""Classes of a model's own that compute what linear layers do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +51,6 @@ def linear_kinds(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     found = (name for name, module in model.named_modules() if _is_linear(module) and module is not head)
     return list(dict.fromkeys(_kind(name) for name in found if INDEXERS not in name))
-
-
-INDEXERS = ".indexer."
-"""In the names of what chooses the positions that sparse attention looks at (deepseek_v32, glm_moe_dsa): computed
-without gradients in Transformers, and trained by a loss of its own where these models come from."""
-_ARE_LINEAR = frozenset({"FalconLinear"})
-"""Classes of a model's own that compute what linear layers do."""
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ With sequence parallelism the positions are shared between regions, too: norms a
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,14 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
-from fourfold.families.tensor_styles import ADDED_STYLES
+from fourfold.families.tensor_styles import GATHERS, LINEAR_STYLES, styles_of
 from fourfold.families.tensor_styles import TENSOR_FAMILIES as FAMILIES
 from fourfold.parallel import exchange
 from fourfold.parallel.linear import cut_adapters_of_experts, cut_linear
 from fourfold.parallel.shares import Cut, Share, Shares
 from fourfold.parallel.vocabulary import VocabularyShare, share_embedding
 
-_LINEAR_STYLES = ("colwise", "colwise_gather_output", "rowwise", "rowwise_split_input")
 _SEQUENCE = 1
 """Dimension of the positions in hidden states [B, S, hidden size]."""
 
@@ -92,13 +90,6 @@ def even_range(total: int, index: int, count: int) -> tuple[int, int]:
     return index * total // count, (index + 1) * total // count
 
 
-def _styles(root: PreTrainedModel) -> list[tuple[re.Pattern[str], str]]:
-    """The plan as patterns of full names, without the prefix that wrappers may add."""
-    added = ADDED_STYLES.get(root.config.get_text_config().model_type, {})
-    plan = {**(root.tp_plan or {}), **added}
-    return [(re.compile(re.escape(name).replace(r"\*", r"[^.]+")), style) for name, style in plan.items()]
-
-
 def _regions(block: nn.Module) -> Iterator[nn.Module]:
     for child in block.children():
         if any(parameter.ndim > 1 for parameter in child.parameters()):
@@ -120,7 +111,7 @@ class _Sharer:
         self._root, self._shares, self._sequence, self._loss = root, shares, sequence, loss
         self._vocabulary = vocabulary if loss else None
         self._group, self._rank, self._size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-        self._styles = _styles(root)
+        self._styles = styles_of(root)
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.to_dict().get("num_key_value_heads") or self._heads
         self._kv_replicas = _replicas(mesh, self._kv_heads)
@@ -153,7 +144,7 @@ class _Sharer:
         found: dict[str, str] = {}
         for child_name, child in region.named_modules():
             path = f"{name}.{child_name}" if child_name else name
-            if (style := self._style(path)) in _LINEAR_STYLES:
+            if (style := self._style(path)) in LINEAR_STYLES:
                 self._share_linear(child, path, style)
                 found[child_name] = style
             for parameter in [name for name, _ in child.named_parameters(recurse=False)]:
@@ -182,13 +173,13 @@ class _Sharer:
         else:
             cut = Cut(dim, (even_range(total, self._rank, self._size),))
             note = Share((), parts=self._size)
-        if style in ("colwise_gather_output", "rowwise_split_input") and total % self._size:
+        if style in (GATHERS, "rowwise_split_input") and total % self._size:
             raise PlanError(
                 f"parallel.tp: {self._size} does not divide the {total} features of {name}. Use a size that does."
             )
         for owner, parameter, part in cut_linear(layer, name, cut, copies=self._size):
             self._put(owner, parameter, part, note)
-        if style == "colwise_gather_output":
+        if style == GATHERS:
             layer.register_forward_hook(self._gather_features)
         elif style == "rowwise_split_input":
             layer.register_forward_pre_hook(_TakeFeatures(cut))

@@ -186,11 +186,12 @@ def _feed_forward(
     """MLP or experts: kept without recompute (its input aside), results of products, and working space."""
     c, hidden = job.compute_bytes, shape.hidden
     gates = 2 if shape.gated else 1
-    dense = _dense_width(layer) / layer.split_by("mlp", layout.tp)
+    width = _dense_width(layer)
+    dense = width / layer.split_by("mlp", layout.tp)
     # the activated gate, or what is activated; and the input of the last product
     learns = any(_is_down(weight) and (trained or gets_adapter(job, weight)) for weight in layer.weights)
     none = c * dense * (gates + (1 if shape.gated else 0) + learns)
-    outputs = c * (gates * _dense_width(layer) / layer.cut_by("mlp", layout.tp) + (hidden if dense else 0))
+    outputs = c * (gates * width / layer.cut_by("mlp", layout.tp) + (hidden if dense else 0))
     working = 2 * c * dense
     return none + experts.none, outputs + experts.selective, working + experts.working
 

@@ -29,6 +29,7 @@ _CODE = (
     ("fourfold.families", "tensor_styles.py"),
     ("fourfold.families", "composite.py"),
     ("fourfold.families", "decoder.py"),
+    ("fourfold.families", "experts.py"),
     ("fourfold.families", "recurrent.py"),
     ("fourfold.families", "shared_positions.py"),
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +14,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 
 from fourfold.base.delta_rule_use import exchanged
 from fourfold.families.decoder import decoder_of, stage_names
+from fourfold.families.experts import experts_per_token, largest
 from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
-from fourfold.families.tensor_styles import ADDED_STYLES
+from fourfold.families.tensor_styles import GATHERS, LINEAR_STYLES, styles_of
 from fourfold.planning.shape import Kind, Layer, ModelShape, Weight
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-"""Names in families' configs of how many experts a token chooses."""
 _SCALES = frozenset({"logits_scaling", "logit_scale"})
 """Keys of a config by which the head's logits are multiplied or divided."""
 _STATE_TOKENS = 1024
-_GATHERS = "colwise_gather_output"
-_LINEAR_STYLES = ("colwise", _GATHERS, "rowwise", "rowwise_split_input")
 
 
 def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> ModelShape:
@@ -44,7 +40,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     prefix, blocks = _blocks(model, text.num_hidden_layers)
-    styles = _styles(model)
+    styles = styles_of(model)
     windows = _windows(text)
     reader = _Reader(model, styles)
     name = MIXERS.get(text.model_type, "")
@@ -66,7 +62,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         head_dim = entries["qk_nope_head_dim"] + entries["qk_rope_head_dim"]
     has_experts = any(layer.has_experts for layer in kinds)  # a config may have their number, and the model none
     experts = next((entries[key] for key in _EXPERTS if entries.get(key)), 0) if has_experts else 0
-    expert_intermediate = _largest(entries.get("moe_intermediate_size") or entries.get("intermediate_size") or 0)
+    expert_intermediate = largest(entries.get("moe_intermediate_size") or entries.get("intermediate_size") or 0)
     names = [weight.name for kind in kinds for weight in kind.weights]
     return ModelShape(
         family=text.model_type,
@@ -80,7 +76,7 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         max_positions=entries.get("max_position_embeddings") or 0,
         tied=_is_tied(model),
         experts=experts,
-        experts_per_token=_largest(next((entries[key] for key in _CHOSEN if entries.get(key)), 0)) if experts else 0,
+        experts_per_token=experts_per_token(text) if experts else 0,
         expert_intermediate=expert_intermediate if experts else 0,
         gated=any("gate" in name and "proj" in name for name in names),
         kinds=tuple(kinds),
@@ -93,11 +89,6 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
         caps_scores=caps_scores(text),
         changed_logits=2 if entries.get("final_logit_softcapping") else int(not _SCALES.isdisjoint(entries)),
     )
-
-
-def _largest(number: int | Sequence[int]) -> int:
-    """Of a number that a config may have for each layer (Hunyuan)."""
-    return max(number) if isinstance(number, Sequence) else number
 
 
 def own_quantization(config: PreTrainedConfig) -> tuple[int | None, bool]:
@@ -158,7 +149,7 @@ class _Reader:
             cut=self._cut(owner, path, shape),
             of_kv=name.split(".")[-2:-1] in (["k_proj"], ["v_proj"]),
             linear=isinstance(owner, nn.Linear) and len(shape) == 2 and owner is not self._head,
-            gathered=len(shape) == 2 and self._style(path.rsplit(".", 1)[0]) == _GATHERS and owner is not self._head,
+            gathered=len(shape) == 2 and self._style(path.rsplit(".", 1)[0]) == GATHERS and owner is not self._head,
         )
 
     def _kind(self, owner: nn.Module, name: str, shape: tuple[int, ...]) -> Kind:
@@ -185,7 +176,7 @@ class _Reader:
         style = self._style(path)
         if style is None:
             style = self._style(path.rsplit(".", 1)[0])
-            style = style if style in _LINEAR_STYLES else None
+            style = style if style in LINEAR_STYLES else None
         if style is None:
             return None
         if len(shape) == 1:
@@ -230,12 +221,6 @@ def _state_bytes(block: nn.Module, name: str, hidden: int) -> int:
     except (RuntimeError, NotImplementedError, TypeError):
         return 0
     return sum(storage.nbytes() for storage in seen.values()) // _STATE_TOKENS
-
-
-def _styles(model: PreTrainedModel) -> list[tuple[re.Pattern[str], str]]:
-    added = ADDED_STYLES.get(model.config.get_text_config().model_type, {})
-    plan: dict[str, Any] = {**(model.tp_plan or {}), **added}
-    return [(re.compile(re.escape(name).replace(r"\*", r"[^.]+")), style) for name, style in plan.items()]
 
 
 def _windows(text: PreTrainedConfig) -> list[int | None]:
