@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch._dynamo
 from harness import Case, Curve, alone, assert_together_same, run_ranks, train, under
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 
 from fourfold.models.compiled import compile_layers, recompute_compiled
 from fourfold.models.forward import StepModel
@@ -78,30 +80,53 @@ IN_EVERY_RUN = {
 }
 
 
-def run_compiled(case: Case, layout: Layout, *, again: bool = False) -> list[tuple[Curve, int]]:
-    """Every rank's curve with compiled layers, and how many graphs it compiled.
+class Run(NamedTuple):
+    """One rank's.
+
+    Attributes:
+        graphs: how many were compiled.
+        frames: how many functions were traced for them.
+        numbers: attributes of modules that are inputs of a graph.
+    """
+
+    curve: Curve
+    graphs: int
+    frames: int
+    numbers: list[str]
+
+
+def run_compiled(case: Case, layout: Layout, *, again: bool = False) -> list[Run]:
+    """Every rank's run with compiled layers.
 
     Args:
         again: layers are computed again in the backward pass.
     """
 
-    def work() -> tuple[Curve, int]:
+    def work() -> Run:
         compiled: list[nn.Module] = []
+        numbers: list[str] = []
+
+        def noting(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+            values = [(node.name, node.meta["example_value"]) for node in graph.graph.find_nodes(op="placeholder")]
+            numbers.extend(name for name, value in values if isinstance(value, torch.SymInt) and "modules" in name)
+            return lookup_backend("aot_eager")(graph, inputs, **options)
 
         def compile_once(model: StepModel, split: Parallelized) -> None:
             if not compiled:
                 inner = base_model(model.module)
                 compiled.extend(decoder_blocks(inner)[1])
                 around = [*experts_and_adapters(inner), *(find_routers(inner) if case.router else ())]
-                compile_layers(compiled, around=around, in_context=layout.cp > 1, backend="aot_eager")
+                compile_layers(compiled, around=around, in_context=layout.cp > 1, backend=noting)
                 if again:
                     assert model.noise is not None
                     recompute_compiled(compiled, model.noise.remembered)
                 model.module.train()
 
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        counted = torch._dynamo.utils.counters
+        graphs, frames = counted["stats"]["unique_graphs"], counted["frames"]["total"]
         curve = train(case, build_mesh(layout, torch.device("cpu")), before=compile_once)
-        return curve, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+        graphs, frames = counted["stats"]["unique_graphs"] - graphs, counted["frames"]["total"] - frames
+        return Run(curve, graphs, frames, numbers)
 
     return run_ranks(layout.world_size, work)
 
@@ -122,13 +147,16 @@ def run_compiled(case: Case, layout: Layout, *, again: bool = False) -> list[tup
 def test_training_when_layers_are_compiled_equals_one_process(
     layout: str, case: str, again: bool, references: dict[str, Curve]
 ) -> None:
-    curves, graphs = zip(*run_compiled(CASES[case], LAYOUTS[layout], again=again), strict=True)
-    assert_together_same(list(curves), references[case])
+    runs = run_compiled(CASES[case], LAYOUTS[layout], again=again)
+    assert_together_same([run.curve for run in runs], references[case])
     # for all layers and lengths together: the first layer's input has a gradient or not; gemma3 has two kinds of
     # layers; what lies around experts or attention is cut in two
     most = 8 if case == "gemma3-full" else 20 if case in HAVE_EXPERTS else 5
     most = 40 if LAYOUTS[layout].cp > 1 else most  # and rows are one or several, whose graphs differ
-    assert all(1 <= number <= most for number in graphs)
+    assert all(1 <= run.graphs <= most for run in runs)
+    assert not any(run.numbers for run in runs)  # a head's size is a constant, also of a layer cut by FSDP
+    if LAYOUTS[layout].cp == 1:  # what wraps a layer's forward pass is not traced up to what it is compiled around
+        assert all(run.frames <= run.graphs + 4 for run in runs)
 
 
 @pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.grid)])
@@ -139,8 +167,8 @@ def test_balance_of_experts_when_layers_are_compiled_around_routers_is_that_of_p
     case = Case("qwen3_moe", packed=False, router=0.1)  # one of a micro-batch, so the same layout is compared
     plain = under(case, layout)
     assert plain[0].losses != pytest.approx(under(replace(case, router=0.0), layout)[0].losses, abs=1e-2)
-    for (curve, graphs), expected in zip(run_compiled(case, layout, again=again), plain, strict=True):
-        assert curve.losses == pytest.approx(expected.losses, abs=1e-5)
-        assert curve.norms == pytest.approx(expected.norms, rel=1e-4)
-        torch.testing.assert_close(curve.gradients, expected.gradients, rtol=1e-4, atol=1e-6)
-        assert 1 <= graphs <= 24
+    for run, expected in zip(run_compiled(case, layout, again=again), plain, strict=True):
+        assert run.curve.losses == pytest.approx(expected.losses, abs=1e-5)
+        assert run.curve.norms == pytest.approx(expected.norms, rel=1e-4)
+        torch.testing.assert_close(run.curve.gradients, expected.gradients, rtol=1e-4, atol=1e-6)
+        assert 1 <= run.graphs <= 24

@@ -39,6 +39,9 @@ Backend = str | Callable[..., Any]
 _MOST_VARIANTS = 64
 """Kinds of layers and of inputs that may be compiled; torch gives up after 8 by itself."""
 
+_WRAPS_ALONE = frozenset(("transformers.modeling_layers", "transformers.utils.deprecation"))
+"""Modules whose wrappers of a layer's forward pass do nothing in training: see `_unwrapped`."""
+
 
 def _nothing() -> Callable[[], AbstractContextManager[None]]:
     """Layers read nothing but their inputs."""
@@ -147,7 +150,20 @@ class CompiledForward:
         return checkpoint(run, *args, **own, **kwargs)
 
     def _compile(self, backend: Backend) -> Callable[..., Any]:
-        return torch.compile(self._own, fullgraph=self._whole, dynamic=True, backend=backend)
+        own = self._own if self._whole else _unwrapped(self._own)
+        return torch.compile(own, fullgraph=self._whole, dynamic=True, backend=backend)
+
+
+def _unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound forward pass without what Transformers wraps it in: checkpoints, which are made here, and old names.
+
+    What breaks a graph in a function breaks it in each that calls it, and only the innermost can be compiled up to
+    there: each wrapper (a layer cut by FSDP has three) costs as much tracing as the layer itself.
+    """
+    function = getattr(forward, "__func__", None)
+    while (wrapped := getattr(function, "__wrapped__", None)) and function.__globals__["__name__"] in _WRAPS_ALONE:
+        function = wrapped
+    return forward if function is None else function.__get__(forward.__self__)  # type: ignore[attr-defined]
 
 
 def _leave_out(modules: Sequence[nn.Module], shared: Compiled, backend: Backend) -> None:
@@ -241,6 +257,8 @@ def compile_layers(
         if hasattr(functorch, setting):
             setattr(functorch, setting, True)
     torch._dynamo.config.optimize_ddp = False  # it cuts a function at DDP's buckets; a layer's gradients come together
+    # or numbers of FSDP's modules, as a head's size, are symbols: slow to trace, and kernels divide by what they read
+    torch._dynamo.config.skip_fsdp_guards = False
     torch._dynamo.config.specialize_float = True  # scales of adapters are constants, not inputs to read from the host
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
     shared, left_out = Compiled(), set(around)

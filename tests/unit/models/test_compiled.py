@@ -358,12 +358,12 @@ def test_compiled_layers_when_experts_are_left_out_run_them_as_they_are(recomput
         ids = torch.randint(3, 60, (1, tokens), generator=torch.Generator().manual_seed(tokens))
         for model in (plain, fast):
             model.zero_grad()
-            model(input_ids=ids).logits.square().mean().backward()
+            model(input_ids=ids, use_cache=False).logits.square().mean().backward()
         pairs = zip(plain.parameters(), fast.parameters(), strict=True)
         assert all(torch.equal(one.grad, other.grad) for one, other in pairs if one.grad is not None)  # type: ignore[arg-type]
     assert len(hosts) == 3 * 5 * (2 if recompute else 1)
-    # the first layer, whose input has no gradient, and the others, each cut at the experts; and the gate
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 20
+    # what comes before and after the experts in a layer and in the block that has them, and the gate
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 5
 
 
 def test_compiled_layers_when_too_many_variants_are_asked_for_run_as_they_are() -> None:
