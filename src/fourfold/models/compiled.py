@@ -257,7 +257,7 @@ def compile_layers(
         if hasattr(functorch, setting):
             setattr(functorch, setting, True)
     torch._dynamo.config.optimize_ddp = False  # it cuts a function at DDP's buckets; a layer's gradients come together
-    # or numbers of FSDP's modules, as a head's size, are symbols: slow to trace, and kernels divide by what they read
+    # or numbers of FSDP's modules, as a head's size, are symbols, which take most of the time that tracing takes
     torch._dynamo.config.skip_fsdp_guards = False
     torch._dynamo.config.specialize_float = True  # scales of adapters are constants, not inputs to read from the host
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
