@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from harness import Case, Curve, alone, assert_same, make_model, run_ranks, train, under
+from harness import Case, Curve, alone, assert_same, assert_together_same, make_model, run_ranks, train, under
 from transformers import CONFIG_MAPPING
 
+from fourfold.models.unpacked import keep_unpacked
 from fourfold.parallel.mesh import Mesh, build_mesh, single
 from fourfold.parallel.tensor import FAMILIES as TENSOR_FAMILIES
 from fourfold.planning.layout import Layout
@@ -70,6 +72,27 @@ def test_training_when_matrices_are_shared_equals_one_process(
 ) -> None:
     for curve in under(CASES[case], LAYOUTS[layout]):
         assert_same(curve, references[case])
+
+
+@pytest.mark.parametrize("family", ["llama", "starcoder2", "phi3"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, pp=2)], ids=["tp2", "tp2xpp2"])
+def test_training_when_parts_of_4_bits_are_unpacked_for_good_equals_one_process(layout: Layout, family: str) -> None:
+    """Of layers with biases, too, and of those that gather what the ranks have."""
+    case = replace(CASES["llama-qlora"], family=family, steps=(0, 1, 4))
+
+    def work() -> tuple[list[int], Curve]:
+        counts: list[int] = []
+        curve = train(
+            case,
+            build_mesh(layout, _CPU),
+            before=lambda model, split: counts.append(keep_unpacked(model.module)),
+        )
+        return counts, curve
+
+    expected = alone(case)
+    found = run_ranks(layout.world_size, work)
+    assert all(counts[0] > 0 and not any(counts[1:]) for counts, _ in found)
+    assert_together_same([curve for _, curve in found], expected)
 
 
 def _all_families(mesh_of: Callable[[], Mesh], names: Sequence[str]) -> dict[str, Curve]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -160,10 +161,12 @@ def _unwrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     What breaks a graph in a function breaks it in each that calls it, and only the innermost can be compiled up to
     there: each wrapper (a layer cut by FSDP has three) costs as much tracing as the layer itself.
     """
-    function = getattr(forward, "__func__", None)
-    while (wrapped := getattr(function, "__wrapped__", None)) and function.__globals__["__name__"] in _WRAPS_ALONE:
-        function = wrapped
-    return forward if function is None else function.__get__(forward.__self__)  # type: ignore[attr-defined]
+    if not isinstance(forward, MethodType):
+        return forward
+    function: Any = forward.__func__
+    while hasattr(function, "__wrapped__") and function.__globals__["__name__"] in _WRAPS_ALONE:
+        function = function.__wrapped__
+    return MethodType(function, forward.__self__)
 
 
 def _leave_out(modules: Sequence[nn.Module], shared: Compiled, backend: Backend) -> None:

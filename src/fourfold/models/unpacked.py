@@ -17,21 +17,22 @@ from fourfold.parallel.packed import is_packed
 
 
 def keep_unpacked(model: nn.Module) -> int:
-    """Put plain layers in the place of all that bitsandbytes has packed into 4 bits, one after the other.
+    """Make plain layers of all that bitsandbytes has packed into 4 bits, one after the other, in place.
 
-    Adapters stay the parameters that they are. To be done before a step is compiled or recorded.
+    Layers stay the objects that they are, with their hooks, and adapters their parameters. To be done before a step is
+    compiled or recorded.
 
     Args:
-        model: on its device, not split over ranks.
+        model: on its device, with what this rank has of it for good.
     Returns:
         how many layers were packed.
     """
     count = 0
     for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
+        for layer in parent.children():
             if not isinstance(layer, nn.Linear) or not is_packed(layer):
                 continue
-            setattr(parent, name, _plain(layer))
+            _unpack(layer)
             count += 1
             if isinstance(parent, LoraLayer):
                 _adapt_plain(parent)
@@ -40,13 +41,13 @@ def keep_unpacked(model: nn.Module) -> int:
     return count
 
 
-def _plain(packed: Any) -> nn.Linear:
-    """A layer with the weight that a packed one stands for, in the dtype in which it computes."""
+def _unpack(packed: Any) -> None:
+    """Give a packed layer the weight that it stands for, in the dtype in which it computes."""
     weight = whole(FrozenWeight.packed([packed]), packed.compute_dtype)
-    layer = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = packed.bias
-    return layer.train(packed.training)
+    packed.__class__ = nn.Linear
+    packed.weight = nn.Parameter(weight, requires_grad=False)
+    for name in ("quant_state", "quant_storage", "compute_dtype"):
+        packed.__dict__.pop(name, None)
 
 
 def _adapt_plain(adapted: Any) -> None:

@@ -80,9 +80,11 @@ def room_for_step(free: int) -> int:
 def may_unpack(job: Job, layout: Layout) -> bool:
     """Whether 4-bit weights may be unpacked once and kept.
 
-    Not where ranks split the model, whose parts are cut packed, nor where the least memory is asked for.
+    Not where ranks gather them, of which packed ones are a quarter to send, nor where a backward pass has two parts,
+    whose layers are PEFT's own, nor where the least memory is asked for.
     """
-    return job.bits == 4 and not layout.splits_model and layout.offload == "none" and not job.host_embedding
+    has_its_own = layout.shards == 1 and not layout.splits_backward and layout.offload == "none"
+    return job.bits == 4 and has_its_own and not job.host_embedding
 
 
 def may_spare(job: Job, layout: Layout, recompute: Recompute) -> bool:

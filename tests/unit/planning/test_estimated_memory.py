@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from fourfold.config.load import load
 from fourfold.planning.job import Job, Recompute
+from fourfold.planning.keeps import Keeps
 from fourfold.planning.layout import Layout
 from fourfold.planning.memory import estimate_memory
 from fourfold.planning.read_shape import read_shape
@@ -124,6 +125,22 @@ def test_memory_is_what_the_engine_takes(
     steps = 4 * 1000  # Adam's counters, one a parameter
     assert found.optimizer == pytest.approx(optimizer_bytes(job, part.trained), abs=steps)
     predicted = estimate_memory(shape, job, layout, recompute, tokens, rank=stage)
+    assert predicted.allocated == pytest.approx(found.peak.total, rel=_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(), marks=pytest.mark.grid), Layout(tp=2), Layout(pp=2)], ids=Layout.describe
+)
+def test_memory_when_parts_of_4_bits_are_unpacked_is_what_the_engine_takes(
+    layout: Layout, folders: dict[str, Path]
+) -> None:
+    run = load({"model_name_or_path": str(folders["llama"]), **_TUNINGS["qlora"]})
+    shape = read_shape(AutoConfig.from_pretrained(folders["llama"]))
+    job = replace(Job.of(run), sequence=2048, micro_batch=2048, sequences_per_step=2 * layout.dp)
+    found = rehearse(run, layout, Workload((2048,), 2), unpacked=True)
+    kept = Keeps(unpacked=True).job(job)
+    assert found.parameters == held_part(shape, kept, layout, 0).weights
+    predicted = estimate_memory(shape, kept, layout, "none", 2048, rank=0)
     assert predicted.allocated == pytest.approx(found.peak.total, rel=_TOLERANCE)
 
 

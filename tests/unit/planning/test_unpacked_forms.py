@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from fourfold.planning.hardware import build_cluster
 from fourfold.planning.job import Job
+from fourfold.planning.keeps import may_unpack
+from fourfold.planning.layout import Layout
 from fourfold.planning.search import search
 from fourfold.planning.shape import ModelShape
 
@@ -25,7 +27,7 @@ def test_plan_when_there_is_room_unpacks_once_and_says_so(shape_of: Callable[[st
     assert (best.memory, best.cost) == (plain.memory, plain.cost)  # LoRA's speed
 
 
-def test_plan_when_there_is_no_room_or_ranks_split_the_model_leaves_weights_packed(
+def test_plan_when_there_is_no_room_or_ranks_gather_weights_leaves_them_packed(
     shape_of: Callable[[str], ModelShape],
 ) -> None:
     shape = shape_of("Llama-3-8B")
@@ -36,4 +38,14 @@ def test_plan_when_there_is_no_room_or_ranks_split_the_model_leaves_weights_pack
     assert low is not None
     assert not low.keeps.unpacked
     several = search(shape, _JOB, build_cluster("h100", 8))
-    assert {found.keeps.unpacked for found in several.layouts if found.layout.splits_model} <= {False}
+    assert {found.keeps.unpacked for found in several.layouts if found.layout.shards > 1} <= {False}
+
+
+def test_plan_when_ranks_share_or_stage_the_model_unpacks_their_parts(
+    shape_of: Callable[[str], ModelShape],
+) -> None:
+    job = replace(_JOB, sequences_per_step=64)
+    several = search(shape_of("Llama-3-70B"), job, build_cluster("h100", 8))
+    assert {found.keeps.unpacked for found in several.layouts if found.layout.pp == 8} == {True}
+    assert not may_unpack(_JOB, Layout(pp=2, pp_schedule="zbv"))
+    assert may_unpack(_JOB, Layout(pp=2, tp=2))
