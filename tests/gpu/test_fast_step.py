@@ -340,14 +340,17 @@ def test_attention_of_equal_documents_gives_what_they_give_in_fp32(heads: int, k
         assert float((found.float() - expected).abs().max()) <= 1e-2 * float(expected.abs().max())
 
 
-def test_unpacking_when_compared_with_bitsandbytes_gives_the_same_numbers() -> None:
+@pytest.mark.parametrize("double", [True, False])
+def test_unpacking_when_compared_with_bitsandbytes_gives_the_same_numbers(double: bool) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
     from fourfold.parallel.unpack_kernel import unpack_nf4
 
     torch.manual_seed(0)
-    layer = Linear4bit(1088, 352, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+    layer = Linear4bit(
+        1088, 352, bias=False, compute_dtype=torch.bfloat16, compress_statistics=double, quant_type="nf4"
+    )
     layer.load_state_dict(torch.nn.Linear(1088, 352, bias=False).state_dict())
     layer = layer.to("cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -355,7 +358,7 @@ def test_unpacking_when_compared_with_bitsandbytes_gives_the_same_numbers() -> N
         state.dtype = dtype
         packed = FrozenWeight.packed([layer])
         found = torch.empty(352, 1088, dtype=dtype, device="cuda")
-        unpack_nf4(*packed.tensors, packed.sizes, found)
+        unpack_nf4(packed.tensors, packed.sizes, found)
         expected = dequantize_4bit(layer.weight.data, state)
         if dtype == torch.float32:  # product and sum are one rounding in one of the two
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

@@ -20,7 +20,7 @@ from fourfold.parallel.packed import state_of
 _MOST_JOINED = 2**26
 """Numbers that are unpacked together at most, if they are more than one weight: 128 MiB in 16 bits."""
 
-_PLAIN_SCALES, _PACKED_SCALES = 2, 6
+_PLAIN_SCALES, _PACKED_SCALES = 3, 6
 """Tensors of a packed weight whose scales are plain, and whose scales are packed themselves."""
 
 
@@ -29,9 +29,9 @@ class FrozenWeight(NamedTuple):
 
     Attributes:
         tensors: the weight itself; or, of each packed weight that it is joined of, two columns a byte in whatever
-            dtype they are stored, and its scales: one a block, fp32; or, where these are packed themselves, as codes
-            [uint8] with what unpacks them: their scales, the table of codes, what is added, and the table of the
-            weight's own codes.
+            dtype they are stored, its scales: one a block, fp32; or, where these are packed themselves, as codes
+            [uint8] with what unpacks them: their scales, the table of codes and what is added; and last the table of
+            the weight's own codes.
         sizes: of each packed weight rows, columns, columns of a block, and scales of a block of scales (0 where they
             are plain); empty for a plain weight.
         kind: plain, nf4 or fp4.
@@ -58,7 +58,8 @@ class FrozenWeight(NamedTuple):
             state = state_of(layer)
             tensors += [weight.data, state.absmax]
             if state.nested:
-                tensors += [state.state2.absmax, state.state2.code, state.offset, state.code]
+                tensors += [state.state2.absmax, state.state2.code, state.offset]
+            tensors.append(state.code)
             sizes += [*state.shape, state.blocksize, state.state2.blocksize if state.nested else 0]
         first = state_of(layers[0])
         return cls(tensors, sizes, first.quant_type, first.dtype)
@@ -114,26 +115,25 @@ def _unpack(packed: FrozenWeight, out: Tensor) -> None:
     if _has_kernel(packed):
         from fourfold.parallel.unpack_kernel import unpack_nf4
 
-        data, codes, scales, table, offset, own_table = packed.tensors
-        unpack_nf4(data, codes, scales, table, offset, own_table, packed.sizes, out)
+        unpack_nf4(packed.tensors, packed.sizes, out)
     else:
         out.copy_(_unpacked_by_library(packed))
 
 
 def _has_kernel(packed: FrozenWeight) -> bool:
     """Whether the kernel of our own takes a packed weight where it lies."""
-    rows, columns, block, second = packed.sizes
+    rows, columns, block, _ = packed.sizes
     data = packed.tensors[0]
-    in_one = bool(second) and packed.kind == "nf4" and rows * columns % block == 0
+    in_one = packed.kind == "nf4" and rows * columns % block == 0
     return in_one and data.is_cuda and is_ampere_or_later(data.device.index)
 
 
 def _unpacked_by_library(packed: FrozenWeight) -> Tensor:
     """One packed weight [rows, columns] by bitsandbytes, in the dtype it had."""
     rows, columns, block, second = packed.sizes
-    data, absmax, *others = packed.tensors
+    data, absmax, *others, _ = packed.tensors
     if second:
-        scales, table, offset, _ = others
+        scales, table, offset = others
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scales, table, second, torch.float32) + offset
     return torch.ops.bitsandbytes.dequantize_4bit(data, absmax, block, packed.kind, [rows, columns], packed.dtype)
 
