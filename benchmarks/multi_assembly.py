@@ -32,6 +32,7 @@ from fourfold.parallel.recompute import Recompute
 from fourfold.parallel.shares import Shares
 from fourfold.parallel.step import Step, StepResult
 from fourfold.parallel.sums import numbers_of
+from fourfold.planning.keeps import NOTHING, Keeps
 from fourfold.training.build import Built, build
 from fourfold.training.clipping import clip_for
 from fourfold.training.fast import Fast
@@ -104,16 +105,18 @@ def random_model(run: Run, mesh: Mesh) -> Model:
 
 
 def assemble(
-    run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Recompute = "none", spared: int = 0
+    run: Run, mesh: Mesh, model: Model, max_tokens: int, recompute: Recompute = "none", keeps: Keeps = NOTHING
 ) -> Ready:
     """Split a model and put its step and its optimizer together.
 
     Args:
         max_tokens: positions of a micro-batch on a data-parallel rank.
-        spared: the last layers, of which nothing is computed again.
+        keeps: whether 4-bit weights are unpacked, and of how many layers nothing is computed again.
     """
     built = build(run, resolve(run), mesh, *model, wishes=Fast(compiled=bool(run.training.torch_compile)))
-    built.recompute(recompute, spared)
+    if keeps.unpacked:
+        built.keep_unpacked(run)
+    built.recompute(recompute, keeps.spared)
     built.module.train()
     groups = parameter_groups(built.module, run.training, run.tuning)
     optimizer = registry.load("fourfold.training.optimizers", run.training.optim, key="optim")

@@ -53,7 +53,7 @@ def outlook_of(point: Point, card: Device, stage: int = 0) -> Outlook:
     _, shape, job = described(point)
     layout = point.layout
     cluster = build_cluster(card, layout.world_size)
-    return Outlook(shape, job, job, layout, cluster, stage).keeping(Keeps(spared=point.spared))
+    return Outlook(shape, job, job, layout, cluster, stage).keeping(Keeps(spared=point.spared, unpacked=point.unpacked))
 
 
 def _predict(row: dict[str, Any], card: Device, link: float | None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Speed:
         note: how it is cut down from what it stands for.
         target: tokens/s of each GPU, from the issue; for 8, and for 4 where the same rows fit.
         spared: the last layers, of which nothing is computed again.
+        unpacked: 4-bit weights are unpacked once and kept, as a run does where there is room.
         bubble: also find out what the pipeline idles, by passes of two lengths.
         seconds: that it is expected to take, loading included.
     """
@@ -41,6 +42,7 @@ class Speed:
     batches: int = 1
     layers: int = 0
     spared: int = 0
+    unpacked: bool = False
     note: str = ""
     target: float | None = None
     bubble: bool = False
@@ -153,6 +155,9 @@ _FOUR: dict[str, Speed] = {
     "8b-lora-tp4": Speed(_8B, "lora", Layout(tp=4), "none", _ROW),
     "8b-lora-tp4-compiled": Speed(_8B, "lora compiled", Layout(tp=4), "none", _ROW, seconds=40),
     "8b-qlora-tp4-compiled": Speed(_8B, "qlora compiled", Layout(tp=4), "none", _ROW, seconds=45),
+    "8b-qlora-tp4-unpacked-compiled": Speed(
+        _8B, "qlora compiled", Layout(tp=4), "none", _ROW, unpacked=True, seconds=45
+    ),
     "8b-full-fsdp2-tp2-compiled": Speed(_8B, "full compiled", Layout(dp_shard=2, tp=2), "none", _ROW, seconds=45),
     **_bubbles(
         32,

@@ -28,6 +28,7 @@ from fourfold.dataset.batch import Batch
 from fourfold.parallel.mesh import Mesh
 from fourfold.parallel.step import StepResult
 from fourfold.parallel.whole import everyone
+from fourfold.planning.keeps import Keeps
 from fourfold.training.host_speed import host_op_seconds
 from gpu_clock import gpu_events, mark, profiled, seconds_between
 from multi_assembly import Ready, assemble, free, made_up, peak_gib, random_model
@@ -81,7 +82,8 @@ def run_case(case: Speed, point: Point, mesh: Mesh, trace: Path | None = None) -
     free(mesh.device)
     held_before_gib = peak_gib(mesh.device)[0]
     started = time.perf_counter()
-    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute, point.spared)
+    keeps = Keeps(spared=point.spared, unpacked=point.unpacked)
+    ready = assemble(run, mesh, random_model(run, mesh), sum(point.sequences), point.recompute, keeps)
     if joins_gradients(point):
         ready.built.join_gradients()
     loaded_s, (loaded_gib, _) = time.perf_counter() - started, peak_gib(mesh.device)

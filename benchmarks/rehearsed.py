@@ -63,6 +63,7 @@ class Point:
         sequences: lengths of a micro-batch's documents.
         stage: rank of the pipeline.
         spared: layers of which nothing is computed again where others are.
+        unpacked: 4-bit weights are unpacked once and kept.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Point:
     stage: int = 0
     layers: int = 0
     spared: int = 0
+    unpacked: bool = False
 
     @property
     def name(self) -> str:
