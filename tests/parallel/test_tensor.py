@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, Curve, alone, assert_same, assert_together_same, make_model, run_ranks, train, under
+from harness import (
+    Case,
+    Curve,
+    alone,
+    assert_same,
+    assert_together_same,
+    largest_of,
+    make_model,
+    run_ranks,
+    train,
+    under,
+)
 from transformers import CONFIG_MAPPING
 
 from fourfold.models.unpacked import keep_unpacked
@@ -17,7 +28,9 @@ from fourfold.parallel.tensor import FAMILIES as TENSOR_FAMILIES
 from fourfold.planning.layout import Layout
 from tiny_models import FURTHER_EXPERTS, MOE_FAMILIES
 
-FAMILIES = [family for family in TENSOR_FAMILIES if family in CONFIG_MAPPING]  # of this version of Transformers
+FAMILIES = [  # of this version of Transformers; gemma4, whose tiny models round much, has a test of its own
+    family for family in TENSOR_FAMILIES if family in CONFIG_MAPPING and family != "gemma4_text"
+]
 _CPU = torch.device("cpu")
 _MILD = (("initializer_range", 0.1),)
 """Weights that magnify rounding less than the usual ones of the tests do."""
@@ -106,6 +119,51 @@ def test_training_when_matrices_are_shared_equals_one_process_for_every_family(l
     for found in run_ranks(2, lambda: _all_families(lambda: build_mesh(LAYOUTS[layout], _CPU), FAMILIES)):
         for name, curve in found.items():
             assert_same(curve, references[name], loss=5e-5 if name in (*MOE_FAMILIES, *FURTHER_EXPERTS) else 1e-5)
+
+
+_APART = (
+    ("num_kv_shared_layers", 0),
+    ("hidden_size_per_layer_input", 0),
+    ("attention_k_eq_v", True),
+    ("num_global_key_value_heads", 1),
+)
+_GEMMA4 = {
+    "small": Case(family="gemma4_text", overrides=_MILD),
+    "small-lora-padded": Case(family="gemma4_text", tuning="lora", packed=False, overrides=_MILD),
+    "dense": Case(family="gemma4_text", overrides=(*_MILD, *_APART)),
+    "experts-padded": Case(
+        family="gemma4_text",
+        packed=False,
+        overrides=(
+            *(*_MILD, *_APART, ("enable_moe_block", True)),
+            *(("num_experts", 4), ("top_k_experts", 2), ("moe_intermediate_size", 16)),
+        ),
+    ),
+}
+
+
+def _gemma4(mesh_of: Callable[[], Mesh]) -> dict[str, Curve]:
+    mesh = mesh_of()
+    return {name: train(replace(case, steps=(0, 1, 4)), mesh, exact=True) for name, case in _GEMMA4.items()}
+
+
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this version of Transformers has no Gemma 4")
+@pytest.mark.parametrize(
+    "layout", ["tp2", "tp2-no-sp", "tp4", *(pytest.param(name, marks=pytest.mark.grid) for name in ("fsdp2xtp2",))]
+)
+def test_training_of_gemma4_when_matrices_are_shared_equals_one_process(layout: str) -> None:
+    """In fp64 but for its norms: layers differ in their key heads, share keys, are given their own inputs of all
+    positions, and have routers beside their experts."""
+    [references] = run_ranks(1, lambda: _gemma4(lambda: single(_CPU)))
+    plan = LAYOUTS[layout]
+    for found in run_ranks(plan.world_size, lambda: _gemma4(lambda: build_mesh(plan, _CPU))):
+        for name, curve in found.items():
+            assert curve.losses == pytest.approx(references[name].losses, abs=1e-5)
+            largest = largest_of(references[name])
+            for key, grad in curve.gradients.items():
+                whole = references[name].gradients[key]
+                part = curve.shares[key].take(whole) if key in curve.shares else whole
+                assert float((part - grad).abs().max()) <= 1e-6 * largest, (name, key)
 
 
 def test_bytes_when_matrices_are_shared_are_a_share_on_each_rank() -> None:

@@ -39,6 +39,17 @@ def chunk_of(config: Any) -> int | None:
     return getattr(config, "attention_chunk_size", None) if "chunked_attention" in kinds else None
 
 
+def key_heads_of(config: Any) -> tuple[int, ...]:
+    """The numbers of key heads that a decoder's layers have, each once (of gemma4 they differ).
+
+    Args:
+        config: a PreTrainedConfig, of the text model.
+    """
+    own = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
+    layers = getattr(config, "per_layer_config", None) or ()
+    return tuple(sorted({own, *(layer.num_key_value_heads for layer in layers)}))
+
+
 def stage_names(decoder: Any) -> tuple[str, str, str] | None:
     """The names of embedding, layers and norm in a decoder, from the family's own pipeline plan.
 

@@ -7,15 +7,17 @@ from typing import Any
 
 GATHERS = "colwise_gather_output"
 """Style of a matrix whose results ranks put together, since what follows needs all of them."""
+ROUTES = "routes"
+"""Style of a router that is no part of its experts' region: all ranks choose alike, for all positions."""
 LINEAR_STYLES = ("colwise", GATHERS, "rowwise", "rowwise_split_input")
 
 TENSOR_FAMILIES = (
     "apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe",
-    "exaone", "exaone4", "exaone_moe", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
-    "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
-    "internlm3", "llama", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat",
-    "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
-    "starcoder2",
+    "exaone", "exaone4", "exaone_moe", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe",
+    "glm4_moe_lite", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "hy_v3", "internlm3", "llama", "mimo_v2_flash", "minimax_m2", "ministral", "ministral3",
+    "mistral", "mixtral", "nanochat", "olmo2", "olmo3", "olmoe", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
+    "seed_oss", "smollm3", "starcoder2",
 )  # fmt: skip
 """Families that train the same whether their matrices are shared or not; each is tested."""
 
@@ -38,6 +40,7 @@ def _gated(path: str) -> dict[str, str]:
 _ADDED: dict[str, dict[str, str]] = {
     "exaone_moe": _gated("mlp.shared_experts"),
     "glm4_moe_lite": _gated("mlp.shared_experts"),
+    "gemma4_text": {f"{_LAYER}router": ROUTES},
     "gpt_oss": {**_ATTENTION, f"{_LAYER}self_attn.sinks": "colwise"},
     "granitemoe": _ATTENTION,
     "granitemoeshared": _ATTENTION,

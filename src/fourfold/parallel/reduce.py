@@ -198,7 +198,8 @@ def _norm_of_shares(parameters: Sequence[nn.Parameter], spread: Spread) -> Tenso
     total = torch.zeros(1, dtype=torch.float64, device=spread.device)
     for grads, weights in alike.values():
         # in a few kernels: by two for each of an adapter's hundreds of small tensors a GPU waited 30 ms a step
-        norms = torch._foreach_norm(grads, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        norms = torch._foreach_norm(grads, 2, dtype=wide)  # pyright: ignore[reportPrivateImportUsage]
         squares = torch.stack(norms).double().square().to(spread.device)
         total += squares @ to_device(torch.tensor(weights, dtype=torch.float64), spread.device)
     dist.all_reduce(total)

@@ -22,7 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from fourfold.base.errors import PlanError
-from fourfold.families.tensor_styles import GATHERS, LINEAR_STYLES, styles_of
+from fourfold.base.peft import LoraLayer
+from fourfold.families.decoder import key_heads_of
+from fourfold.families.tensor_styles import GATHERS, LINEAR_STYLES, ROUTES, styles_of
 from fourfold.families.tensor_styles import TENSOR_FAMILIES as FAMILIES
 from fourfold.parallel import exchange
 from fourfold.parallel.linear import cut_adapters_of_experts, cut_linear
@@ -31,6 +33,11 @@ from fourfold.parallel.vocabulary import VocabularyShare, share_embedding
 
 _SEQUENCE = 1
 """Dimension of the positions in hidden states [B, S, hidden size]."""
+
+
+def _positions(hidden: Tensor) -> int:
+    """The dimension of the positions in hidden states, [B, S, hidden size] or [B S, hidden size]."""
+    return _SEQUENCE if hidden.ndim > 2 else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +120,8 @@ class _Sharer:
         self._group, self._rank, self._size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self._styles = styles_of(root)
         self._heads: int = config.num_attention_heads
-        self._kv_heads: int = config.to_dict().get("num_key_value_heads") or self._heads
-        self._kv_replicas = _replicas(mesh, self._kv_heads)
+        self._kv_replicas = {count: _replicas(mesh, count) for count in key_heads_of(config)}
+        self._kv_heads = max(self._kv_replicas)
         self._cut: set[tuple[nn.Module, str]] = set()
 
     def run(self, runs: Sequence[Sequence[nn.Module]]) -> TensorSplit:
@@ -129,6 +136,8 @@ class _Sharer:
                     router_copies = self._size
             if self._sequence:
                 self._note_partial(block)
+                if getattr(block, "hidden_size_per_layer_input", None):
+                    block.register_forward_pre_hook(self._take_per_layer_input)
         for blocks in runs if self._sequence else ():
             blocks[0].register_forward_pre_hook(self._enter_blocks, with_kwargs=True, prepend=True)
             blocks[-1].register_forward_hook(self._leave_blocks)
@@ -141,11 +150,16 @@ class _Sharer:
 
     def _share_region(self, region: nn.Module, name: str) -> bool:
         """Cut a region's matrices and exchange at its borders; returns whether any was cut."""
+        if self._style(name) == ROUTES:
+            self._note_partial(region)
+            region.register_forward_pre_hook(self._enter_region, with_kwargs=True, prepend=True)
+            return False
         found: dict[str, str] = {}
+        kv_heads = self._kv_heads_of(region)
         for child_name, child in region.named_modules():
             path = f"{name}.{child_name}" if child_name else name
             if (style := self._style(path)) in LINEAR_STYLES:
-                self._share_linear(child, path, style)
+                self._share_linear(child, path, style, kv_heads)
                 found[child_name] = style
             for parameter in [name for name, _ in child.named_parameters(recurse=False)]:
                 # PEFT's wrappers of stacked experts lie between the names
@@ -154,22 +168,22 @@ class _Sharer:
                     found[f"{child_name}.{parameter}"] = style
         split = bool(found)
         if found.get("o_proj") == "rowwise":
-            self._settle_heads(region)
+            self._settle_heads(region, kv_heads)
         if split:
             self._note_partial(region)
-        if split or self._sequence:
+        if split or (self._sequence and not isinstance(region, nn.Linear | LoraLayer)):  # one needs its own positions
             region.register_forward_pre_hook(self._enter_region, with_kwargs=True, prepend=True)
             region.register_forward_hook(self._leave_split_region if split else self._leave_whole_region)
         return split
 
-    def _share_linear(self, layer: nn.Module, name: str, style: str) -> None:
+    def _share_linear(self, layer: nn.Module, name: str, style: str, kv_heads: int) -> None:
         dim = 0 if style.startswith("colwise") else 1
         total = _features(layer, dim)
         kind = name.rsplit(".", 1)[-1]
-        if style == "colwise" and kind in ("k_proj", "v_proj") and self._size > self._kv_heads:
-            index = self._rank * self._kv_heads // self._size
-            cut = Cut(0, (even_range(total, index, self._kv_heads),))
-            note = Share((), parts=self._kv_heads, sum_over=self._kv_replicas)
+        if style == "colwise" and kind in ("k_proj", "v_proj") and self._size > kv_heads:
+            index = self._rank * kv_heads // self._size
+            cut = Cut(0, (even_range(total, index, kv_heads),))
+            note = Share((), parts=kv_heads, sum_over=self._kv_replicas[kv_heads])
         else:
             cut = Cut(dim, (even_range(total, self._rank, self._size),))
             note = Share((), parts=self._size)
@@ -222,11 +236,17 @@ class _Sharer:
                 before = self._shares.get(owner, name) or Share(tuple(parameter.shape))
                 self._shares.put(owner, name, replace(before, sum_over=self._group))
 
-    def _settle_heads(self, attention: nn.Module) -> None:
+    def _kv_heads_of(self, region: nn.Module) -> int:
+        """The key heads of an attention layer, whole; of another region those of the model's config."""
+        groups = getattr(region, "num_key_value_groups", None)
+        found = self._heads // groups if isinstance(groups, int) else self._kv_heads
+        return found if found in self._kv_replicas else self._kv_heads
+
+    def _settle_heads(self, attention: nn.Module, kv_heads: int) -> None:
         """Tell an attention layer how many of its query heads share a key head on this rank."""
-        kv_heads = max(self._kv_heads // self._size, 1)
+        own = max(kv_heads // self._size, 1)
         if isinstance(getattr(attention, "num_key_value_groups", None), int):
-            attention.num_key_value_groups = self._heads // self._size // kv_heads  # type: ignore[assignment]
+            attention.num_key_value_groups = self._heads // self._size // own  # type: ignore[assignment]
 
     # Embedding and head.
 
@@ -283,17 +303,22 @@ class _Sharer:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._sequence:
-            return _on_hidden(args, kwargs, lambda x: exchange.gather(x, _SEQUENCE, self._group))
+            return _on_hidden(args, kwargs, lambda x: exchange.gather(x, _positions(x), self._group))
         return _on_hidden(args, kwargs, lambda x: exchange.copy(x, self._group))
 
     def _leave_split_region(self, module: nn.Module, args: object, output: Any) -> Any:
         if self._sequence:
-            return _on_output(output, lambda x: exchange.reduce_scatter(x, _SEQUENCE, self._group))
+            return _on_output(output, lambda x: exchange.reduce_scatter(x, _positions(x), self._group))
         return _on_output(output, lambda x: exchange.reduce(x, self._group))
 
     def _leave_whole_region(self, module: nn.Module, args: object, output: Any) -> Any:
         """All ranks have computed the same; with shared positions each goes on with its own."""
         return _on_output(output, lambda x: x.chunk(self._size, _SEQUENCE)[self._rank])
+
+    def _take_per_layer_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a layer of gemma4 is given beside hidden states [B, S, ...] is made for all positions."""
+        hidden, own, *others = args
+        return (hidden, exchange.split(own, _SEQUENCE, self._group), *others)
 
     def _enter_blocks(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
