@@ -46,7 +46,8 @@ def key_heads_of(config: Any) -> tuple[int, ...]:
         config: a PreTrainedConfig, of the text model.
     """
     own = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
-    layers = getattr(config, "per_layer_config", None) or ()
+    by_layer = getattr(config, "per_layer_config", None)
+    layers = [] if by_layer is None else [by_layer[index] for index in range(config.num_hidden_layers)]
     return tuple(sorted({own, *(layer.num_key_value_heads for layer in layers)}))
 
 
