@@ -39,16 +39,28 @@ def chunk_of(config: Any) -> int | None:
     return getattr(config, "attention_chunk_size", None) if "chunked_attention" in kinds else None
 
 
+def heads_by_layer(config: Any) -> list[tuple[int, int]]:
+    """Key heads and the size of a head, of each decoder layer where they differ (gemma4); empty elsewhere.
+
+    Args:
+        config: a PreTrainedConfig, of the text model.
+    """
+    of_layer = getattr(config, "per_layer_config", None)
+    if of_layer is None:
+        return []
+    layers = [of_layer[number] for number in range(config.num_hidden_layers)]
+    found = [(getattr(layer, "num_key_value_heads", 0), getattr(layer, "head_dim", 0)) for layer in layers]
+    return found if len(set(found)) > 1 else []
+
+
 def key_heads_of(config: Any) -> tuple[int, ...]:
-    """The numbers of key heads that a decoder's layers have, each once (of gemma4 they differ).
+    """The numbers of key heads that a decoder's layers have, each once.
 
     Args:
         config: a PreTrainedConfig, of the text model.
     """
     own = config.to_dict().get("num_key_value_heads") or config.num_attention_heads
-    by_layer = getattr(config, "per_layer_config", None)
-    layers = [] if by_layer is None else [by_layer[index] for index in range(config.num_hidden_layers)]
-    return tuple(sorted({own, *(layer.num_key_value_heads for layer in layers)}))
+    return tuple(sorted({own, *(count for count, _ in heads_by_layer(config))}))
 
 
 def stage_names(decoder: Any) -> tuple[str, str, str] | None:

@@ -72,6 +72,7 @@ def kept(shape: ModelShape, job: Job, layout: Layout, kind: int, *, trained: boo
         trained: whether its own weights are.
     """
     layer = shape.kinds[kind]
+    shape = shape.of_layer(layer)
     c, tp, hidden = job.compute_bytes, layout.tp, shape.hidden
     positions = 1 / tp if tp > 1 and layout.sequence_parallel else 1.0  # of what exists between regions
     own = layer.split_by("attention", tp)

@@ -168,7 +168,7 @@ def attention_flops(shape: ModelShape, layer: Layer, sequence: int, heads: float
     Args:
         heads: of this rank; None for all.
     """
-    heads = shape.heads if heads is None else heads
+    heads, shape = shape.heads if heads is None else heads, shape.of_layer(layer)
     return 2.0 * visible_keys(sequence, layer.window) * heads * (shape.head_dim + shape.value_dim)
 
 

@@ -249,6 +249,7 @@ def layer_seconds(
     """
     layer = shape.kinds[kind]
     products = layer_products(shape, kind, job, place.tp, place.ep)
+    shape = shape.of_layer(layer)
     linear = engine.linear or ("fp8" if job.float8 and mode != "frozen" else job.compute)
     of_products = [
         product_seconds(device, each, place.tokens, linear if each.groups == 1 else job.compute, job.compute_bytes)

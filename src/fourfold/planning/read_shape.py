@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fourfold.base.delta_rule_use import exchanged
-from fourfold.families.decoder import decoder_of, stage_names
+from fourfold.families.decoder import decoder_of, heads_by_layer, stage_names
 from fourfold.families.experts import experts_per_token, largest
 from fourfold.families.recurrent import MIXERS
 from fourfold.families.shared_positions import caps_scores, has_fused_scores, is_exchangeable, position_obstacles
@@ -45,14 +45,17 @@ def read_shape(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> 
     reader = _Reader(model, styles)
     name = MIXERS.get(text.model_type, "")
     state_bytes = next((_state_bytes(b, name, text.hidden_size) for b in blocks if hasattr(b, name)), 0)
+    own_heads = heads_by_layer(text) or [(0, 0)] * len(blocks)
     layers = [
         Layer(
             tuple(reader.weights(block, f"{prefix}.{number}")),
             window,
             state_bytes=state_bytes if hasattr(block, name) else 0,
             attends=not hasattr(block, name) or hasattr(block, "self_attn"),
+            kv_heads=kv_heads,
+            head_dim=own_size,
         )
-        for number, (block, window) in enumerate(zip(blocks, windows, strict=True))
+        for number, (block, window, (kv_heads, own_size)) in enumerate(zip(blocks, windows, own_heads, strict=True))
     ]
     kinds = list(dict.fromkeys(layers))
     entries = text.to_dict()

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 Kind = Literal["embedding", "attention", "mlp", "experts", "router", "norm", "head", "other"]
 KINDS: tuple[Kind, ...] = ("embedding", "attention", "mlp", "experts", "router", "norm", "head", "other")
 
-FORMAT = 4
+FORMAT = 5
 """Version of the JSON; files of another one are read anew."""
 
 
@@ -68,12 +68,15 @@ class Layer:
         window: positions that attention sees back, itself included; None for all.
         state_bytes: that what carries a state along the row keeps of each position in 16 bits, 0 where nothing does.
         attends: whether it has attention.
+        kv_heads, head_dim: of its attention, where layers differ; 0 for the model's.
     """
 
     weights: tuple[Weight, ...]
     window: int | None = None
     state_bytes: int = 0
     attends: bool = True
+    kv_heads: int = 0
+    head_dim: int = 0
 
     @property
     def numel(self) -> int:
@@ -156,6 +159,10 @@ class ModelShape:
     def _hash(self) -> int:
         return hash(tuple(getattr(self, each.name) for each in fields(self)))
 
+    def of_layer(self, layer: Layer) -> ModelShape:
+        """The same model with the heads that a layer has."""
+        return _with_heads(self, layer.kv_heads, layer.head_dim) if layer.head_dim else self
+
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
@@ -230,3 +237,8 @@ class ModelShape:
 
 def _weights(entries: Iterable[dict[str, Any]]) -> tuple[Weight, ...]:
     return tuple(Weight(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries)
+
+
+@lru_cache(maxsize=64)
+def _with_heads(shape: ModelShape, kv_heads: int, head_dim: int) -> ModelShape:
+    return replace(shape, kv_heads=kv_heads, head_dim=head_dim, value_dim=head_dim)

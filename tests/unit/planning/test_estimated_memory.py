@@ -35,6 +35,18 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma3_text", {}),
     "experts": ("qwen3_moe", {"num_experts": 16, "moe_intermediate_size": 256, "num_experts_per_tok": 2}),
     "fused": ("phi3", {}),
+    "heads": (  # whose number and size differ by layer
+        "gemma4_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "sliding_window": 512,
+            "global_head_dim": 128,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
     "biased": ("gpt_oss", {"num_local_experts": 16, "intermediate_size": 256, "num_experts_per_tok": 2}),
 }
 _TUNINGS: dict[str, dict[str, Any]] = {
@@ -73,6 +85,7 @@ _CASES: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("biased", "attention", Layout(), "none", 0, 1),
     ("fused", "lora", Layout(tp=2), "none", 0, 1),  # each rank has all heads and channels, and a part of matrices
     ("fused", "full", Layout(tp=4), "selective", 0, 1),
+    ("heads", "lora", Layout(tp=2), "none", 0, 1),
 ]
 _MORE: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("llama", "pure", Layout(), "full", 0, 1),
@@ -87,6 +100,7 @@ _MORE: list[tuple[str, str, Layout, Recompute, int, int]] = [
     ("tied", "full", Layout(), "none", 0, 1),
     ("experts", "lora", Layout(), "none", 0, 1),
     ("biased", "lora", Layout(), "none", 0, 1),
+    ("heads", "full", Layout(), "none", 0, 1),
 ]
 """Cases that `make grid` adds."""
 _TOLERANCE = 0.05
