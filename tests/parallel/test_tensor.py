@@ -135,8 +135,12 @@ _GEMMA4 = {
         family="gemma4_text",
         packed=False,
         overrides=(
-            *(*_MILD, *_APART, ("enable_moe_block", True)),
-            *(("num_experts", 4), ("top_k_experts", 2), ("moe_intermediate_size", 16)),
+            *_MILD,
+            *_APART,
+            ("enable_moe_block", True),
+            ("num_experts", 4),
+            ("top_k_experts", 2),
+            ("moe_intermediate_size", 16),
         ),
     ),
 }
@@ -148,9 +152,7 @@ def _gemma4(mesh_of: Callable[[], Mesh]) -> dict[str, Curve]:
 
 
 @pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this version of Transformers has no Gemma 4")
-@pytest.mark.parametrize(
-    "layout", ["tp2", "tp2-no-sp", "tp4", *(pytest.param(name, marks=pytest.mark.grid) for name in ("fsdp2xtp2",))]
-)
+@pytest.mark.parametrize("layout", ["tp2", "tp2-no-sp", "tp4", pytest.param("fsdp2xtp2", marks=pytest.mark.grid)])
 def test_training_of_gemma4_when_matrices_are_shared_equals_one_process(layout: str) -> None:
     """In fp64 but for its norms: layers differ in their key heads, share keys, are given their own inputs of all
     positions, and have routers beside their experts."""
